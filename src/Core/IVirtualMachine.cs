@@ -1,0 +1,104 @@
+// How the parts above Kvm meet a virtual machine: one VM per domain, one virtual CPU per guest vCPU.
+namespace XenSharp.Core;
+
+/// <summary>Why <see cref="IVirtualCpu.Run"/> came back.</summary>
+public enum VcpuExitKind
+{
+    /// <summary>The guest executed SYSCALL. RIP is the instruction after it and RFLAGS the flags before it.</summary>
+    Syscall,
+
+    /// <summary>An exception at CPL 3; RIP, RSP and RFLAGS are as the processor pushed them.</summary>
+    Exception,
+
+    /// <summary>A kick arrived, or the entry was refused because one was pending.</summary>
+    Kicked,
+
+    /// <summary>The guest executed an I/O instruction that the VM let through; RIP is still on it.</summary>
+    GuestIo,
+
+    /// <summary>The VM cannot go on: <see cref="VcpuExit.Failure"/> says why. The domain has to be crashed.</summary>
+    Failed,
+}
+
+/// <summary>One return from the guest.</summary>
+/// <param name="Kind">What happened.</param>
+/// <param name="Vector">For an exception, its vector.</param>
+/// <param name="ErrorCode">For an exception that pushes one, the error code; else 0.</param>
+/// <param name="Failure">For a failure, a sentence for the crash report.</param>
+public readonly record struct VcpuExit(
+    VcpuExitKind Kind, ExceptionVector Vector = 0, uint ErrorCode = 0, string? Failure = null);
+
+/// <summary>
+/// One virtual processor. All members but <see cref="Kick"/> belong to the one thread that first called <see cref="Run"/>.
+/// </summary>
+public unsafe interface IVirtualCpu : IDisposable
+{
+    /// <summary>General-purpose registers: valid after an exit, taken over at the next entry.</summary>
+    CpuRegisters* Registers { get; }
+
+    /// <summary>Segment state: valid after an exit, taken over at the next entry.</summary>
+    SegmentRegisters* Segments { get; }
+
+    /// <summary>CR2 after a page fault.</summary>
+    VirtualAddress FaultAddress { get; }
+
+    /// <summary>The L4 frame that the next entry runs on.</summary>
+    Mfn PageTableRoot { get; set; }
+
+    /// <summary>Page-table entries that must be stored again from inside the VM before the guest runs on.</summary>
+    PageTableWriteQueue* PageTableWrites { get; }
+
+    /// <summary>Where the guest's 14 descriptor-table frames are mapped for this processor.</summary>
+    GdtWindow GdtWindow { get; }
+
+    /// <summary>Enters the guest until something has to be decided above.</summary>
+    VcpuExit Run();
+
+    /// <summary>
+    /// Sleeps until <see cref="Kick"/> is called or <paramref name="deadline"/> passes.
+    /// </summary>
+    /// <param name="deadline">CLOCK_MONOTONIC nanoseconds; <see cref="long.MaxValue"/> for none.</param>
+    void WaitForKick(long deadline);
+
+    /// <summary>Arms the one-shot timer that kicks this processor out of the guest.</summary>
+    /// <param name="deadline">CLOCK_MONOTONIC nanoseconds; <see cref="long.MaxValue"/> disarms it.</param>
+    void SetWakeTimer(long deadline);
+
+    /// <summary>
+    /// Makes the current or the next <see cref="Run"/> return with <see cref="VcpuExitKind.Kicked"/>, or wakes
+    /// <see cref="WaitForKick"/>. Any thread, any time; never lost.
+    /// </summary>
+    void Kick();
+}
+
+/// <summary>Machine addresses of the entries that map a vCPU's descriptor-table frames, for <c>set_gdt</c>.</summary>
+/// <param name="Entries">Host view of 16 consecutive L1 entries; the guest's frames are the first 14.</param>
+/// <param name="Address">Machine address of the first of them.</param>
+public readonly unsafe record struct GdtWindow(nint Entries, MachineAddress Address);
+
+/// <summary>The VM around one domain: its machine memory and its virtual processors.</summary>
+public unsafe interface IVirtualMachine : IDisposable
+{
+    /// <summary>The domain's RAM.</summary>
+    MachineMemory Memory { get; }
+
+    /// <summary>Host view of the M2P table; entry i belongs to frame <c>Memory.FirstFrame + i</c>.</summary>
+    ulong* MachineToPhys { get; }
+
+    /// <summary>Where the guest reads the M2P table: the address of the entry of machine frame 0.</summary>
+    VirtualAddress MachineToPhysStart { get; }
+
+    /// <summary>The 16 entries for L4 slots 256–271 of every guest L4.</summary>
+    ReadOnlySpan<ulong> HypervisorSlots { get; }
+
+    /// <summary>The time-stamp counter as the guest reads it.</summary>
+    TimeStampCounter TimeStampCounter { get; }
+
+    /// <summary>Creates a virtual processor. Its number is 0-based and may be used once.</summary>
+    IVirtualCpu CreateVcpu(int number);
+}
+
+/// <summary>The guest-visible TSC.</summary>
+/// <param name="KiloHertz">Its frequency.</param>
+/// <param name="Offset">What has to be added to the host's RDTSC to get the guest's.</param>
+public readonly record struct TimeStampCounter(uint KiloHertz, long Offset);

@@ -1,0 +1,107 @@
+// The one place where a page-table entry that a processor may be walking is stored.
+using System.Diagnostics.CodeAnalysis;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+
+namespace XenSharp.Core;
+
+/// <summary>
+/// Page-table stores of one vCPU, and what must be repeated from inside its VM before the guest runs on.
+/// </summary>
+/// <remarks>
+/// The host always stores into the guest's memory at once, so that every later look at the tables is right. Where the
+/// processor walks the guest's tables itself (two-dimensional paging) nothing more is due than a TLB flush. Where KVM walks
+/// shadow copies it sees only stores that the guest makes, so the entry's address is queued and the monitor stores the
+/// value over itself in the same KVM_RUN that enters the guest again. Blittable: lives in the per-vCPU page.
+/// </remarks>
+[StructLayout(LayoutKind.Sequential)]
+public unsafe struct PageTableWriteQueue
+{
+    /// <summary>Most runs that are kept apart; past that, every shadow page is dropped instead (<see cref="Overflowed"/>).</summary>
+    public const int Capacity = 1024;
+
+    /// <summary>A run of neighbouring entries.</summary>
+    public struct Run
+    {
+        /// <summary>Machine address of the first entry.</summary>
+        public ulong Address;
+
+        /// <summary>Number of entries, at least 1.</summary>
+        public ulong Count;
+    }
+
+    /// <summary>1 where stores must be repeated inside the VM.</summary>
+    public int InGuest;
+
+    /// <summary>Runs in use.</summary>
+    public int Count;
+
+    /// <summary>Set when a translation may be cached that the guest must no longer use; the next entry drops them all.</summary>
+    public int FlushPending;
+
+    /// <summary>Set when <see cref="Capacity"/> was not enough: the VM has to forget all it derived from the tables.</summary>
+    public int Overflowed;
+
+    private RunArray _runs;
+
+    [InlineArray(Capacity)]
+    private struct RunArray
+    {
+        private Run _element;
+    }
+
+    [UnscopedRef]
+    public ref Run this[int index] => ref _runs[index];
+
+    /// <summary>Stores an entry and does what the VM needs for the guest to see it.</summary>
+    /// <param name="entry">Host address of the entry.</param>
+    /// <param name="address">Its machine address.</param>
+    /// <param name="value">The new value.</param>
+    public void Store(PageTableEntry* entry, MachineAddress address, PageTableEntry value)
+    {
+        Volatile.Write(ref *(ulong*)entry, value.Value);
+        Stored(address);
+    }
+
+    /// <summary>
+    /// Replaces an entry only if it still is <paramref name="expected"/>: the processor may be setting Accessed and Dirty.
+    /// </summary>
+    /// <returns>The value found; equal to <paramref name="expected"/> when the store was made.</returns>
+    public PageTableEntry CompareExchange(PageTableEntry* entry, MachineAddress address, PageTableEntry value, PageTableEntry expected)
+    {
+        ulong found = Interlocked.CompareExchange(ref *(ulong*)entry, value.Value, expected.Value);
+        if (found == expected.Value)
+            Stored(address);
+        return new PageTableEntry(found);
+    }
+
+    /// <summary>Asks for all translations of this processor to be dropped before the guest runs on.</summary>
+    public void Flush() => FlushPending = 1;
+
+    private void Stored(MachineAddress address)
+    {
+        if (InGuest == 0)
+            return;
+        if (Count > 0)
+        {
+            ref Run last = ref _runs[Count - 1];
+            if (address.Value - last.Address < last.Count * sizeof(ulong))
+                return;
+            if (address.Value == last.Address + (last.Count * sizeof(ulong)))
+            {
+                last.Count++;
+                return;
+            }
+        }
+
+        if (Count == Capacity)
+        {
+            Overflowed = 1;
+            return;
+        }
+
+        _runs[Count].Address = address.Value;
+        _runs[Count].Count = 1;
+        Count++;
+    }
+}

@@ -1,0 +1,52 @@
+using XenSharp.Core;
+
+namespace XenSharp.Kvm;
+
+/// <summary>
+/// What this host's KVM does, found by probes in a scratch VM and never by vendor or version. The whole difference between
+/// hosts is in this record.
+/// </summary>
+public sealed record HostCapabilities
+{
+    /// <summary>
+    /// The processor walks shadow copies of the guest's page tables: entries stored by the host are not seen until the
+    /// monitor stores them again from inside the VM.
+    /// </summary>
+    public required bool ShadowPageTables { get; init; }
+
+    /// <summary>Privilege level at which SYSCALL enters the monitor, 0 or 3.</summary>
+    public required int SyscallEntryLevel { get; init; }
+
+    /// <summary>L4 slot 256 can be read at CPL 3; otherwise the M2P table lies in slot 257.</summary>
+    public required bool Slot256Usable { get; init; }
+
+    /// <summary>Vector that <c>int 0x80</c> raises at CPL 3 while no gate allows it: #GP as in hardware, or #UD.</summary>
+    public required ExceptionVector SoftwareInterruptVector { get; init; }
+
+    /// <summary>CPUID at CPL 3 shows the VM's policy; otherwise the host's own leaves.</summary>
+    public required bool CpuidPolicyApplies { get; init; }
+
+    /// <summary>Guest-visible time-stamp counter.</summary>
+    public required TimeStampCounter TimeStampCounter { get; init; }
+
+    /// <summary>Loads of Xen's flat data selector succeed without emulation.</summary>
+    public required bool FlatSegmentLoads { get; init; }
+
+    /// <summary>KVM_CAP_MAX_VCPUS.</summary>
+    public required int MaxVcpus { get; init; }
+
+    /// <summary>
+    /// What a scratch VM is built with before anything is known: every choice works, if slowly, on every host.
+    /// </summary>
+    internal static HostCapabilities Assumed { get; } = new()
+    {
+        ShadowPageTables = true,
+        SyscallEntryLevel = 3,
+        Slot256Usable = true,
+        SoftwareInterruptVector = ExceptionVector.GeneralProtection,
+        CpuidPolicyApplies = true,
+        TimeStampCounter = new TimeStampCounter(0, 0),
+        FlatSegmentLoads = false,
+        MaxVcpus = 1,
+    };
+}

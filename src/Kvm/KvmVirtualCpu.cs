@@ -1,0 +1,585 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using Tmds.Linux;
+using XenSharp.Core;
+
+namespace XenSharp.Kvm;
+
+/// <summary>One KVM vCPU and its run loop: entering the guest in one KVM_RUN, and saying why it came back.</summary>
+/// <remarks>
+/// On the hot path there is no ioctl but KVM_RUN: registers travel in the shared kvm_run page. Entry is one of two: straight
+/// to the guest's RIP where nothing has to be done at CPL 0 (setting the segment registers costs less than an IRETQ that KVM
+/// interprets), or through a chain of the monitor's gadgets (<see cref="MonitorCode"/>). A kick is a signal that is blocked except inside KVM_RUN, so no handler ever runs.
+/// </remarks>
+internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
+{
+    private const ulong Cr0Flags = 0x8005_0033; // PG AM WP NE ET MP PE
+    private const ulong Cr4Pae = 1 << 5;
+    private const ulong Cr4Osfxsr = 1 << 9;
+    private const ulong Cr4Osxmmexcpt = 1 << 10;
+    private const ulong Cr4Osxsave = 1 << 18;
+    private const ulong EferFlags = 0xd01; // NXE LMA LME SCE
+
+    // What SYSCALL clears on the way in; the guest's own value is in R11.
+    private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
+
+    private const int RunsFrom = 6;
+
+    private readonly KvmVirtualMachine _machine;
+    private readonly MonitorCode _code;
+    private readonly VcpuPages _pages;
+    private readonly KvmRun* _run;
+    private readonly KvmSregs* _sregs;
+    private readonly SegmentRegisters* _segments;
+    private readonly CpuRegisters* _intended;
+    private readonly PageTableWriteQueue* _writes;
+    private int _file;
+    private int _thread;
+    private int _timer = -1;
+    private long _timerDeadline = long.MaxValue;
+    private ulong _root;
+    private int _kicked;
+    private bool _stateUncertain;
+
+    internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
+    {
+        _machine = machine;
+        _code = machine.Code;
+        _pages = pages;
+        _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
+        if (_file < 0)
+            throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
+        nuint state = (nuint)(sizeof(SegmentRegisters) + sizeof(CpuRegisters) + sizeof(PageTableWriteQueue));
+        byte* block = (byte*)NativeMemory.AllocZeroed(state);
+        _segments = (SegmentRegisters*)block;
+        _intended = (CpuRegisters*)(block + sizeof(SegmentRegisters));
+        _writes = (PageTableWriteQueue*)(block + sizeof(SegmentRegisters) + sizeof(CpuRegisters));
+        _writes->InGuest = machine.Capabilities.ShadowPageTables ? 1 : 0;
+        try
+        {
+            void* run = LibC.mmap(null, machine.System.RunSize, LibC.PROT_READ | LibC.PROT_WRITE, LibC.MAP_SHARED, _file, 0);
+            if (run == LibC.MAP_FAILED)
+                throw new KvmException("Cannot map kvm_run", LibC.errno);
+            _run = (KvmRun*)run;
+            _sregs = &_run->Sregs;
+            SetUp();
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    public CpuRegisters* Registers => &_run->Regs;
+
+    public SegmentRegisters* Segments => _segments;
+
+    public VirtualAddress FaultAddress => new(_sregs->Cr2);
+
+    public Mfn PageTableRoot
+    {
+        get => new(_root >> Paging.PageShift);
+        set => _root = value.Value << Paging.PageShift;
+    }
+
+    public PageTableWriteQueue* PageTableWrites => _writes;
+
+    public GdtWindow GdtWindow => _pages.GdtWindow;
+
+    internal int File => _file;
+
+    internal KvmRun* SharedPage => _run;
+
+    public void Dispose()
+    {
+        if (_timer >= 0)
+            Libc.DeleteKickTimer(_timer);
+        _timer = -1;
+        if (_run != null)
+            _ = LibC.munmap(_run, _machine.System.RunSize);
+        if (_file >= 0)
+        {
+            _ = LibC.close(_file);
+            NativeMemory.Free(_segments);
+        }
+
+        _file = -1;
+    }
+
+    public void Kick()
+    {
+        if (Interlocked.Exchange(ref _kicked, 1) != 0)
+            return;
+        int thread = Volatile.Read(ref _thread);
+        if (thread != 0)
+            Libc.KickThread(thread);
+    }
+
+    public void SetWakeTimer(long deadline)
+    {
+        if (deadline == _timerDeadline)
+            return;
+        BindThread();
+        _timerDeadline = deadline;
+
+        // Zero would disarm; a moment in the past fires at once.
+        Libc.ArmKickTimer(_timer, deadline == long.MaxValue ? 0 : Math.Max(deadline, 1));
+    }
+
+    public void WaitForKick(long deadline)
+    {
+        BindThread();
+        sigset_t set = Libc.KickSet();
+        while (Volatile.Read(ref _kicked) == 0)
+        {
+            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - Libc.MonotonicNow();
+            if (remaining <= 0)
+                return;
+            var wait = new timespec { tv_sec = remaining / 1_000_000_000, tv_nsec = (long_t)(remaining % 1_000_000_000) };
+            int signal = LibC.sigtimedwait(&set, null, remaining == long.MaxValue ? null : &wait);
+            if (signal < 0 && LibC.errno == LibC.EAGAIN)
+                return;
+        }
+
+        TakeKick();
+    }
+
+    public VcpuExit Run()
+    {
+        BindThread();
+        if (Volatile.Read(ref _kicked) != 0)
+        {
+            TakeKick();
+            return new VcpuExit(VcpuExitKind.Kicked);
+        }
+
+        *_intended = _run->Regs;
+        if (_writes->Overflowed != 0)
+            _machine.DropShadowPages();
+        PrepareEntry();
+        int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+        if (result == 0 && _run->ExitReason == KvmExitReason.Io)
+            return TakeIoExit();
+        return result == 0 ? TakeOtherExit() : TakeInterruption(LibC.errno);
+    }
+
+    /// <summary>Makes this the thread that kicks go to, with the kick signal blocked outside KVM_RUN.</summary>
+    private void BindThread()
+    {
+        if (_thread != 0)
+            return;
+        sigset_t set = Libc.KickSet();
+        _ = LibC.pthread_sigmask(LibC.SIG_BLOCK, &set, null);
+        int thread = Libc.CurrentThread;
+
+        // KVM_RUN runs under this mask: all that the thread blocks anyway, except the kick.
+        sigset_t during;
+        _ = LibC.pthread_sigmask(LibC.SIG_BLOCK, null, &during);
+        _ = LibC.sigdelset(&during, Libc.KickSignal);
+        byte* mask = stackalloc byte[12];
+        *(uint*)mask = 8;
+        *(ulong*)(mask + 4) = *(ulong*)&during;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetSignalMask, mask), "KVM_SET_SIGNAL_MASK failed");
+        _timer = Libc.CreateKickTimer(thread);
+        Volatile.Write(ref _thread, thread);
+    }
+
+    private void TakeKick()
+    {
+        Volatile.Write(ref _kicked, 0);
+        sigset_t set = Libc.KickSet();
+        timespec none = default;
+        while (LibC.sigtimedwait(&set, null, &none) > 0)
+        {
+        }
+    }
+
+    private void SetUp()
+    {
+        SetCpuid();
+        var sregs = default(KvmSregs);
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetSregs, &sregs), "KVM_GET_SREGS failed");
+        sregs.Cr0 = Cr0Flags;
+        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt;
+        sregs.Efer = EferFlags;
+        SetCpl3(ref sregs);
+        sregs.Fs = sregs.Gs = sregs.Ds = sregs.Es = DataSegment(0);
+        sregs.Tr = new KvmSegment
+        {
+            Base = _pages.TaskState,
+            Limit = _pages.TaskStateLimit,
+            Selector = _pages.TaskStateSelector,
+            Type = 11,
+            Present = 1,
+        };
+        sregs.Ldt = default(KvmSegment) with { Unusable = 1 };
+        sregs.Gdt.Base = _pages.GdtStart;
+        sregs.Gdt.Limit = (ushort)((MonitorLayout.GdtWindowPages << Paging.PageShift) - 1);
+        sregs.Idt.Base = _machine.InterruptTable;
+        sregs.Idt.Limit = (MonitorLayout.Vectors * 16) - 1;
+        *_sregs = sregs;
+        _segments->Cs = FlatSelectors.Ring3Cs64;
+        _segments->Ss = FlatSelectors.Ring3Data;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetSregs, &sregs), "KVM_SET_SREGS failed");
+
+        Span<ulong> values = [((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry, _machine.SyscallEntry, SyscallMask];
+        Span<uint> indexes = [Msr.Star, Msr.Lstar, Msr.Cstar, Msr.SfMask];
+        byte* buffer = stackalloc byte[8 + (sizeof(KvmMsrEntry) * 4)];
+        *(ulong*)buffer = 4;
+        for (int i = 0; i < 4; i++)
+            ((KvmMsrEntry*)(buffer + 8))[i] = new KvmMsrEntry { Index = indexes[i], Data = values[i] };
+        if (LibC.ioctl(_file, KvmRequest.SetMsrs, buffer) != 4)
+            throw new KvmException("KVM_SET_MSRS refused the SYSCALL registers", LibC.errno);
+        _run->ValidRegs = KvmSyncRegs.Regs | KvmSyncRegs.Sregs;
+    }
+
+    /// <summary>
+    /// Lets KVM know the processor that it offers; what the guest is told of it is the CPUID policy's affair.
+    /// </summary>
+    private void SetCpuid()
+    {
+        const int entries = 256;
+        byte* buffer = (byte*)NativeMemory.AllocZeroed(8 + (entries * 40));
+        try
+        {
+            *(uint*)buffer = entries;
+            KvmVirtualMachine.Check(LibC.ioctl(_machine.System.File, KvmRequest.GetSupportedCpuid, buffer), "KVM_GET_SUPPORTED_CPUID failed");
+            for (uint i = 0; _machine.CpuidMark is { } mark && i < *(uint*)buffer; i++)
+            {
+                // struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, padding.
+                uint* entry = (uint*)(buffer + 8 + (i * 40));
+                if (entry[0] == mark.Leaf)
+                    entry[3] = mark.Eax;
+            }
+
+            KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetCpuid2, buffer), "KVM_SET_CPUID2 failed");
+        }
+        finally
+        {
+            NativeMemory.Free(buffer);
+        }
+    }
+
+    private static void SetCpl3(ref KvmSregs sregs)
+    {
+        sregs.Cs = new KvmSegment { Limit = uint.MaxValue, Selector = FlatSelectors.Ring3Cs64, Type = 11, Present = 1, Dpl = 3, S = 1, L = 1, G = 1 };
+        sregs.Ss = DataSegment(FlatSelectors.Ring3Data);
+    }
+
+    private static void SetCpl0(ref KvmSregs sregs)
+    {
+        sregs.Cs = new KvmSegment { Limit = uint.MaxValue, Selector = MonitorLayout.MonitorCs, Type = 11, Present = 1, Dpl = 0, S = 1, L = 1, G = 1 };
+        sregs.Ss = new KvmSegment { Limit = uint.MaxValue, Selector = MonitorLayout.MonitorSs, Type = 3, Present = 1, Dpl = 0, Db = 1, S = 1, G = 1 };
+    }
+
+    /// <summary>Turns the intended guest state into what KVM_RUN starts from.</summary>
+    private void PrepareEntry()
+    {
+        KvmSyncRegs dirty = KvmSyncRegs.Regs;
+        if (SynchronizeSegments())
+            dirty |= KvmSyncRegs.Sregs;
+        bool atMonitor = _sregs->Ss.Dpl == 0;
+        if (_sregs->Cr3 != _root)
+        {
+            _sregs->Cr3 = _root;
+            dirty |= KvmSyncRegs.Sregs;
+        }
+
+        if (_writes->Count != 0 || _writes->FlushPending != 0)
+        {
+            // At CPL 0: stores, flush, then IRETQ.
+            if (!atMonitor)
+            {
+                SetCpl0(ref *_sregs);
+                dirty |= KvmSyncRegs.Sregs;
+            }
+
+            BuildChain();
+        }
+        else if (atMonitor || _sregs->Cs.Selector != _segments->Cs)
+        {
+            SetCpl3(ref *_sregs);
+            dirty |= KvmSyncRegs.Sregs;
+        }
+
+        if (_stateUncertain)
+            dirty |= KvmSyncRegs.Sregs;
+        _stateUncertain = false;
+        _run->DirtyRegs = dirty;
+    }
+
+    /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
+    private bool SynchronizeSegments()
+    {
+        bool changed = false;
+        Set(ref _sregs->Fs, _segments->Fs, _segments->FsBase, ref changed);
+        Set(ref _sregs->Gs, _segments->Gs, _segments->GsBase, ref changed);
+        Set(ref _sregs->Ds, _segments->Ds, 0, ref changed);
+        Set(ref _sregs->Es, _segments->Es, 0, ref changed);
+        return changed;
+    }
+
+    private static void Set(ref KvmSegment segment, ushort selector, ulong address, ref bool changed)
+    {
+        if (segment.Base == address && segment.Selector == selector)
+            return;
+        segment = DataSegment(selector);
+        segment.Base = address;
+        changed = true;
+    }
+
+    /// <summary>A flat data segment, or an unusable one for a null selector.</summary>
+    private static KvmSegment DataSegment(ushort selector) => new()
+    {
+        Limit = uint.MaxValue,
+        Selector = selector,
+        Type = 3,
+        Present = 1,
+        Dpl = 3,
+        Db = 1,
+        S = 1,
+        G = 1,
+        Unusable = (byte)((selector & ~3) == 0 ? 1 : 0),
+    };
+
+    private ulong Address(ulong* area) => _pages.ReturnAreaTop - (ulong)((byte*)_pages.ReturnArea - (byte*)area);
+
+    private ulong* PushIretFrame()
+    {
+        ulong* top = _pages.ReturnArea;
+        *--top = _segments->Ss;
+        *--top = _intended->Rsp;
+        *--top = _intended->Rflags;
+        *--top = _segments->Cs;
+        *--top = _intended->Rip;
+        return top;
+    }
+
+    /// <summary>
+    /// Writes the chain of gadgets, from its end: IRET frame, RCX, stores of few neighbours, runs, root.
+    /// </summary>
+    private void BuildChain()
+    {
+        ulong* top = PushIretFrame();
+        *--top = _intended->Rcx;
+        ulong gadget = PushStores(ref top);
+        gadget = PushRuns(ref top, gadget);
+        if (_writes->FlushPending != 0)
+        {
+            *--top = gadget;
+            *--top = _root;
+            gadget = _code.LoadRoot;
+        }
+
+        _run->Regs.Rip = gadget;
+        _run->Regs.Rsp = Address(top);
+        _run->Regs.Rflags = (ulong)Rflags.Fixed;
+    }
+
+    /// <summary>Gadgets that store entry by entry, before the restored RCX.</summary>
+    /// <returns>The gadget to start with.</returns>
+    private ulong PushStores(ref ulong* top)
+    {
+        int inGadget = 0;
+        ulong gadget = _code.RestoreAndIret;
+        bool final = true;
+        for (int i = 0; i < _writes->Count; i++)
+        {
+            ref PageTableWriteQueue.Run run = ref (*_writes)[i];
+            for (ulong entry = 0; run.Count < RunsFrom && entry < run.Count; entry++)
+            {
+                if (inGadget == MonitorCode.MaxStores)
+                {
+                    *--top = gadget;
+                    final = false;
+                    inGadget = 0;
+                }
+
+                *--top = MonitorLayout.DirectMap(new MachineAddress(run.Address + (entry * sizeof(ulong))));
+                inGadget++;
+                gadget = final ? _code.FinalStores(inGadget) : _code.Stores(inGadget);
+            }
+        }
+
+        return gadget;
+    }
+
+    /// <summary>Gadgets that store runs of neighbours; each gives RDI and RSI back.</summary>
+    private ulong PushRuns(ref ulong* top, ulong gadget)
+    {
+        int inGadget = 0;
+        for (int i = 0; i < _writes->Count; i++)
+        {
+            ref PageTableWriteQueue.Run run = ref (*_writes)[i];
+            if (run.Count < RunsFrom)
+                continue;
+            if (inGadget is 0 or MonitorCode.MaxRuns)
+            {
+                *--top = gadget;
+                *--top = _intended->Rsi;
+                *--top = _intended->Rdi;
+                inGadget = 0;
+            }
+
+            *--top = run.Count;
+            *--top = MonitorLayout.DirectMap(new MachineAddress(run.Address));
+            inGadget++;
+            gadget = _code.Runs(inGadget);
+        }
+
+        return gadget;
+    }
+
+    /// <summary>What the entry did at CPL 0 has been done once the guest, or one of the monitor's entries, was reached.</summary>
+    private void EntryDone()
+    {
+        _writes->Count = 0;
+        _writes->FlushPending = 0;
+        _writes->Overflowed = 0;
+    }
+
+    private VcpuExit TakeIoExit()
+    {
+        EntryDone();
+        TakeSegments();
+        ulong rip = _run->Regs.Rip;
+        if (_run->Io.Direction == 1 && _run->Io.Size == 1)
+        {
+            if (rip - _machine.SyscallEntry <= 2 && _run->Io.Port == MonitorLayout.SyscallPort)
+                return TakeSyscall();
+            if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
+                return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
+        }
+
+        return new VcpuExit(VcpuExitKind.GuestIo);
+    }
+
+    private VcpuExit TakeSyscall()
+    {
+        _run->Regs.Rip = _run->Regs.Rcx;
+        _run->Regs.Rflags = _run->Regs.R11;
+        _segments->Cs = FlatSelectors.Ring3Cs64;
+        _segments->Ss = FlatSelectors.Ring3Data;
+        return new VcpuExit(VcpuExitKind.Syscall);
+    }
+
+    private static bool PushesErrorCode(ExceptionVector vector)
+        => vector is ExceptionVector.DoubleFault or (>= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault)
+            or ExceptionVector.AlignmentCheck or ExceptionVector.ControlProtection;
+
+    /// <summary>Replaces the monitor's RIP, RSP and RFLAGS by those that the processor pushed.</summary>
+    private VcpuExit TakeException(ExceptionVector vector)
+    {
+        ulong* frame = _pages.ExceptionStack - 5;
+        uint errorCode = PushesErrorCode(vector) ? (uint)frame[-1] : 0;
+        ulong expected = _pages.ExceptionStackTop - (5 * sizeof(ulong)) - (PushesErrorCode(vector) ? 8UL : 0UL);
+        if (_run->Regs.Rsp != expected || (frame[1] & 3) == 0)
+        {
+            return new VcpuExit(
+                VcpuExitKind.Failed,
+                Failure: $"The monitor itself faulted: {vector} with error code {errorCode:x} at {frame[0]:x}, address {_sregs->Cr2:x}.");
+        }
+
+        _run->Regs.Rip = frame[0];
+        _segments->Cs = (ushort)frame[1];
+        _run->Regs.Rflags = frame[2];
+        _run->Regs.Rsp = frame[3];
+        _segments->Ss = (ushort)frame[4];
+        return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
+    }
+
+    private void TakeSegments()
+    {
+        _segments->Ds = _sregs->Ds.Selector;
+        _segments->Es = _sregs->Es.Selector;
+        _segments->Fs = _sregs->Fs.Selector;
+        _segments->Gs = _sregs->Gs.Selector;
+        _segments->FsBase = _sregs->Fs.Base;
+        _segments->GsBase = _sregs->Gs.Base;
+        if (_sregs->Ss.Dpl == 3)
+        {
+            _segments->Cs = _sregs->Cs.Selector;
+            _segments->Ss = _sregs->Ss.Selector;
+        }
+    }
+
+    /// <summary>
+    /// KVM_RUN came back with an error: usually a kick, which can find the vCPU in the guest, in a monitor entry that has not
+    /// reached its <c>out</c>, in the chain of an entry, or before anything was taken over.
+    /// </summary>
+    private VcpuExit TakeInterruption(int errno)
+    {
+        if (errno != LibC.EINTR && errno != LibC.EAGAIN)
+        {
+            string why = errno == LibC.EFAULT
+                ? "The guest used memory that the host could not provide (out of memory, or a page taken away)."
+                : $"KVM_RUN failed: {Marshal.GetPInvokeErrorMessage(errno)}.";
+            return new VcpuExit(VcpuExitKind.Failed, Failure: why);
+        }
+
+        TakeKick();
+        if (_run->DirtyRegs != KvmSyncRegs.None)
+        {
+            // Not taken over, and the shared page may hold either state: set everything anew.
+            _stateUncertain = true;
+            return RestoreIntended();
+        }
+
+        TakeSegments();
+        ulong rip = _run->Regs.Rip;
+        if (rip == _machine.SyscallEntry && (_sregs->Ss.Dpl == 0 || _machine.Capabilities.SyscallEntryLevel == 3))
+        {
+            EntryDone();
+            return TakeSyscall();
+        }
+
+        if (_sregs->Ss.Dpl == 3)
+        {
+            EntryDone();
+            return new VcpuExit(VcpuExitKind.Kicked);
+        }
+
+        if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
+        {
+            EntryDone();
+            return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
+        }
+
+        return RestoreIntended();
+    }
+
+    /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>
+    private VcpuExit RestoreIntended()
+    {
+        _run->Regs = *_intended;
+        return new VcpuExit(VcpuExitKind.Kicked);
+    }
+
+    private VcpuExit TakeOtherExit()
+    {
+        if (_run->ExitReason is KvmExitReason.Interrupted)
+            return TakeInterruption(LibC.EINTR);
+        ulong rip = _run->Regs.Rip;
+        string why = _run->ExitReason switch
+        {
+            KvmExitReason.Shutdown => "The processor shut down (triple fault).",
+            KvmExitReason.Mmio => $"The guest used machine address {_run->Mmio.PhysicalAddress:x}, where it has no memory.",
+            KvmExitReason.InternalError => DescribeInternalError(),
+            KvmExitReason.FailEntry => $"The processor refused to enter the guest (reason {_run->HardwareReason:x}).",
+            _ => $"KVM left the guest for an unexpected reason ({_run->ExitReason}).",
+        };
+        TakeSegments();
+        return new VcpuExit(VcpuExitKind.Failed, Failure: $"{why} RIP was {rip:x}.");
+    }
+
+    private string DescribeInternalError()
+    {
+        ref KvmInternalErrorExit error = ref _run->InternalError;
+        if (error.Suberror != 1)
+            return $"KVM reported internal error {error.Suberror}.";
+        ReadOnlySpan<byte> bytes = error.Instruction;
+        string code = error.DataCount >= 3 ? Convert.ToHexString(bytes[..Math.Min(bytes.Length, (int)error.InstructionSize)]) : "not given";
+        return $"KVM could not emulate an instruction (bytes: {code}).";
+    }
+}

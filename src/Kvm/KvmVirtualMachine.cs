@@ -1,0 +1,355 @@
+using Tmds.Linux;
+using XenSharp.Core;
+
+namespace XenSharp.Kvm;
+
+/// <summary>One KVM VM: RAM, the M2P table and the monitor, laid out as <see cref="MonitorLayout"/> says.</summary>
+public sealed unsafe class KvmVirtualMachine : IVirtualMachine
+{
+    /// <summary>vCPUs that the reserved GDT page has TSS descriptors for.</summary>
+    public const int MaxVcpus = 128;
+
+    private const ulong LargePageSize = 1UL << 21;
+    private const PageFlags SupervisorData = PageFlags.Present | PageFlags.Writable | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
+    private const PageFlags SupervisorCode = PageFlags.Present | PageFlags.Accessed;
+    private const PageFlags UserReadOnly = PageFlags.Present | PageFlags.User | PageFlags.Accessed | PageFlags.NoExecute;
+    private const PageFlags Branch = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed;
+
+    private readonly KvmSystem _system;
+    private readonly HostMemory _ram;
+    private readonly HostMemory _region;
+    private readonly ulong[] _hypervisorSlots = new ulong[Paging.HypervisorSlots];
+    private readonly List<KvmVirtualCpu> _vcpus = [];
+    private readonly Lock _slotLock = new();
+    private readonly bool[] _created = new bool[MaxVcpus];
+    private ulong _nextRegionPage;
+    private ulong _nextMonitorAddress = MonitorLayout.MonitorStart;
+    private int _file;
+
+    /// <param name="system">The open device.</param>
+    /// <param name="capabilities">What the probes found.</param>
+    /// <param name="ramSize">RAM in bytes, a multiple of the page size.</param>
+    /// <exception cref="KvmException">The host refuses; nothing is left behind.</exception>
+    public KvmVirtualMachine(KvmSystem system, HostCapabilities capabilities, ulong ramSize)
+    {
+        ArgumentOutOfRangeException.ThrowIfZero(ramSize);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(ramSize & Paging.PageOffsetMask, 0UL);
+        _system = system;
+        Capabilities = capabilities;
+        ulong frames = ramSize >> Paging.PageShift;
+        ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
+        ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 32);
+        ulong regionPages = tables + 16 + (MaxVcpus * (2 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift);
+        _file = -1;
+        try
+        {
+            _ram = HostMemory.Create("xensharp-ram\0"u8, ramSize);
+            _region = HostMemory.Create("xensharp-monitor\0"u8, regionPages << Paging.PageShift);
+            Memory = new MachineMemory(_ram.Address, new MachineAddress(MonitorLayout.RamAddress).Frame, frames);
+            _file = LibC.ioctl(system.File, KvmRequest.CreateVm, 0);
+            if (_file < 0)
+                throw new KvmException("KVM_CREATE_VM failed", LibC.errno);
+
+            // Only VMX needs these two, and only it can refuse them.
+            Check(LibC.ioctl(_file, KvmRequest.SetTssAddress, (void*)MonitorLayout.TssAddress), "KVM_SET_TSS_ADDR failed");
+            ulong identityMap = MonitorLayout.IdentityMapAddress;
+            Check(LibC.ioctl(_file, KvmRequest.SetIdentityMapAddress, &identityMap), "KVM_SET_IDENTITY_MAP_ADDR failed");
+            SetSlot(0, MonitorLayout.RegionAddress, _region.Address, _region.Size);
+            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+
+            // Shadow pages, where KVM has them: the default of 2 % of RAM makes fork-heavy guests thrash.
+            _ = LibC.ioctl(_file, KvmRequest.SetNrMmuPages, (void*)Math.Max(16384, frames / 8));
+            BuildMonitor(machineToPhysSize);
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    public MachineMemory Memory { get; }
+
+    public ulong* MachineToPhys { get; private set; }
+
+    public VirtualAddress MachineToPhysStart { get; private set; }
+
+    public ReadOnlySpan<ulong> HypervisorSlots => _hypervisorSlots;
+
+    public TimeStampCounter TimeStampCounter => Capabilities.TimeStampCounter;
+
+    public HostCapabilities Capabilities { get; }
+
+    internal KvmSystem System => _system;
+
+    internal int File => _file;
+
+    internal MonitorCode Code { get; private set; } = null!;
+
+    /// <summary>A CPUID leaf to be changed recognisably, for the probe that asks whether the policy reaches the guest.</summary>
+    internal (uint Leaf, uint Eax)? CpuidMark { get; init; }
+
+    /// <summary>Virtual address of the SYSCALL entry.</summary>
+    internal ulong SyscallEntry { get; private set; }
+
+    internal ulong InterruptTable { get; private set; }
+
+    private ulong MonitorTableAddress { get; set; }
+
+    private ulong ReservedGdtPage { get; set; }
+
+    private ulong IoBitmapPages { get; set; }
+
+    private ulong GdtTables { get; set; }
+
+    private static ulong RoundUp(ulong value, ulong unit) => (value + unit - 1) & ~(unit - 1);
+
+    /// <inheritdoc/>
+    public IVirtualCpu CreateVcpu(int number) => CreateKvmVcpu(number);
+
+    internal KvmVirtualCpu CreateKvmVcpu(int number)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(number);
+        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(number, MaxVcpus);
+        if (_created[number])
+            throw new ArgumentException($"vCPU {number} exists already.", nameof(number));
+        var vcpu = new KvmVirtualCpu(this, number, BuildVcpuPages(number));
+        _created[number] = true;
+        _vcpus.Add(vcpu);
+        return vcpu;
+    }
+
+    /// <summary>
+    /// Makes KVM forget everything it derived from the guest's page tables, by taking the RAM slot away and giving it back:
+    /// the way out where more entries were stored than can be repeated one by one.
+    /// </summary>
+    internal void DropShadowPages()
+    {
+        lock (_slotLock)
+        {
+            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, 0);
+            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+        }
+    }
+
+    public void Dispose()
+    {
+        foreach (KvmVirtualCpu vcpu in _vcpus)
+            vcpu.Dispose();
+        _vcpus.Clear();
+        if (_file >= 0)
+            _ = LibC.close(_file);
+        _file = -1;
+        _ram?.Dispose();
+        _region?.Dispose();
+    }
+
+    internal static void Check(int result, string sentence)
+    {
+        if (result < 0)
+            throw new KvmException(sentence, LibC.errno);
+    }
+
+    private void SetSlot(uint slot, ulong address, byte* host, ulong size)
+    {
+        var region = new KvmUserMemoryRegion { Slot = slot, GuestPhysicalAddress = address, Size = size, UserspaceAddress = (ulong)host };
+        Check(LibC.ioctl(_file, KvmRequest.SetUserMemoryRegion, &region), "KVM_SET_USER_MEMORY_REGION failed");
+    }
+
+    /// <summary>Takes the next pages of the monitor's region.</summary>
+    /// <returns>Guest-physical address of the first.</returns>
+    private ulong TakePages(ulong count)
+    {
+        ulong address = MonitorLayout.RegionAddress + (_nextRegionPage << Paging.PageShift);
+        _nextRegionPage += count;
+        if (_nextRegionPage << Paging.PageShift > _region.Size)
+            throw new InvalidOperationException("The monitor's region was sized too small.");
+        return address;
+    }
+
+    private byte* Host(ulong physical) => _region.Address + (physical - MonitorLayout.RegionAddress);
+
+    /// <summary>Takes pages and maps them at the next free addresses of the monitor's slot.</summary>
+    private ulong TakeMapped(ulong count, PageFlags flags, out ulong physical)
+    {
+        physical = TakePages(count);
+        ulong start = _nextMonitorAddress;
+        for (ulong i = 0; i < count; i++)
+            Map(start + (i << Paging.PageShift), physical + (i << Paging.PageShift), flags);
+
+        // A hole after every piece: running off its end faults.
+        _nextMonitorAddress += (count + 1) << Paging.PageShift;
+        return start;
+    }
+
+    private void Map(ulong address, ulong physical, PageFlags flags)
+        => Host<ulong>(TableEntry(address, 1)) = (physical & PageTableEntry.FrameMask) | (ulong)flags;
+
+    private ref T Host<T>(ulong physical)
+        where T : unmanaged => ref *(T*)Host(physical);
+
+    /// <summary>Physical address of the entry that maps an address at a level, with the tables above it made as needed.</summary>
+    private ulong TableEntry(ulong address, int level)
+    {
+        var virtualAddress = new VirtualAddress(address);
+        ref ulong slot = ref _hypervisorSlots[virtualAddress.TableIndex(4) - Paging.FirstHypervisorSlot];
+        ulong table = TableOf(ref slot);
+        for (int current = 3; current > level; current--)
+            table = TableOf(ref Host<ulong>(table + ((ulong)virtualAddress.TableIndex(current) * sizeof(ulong))));
+        return table + ((ulong)virtualAddress.TableIndex(level) * sizeof(ulong));
+    }
+
+    private ulong TableOf(ref ulong entry)
+    {
+        if (entry == 0)
+            entry = TakePages(1) | (ulong)Branch;
+        return entry & PageTableEntry.FrameMask;
+    }
+
+    private void BuildMonitor(ulong machineToPhysSize)
+    {
+        BuildCode();
+        BuildDescriptorTables();
+        BuildMachineToPhys(machineToPhysSize);
+        for (ulong address = MonitorLayout.RegionAddress & ~(LargePageSize - 1); address < MonitorLayout.RegionAddress + _region.Size; address += LargePageSize)
+            MapLarge(address);
+        for (ulong address = MonitorLayout.RamAddress; address < MonitorLayout.RamAddress + _ram.Size; address += LargePageSize)
+            MapLarge(address);
+
+        // All windows' tables now, so that the L4 entries never change once guests hold copies of them.
+        GdtTables = TableEntry(MonitorLayout.GdtStart, 1);
+        for (int vcpu = 0; vcpu < MaxVcpus; vcpu++)
+            _ = TableEntry(MonitorLayout.GdtStart + ((ulong)(vcpu * MonitorLayout.GdtWindowPages) << Paging.PageShift), 1);
+    }
+
+    private void MapLarge(ulong physical)
+        => Host<ulong>(TableEntry(MonitorLayout.DirectMapStart + physical, 2)) = physical | (ulong)(SupervisorData | PageFlags.LargePage);
+
+    private void BuildCode()
+    {
+        PageFlags entryFlags = SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None);
+        SyscallEntry = TakeMapped(1, entryFlags, out ulong entryPage);
+        MonitorCode.AssembleSyscallEntry(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
+
+        ulong codeStart = _nextMonitorAddress;
+        Code = MonitorCode.Assemble(codeStart);
+        ulong codePages = RoundUp((ulong)Code.Bytes.Length, Paging.PageSize) >> Paging.PageShift;
+        _ = TakeMapped(codePages, SupervisorCode, out ulong codePage);
+        Code.Bytes.CopyTo(new Span<byte>(Host(codePage), Code.Bytes.Length));
+    }
+
+    private void BuildDescriptorTables()
+    {
+        InterruptTable = TakeMapped(1, SupervisorData, out ulong table);
+        for (int vector = 0; vector < MonitorLayout.Vectors; vector++)
+        {
+            ulong stub = Code.ExceptionStubs + (ulong)(vector * MonitorLayout.StubSize);
+
+            // Interrupt gate; INT3 and INTO are the two that CPL 3 may raise by itself.
+            ulong level = vector is (int)ExceptionVector.Breakpoint or (int)ExceptionVector.Overflow ? 3UL : 0UL;
+            ulong low = (stub & 0xffff) | ((ulong)MonitorLayout.MonitorCs << 16) | (0x8eUL << 40) | (level << 45) | ((stub & 0xffff_0000) << 32);
+            Host<ulong>(table + (ulong)(vector * 16)) = low;
+            Host<ulong>(table + (ulong)(vector * 16) + 8) = stub >> 32;
+        }
+
+        ReservedGdtPage = TakePages(1);
+        SetDescriptor(MonitorLayout.MonitorCs, 0x00af_9b00_0000_ffff);
+        SetDescriptor(MonitorLayout.MonitorSs, 0x00cf_9300_0000_ffff);
+        SetDescriptor(FlatSelectors.Ring3Cs32, 0x00cf_fb00_0000_ffff);
+        SetDescriptor(FlatSelectors.Ring3Data, 0x00cf_f300_0000_ffff);
+        SetDescriptor(FlatSelectors.Ring3Cs64, 0x00af_fb00_0000_ffff);
+
+        // Every port denied, for the part of the bitmap past a TSS's own page; one byte more, as the processor reads two.
+        IoBitmapPages = TakePages(2);
+        new Span<byte>(Host(IoBitmapPages), 2 * (int)Paging.PageSize).Fill(0xff);
+    }
+
+    private void SetDescriptor(ushort selector, ulong descriptor)
+        => Host<ulong>(ReservedGdtPage + (selector & 0xff8UL)) = descriptor;
+
+    /// <summary>
+    /// The table has an entry for every frame below the end of RAM; those below its start read as invalid from one page.
+    /// </summary>
+    private void BuildMachineToPhys(ulong size)
+    {
+        ulong physical = TakePages(size >> Paging.PageShift);
+        MachineToPhys = (ulong*)Host(physical);
+        ulong invalid = TakePages(1);
+        new Span<byte>(Host(invalid), (int)Paging.PageSize).Fill(0xff);
+        ulong start = Capabilities.Slot256Usable ? MonitorLayout.ClassicMachineToPhys : MonitorLayout.AlternativeMachineToPhys;
+        MachineToPhysStart = new VirtualAddress(start);
+        ulong ramPart = Memory.FirstFrame.Value * sizeof(ulong);
+        for (ulong offset = 0; offset < ramPart; offset += Paging.PageSize)
+            Map(start + offset, invalid, UserReadOnly);
+        for (ulong offset = 0; offset < size; offset += Paging.PageSize)
+            Map(start + ramPart + offset, physical + offset, UserReadOnly);
+    }
+
+    private VcpuPages BuildVcpuPages(int number)
+    {
+        const int taskStateSize = 104;
+        ulong taskState = _nextMonitorAddress;
+        _ = TakeMapped(1, SupervisorData, out ulong taskStatePage);
+        _nextMonitorAddress = taskState + Paging.PageSize;
+        for (ulong i = 0; i < 2; i++)
+            Map(taskState + ((1 + i) << Paging.PageShift), IoBitmapPages + (i << Paging.PageShift), SupervisorData & ~PageFlags.Writable);
+        _nextMonitorAddress += 3 << Paging.PageShift;
+
+        ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
+        ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
+
+        byte* tss = Host(taskStatePage);
+        new Span<byte>(tss, (int)Paging.PageSize).Fill(0xff);
+        new Span<byte>(tss, taskStateSize).Clear();
+        *(ulong*)(tss + 4) = stack + Paging.PageSize;
+        *(ushort*)(tss + 102) = taskStateSize;
+
+        // Where SYSCALL stays at CPL 3 its entry's one port is open there; GuestIo tells other uses of it apart.
+        if (Capabilities.SyscallEntryLevel == 3)
+            tss[taskStateSize + (MonitorLayout.SyscallPort / 8)] &= unchecked((byte)~(1 << (MonitorLayout.SyscallPort % 8)));
+
+        const uint taskStateLimit = taskStateSize + 8192;
+        ulong windowStart = MonitorLayout.GdtStart + ((ulong)(number * MonitorLayout.GdtWindowPages) << Paging.PageShift);
+        ulong window = TableEntry(windowStart, 1);
+        for (int page = MonitorLayout.ReservedGdtPage; page < MonitorLayout.GdtWindowPages; page++)
+            Host<ulong>(window + (ulong)(page * sizeof(ulong))) = ReservedGdtPage | (ulong)(SupervisorData & ~PageFlags.Writable);
+
+        ushort selector = (ushort)(MonitorLayout.FirstTss + (number * 16));
+        SetDescriptor(selector, (taskStateLimit & 0xffff) | ((taskState & 0xff_ffff) << 16) | (0x8bUL << 40) | ((taskState & 0xff00_0000) << 32));
+        SetDescriptor((ushort)(selector + 8), taskState >> 32);
+        return new VcpuPages
+        {
+            TaskState = taskState,
+            TaskStateSelector = selector,
+            TaskStateLimit = taskStateLimit,
+            ExceptionStackTop = stack + Paging.PageSize,
+            ExceptionStack = (ulong*)(Host(stackPage) + Paging.PageSize),
+            ReturnAreaTop = area + ((ulong)MonitorLayout.ReturnAreaPages << Paging.PageShift),
+            ReturnArea = (ulong*)(Host(areaPages) + (MonitorLayout.ReturnAreaPages << Paging.PageShift)),
+            GdtStart = windowStart,
+            GdtWindow = new GdtWindow((nint)Host(window), new MachineAddress(window)),
+        };
+    }
+}
+
+/// <summary>A vCPU's own pages in the monitor. Host pointers point one past the end, as the stacks grow down.</summary>
+internal readonly unsafe struct VcpuPages
+{
+    public ulong TaskState { get; init; }
+
+    public ushort TaskStateSelector { get; init; }
+
+    public uint TaskStateLimit { get; init; }
+
+    public ulong ExceptionStackTop { get; init; }
+
+    public ulong* ExceptionStack { get; init; }
+
+    public ulong ReturnAreaTop { get; init; }
+
+    public ulong* ReturnArea { get; init; }
+
+    public ulong GdtStart { get; init; }
+
+    public GdtWindow GdtWindow { get; init; }
+}

@@ -1,0 +1,149 @@
+// The monitor's instructions, assembled with Iced.
+using Iced.Intel;
+using static Iced.Intel.AssemblerRegisters;
+
+namespace XenSharp.Kvm;
+
+/// <summary>
+/// The code that runs at CPL 0 inside a VM: entries from the guest, each a single <c>out</c> that names what happened, and
+/// the gadgets of the way back.
+/// </summary>
+/// <remarks>
+/// The way back is a chain on the vCPU's return area: RIP is set to the first gadget, RSP to its operands, each gadget pops
+/// what it needs and returns into the next, and the last ends in IRETQ. So page-table stores, a root change and the return
+/// to the guest cost one KVM_RUN, and on a KVM that interprets CPL 0 code (0.7 µs an instruction) no instruction is executed
+/// that is not needed.
+/// </remarks>
+internal sealed class MonitorCode
+{
+    /// <summary>Most single stores in one gadget.</summary>
+    public const int MaxStores = 128;
+
+    /// <summary>Most runs of neighbouring stores in one gadget.</summary>
+    public const int MaxRuns = 32;
+
+    private MonitorCode(byte[] bytes) => Bytes = bytes;
+
+    /// <summary>The code page(s), to be placed at the address given to <see cref="Assemble"/>.</summary>
+    public byte[] Bytes { get; }
+
+    /// <summary>First exception stub; the others follow at <see cref="MonitorLayout.StubSize"/>.</summary>
+    public ulong ExceptionStubs { get; private init; }
+
+    /// <summary>Pops RCX, then <c>iretq</c>: the end of every chain.</summary>
+    public ulong RestoreAndIret { get; private init; }
+
+    /// <summary>Pops a page-table root, loads CR3 with it, goes on.</summary>
+    public ulong LoadRoot { get; private init; }
+
+    private ulong StoresEnd { get; init; }
+
+    private ulong StoreLength { get; init; }
+
+    private ulong FinalStoresEnd { get; init; }
+
+    private ulong RunsEnd { get; init; }
+
+    private ulong RunLength { get; init; }
+
+    /// <summary>Pops <paramref name="count"/> addresses and stores each entry over itself, then goes on.</summary>
+    public ulong Stores(int count) => StoresEnd - ((ulong)count * StoreLength);
+
+    /// <summary>The same, followed by what <see cref="RestoreAndIret"/> does.</summary>
+    public ulong FinalStores(int count) => FinalStoresEnd - ((ulong)count * StoreLength);
+
+    /// <summary>
+    /// Pops <paramref name="count"/> pairs of address and entry count, stores each run over itself, pops RDI and RSI, goes on.
+    /// </summary>
+    public ulong Runs(int count) => RunsEnd - ((ulong)count * RunLength);
+
+    /// <summary>The SYSCALL entry: a page of its own, because some KVMs enter it at CPL 3.</summary>
+    public static byte[] AssembleSyscallEntry(ulong address)
+    {
+        var code = new Assembler(64);
+        code.@out(MonitorLayout.SyscallPort, al);
+        code.ud2();
+        return Emit(code, address, out _);
+    }
+
+    /// <summary>Assembles all supervisor code for the given virtual address.</summary>
+    public static MonitorCode Assemble(ulong address)
+    {
+        var code = new Assembler(64);
+        Label Here()
+        {
+            Label label = code.CreateLabel();
+            code.Label(ref label);
+            return label;
+        }
+
+        Label stubs = Here();
+        for (int vector = 0; vector < MonitorLayout.Vectors; vector++)
+        {
+            code.@out((byte)vector, al);
+            code.ud2();
+        }
+
+        Label loadRoot = Here();
+        code.pop(rcx);
+        code.mov(cr3, rcx);
+        code.ret();
+
+        Label stores = Here();
+        UnrollStores(code);
+        Label storesEnd = Here();
+        code.ret();
+
+        UnrollStores(code);
+        Label restoreAndIret = Here();
+        code.pop(rcx);
+        code.iretq();
+
+        Label runs = Here();
+        for (int i = 0; i < MaxRuns; i++)
+        {
+            code.pop(rdi);
+            code.pop(rcx);
+            code.mov(rsi, rdi);
+            code.rep.movsq();
+        }
+
+        Label runsEnd = Here();
+        code.pop(rdi);
+        code.pop(rsi);
+        code.ret();
+
+        byte[] bytes = Emit(code, address, out AssemblerResult result);
+        ulong storesEndAt = result.GetLabelRIP(storesEnd);
+        ulong runsEndAt = result.GetLabelRIP(runsEnd);
+        return new MonitorCode(bytes)
+        {
+            ExceptionStubs = result.GetLabelRIP(stubs),
+            LoadRoot = result.GetLabelRIP(loadRoot),
+            RestoreAndIret = result.GetLabelRIP(restoreAndIret),
+            StoresEnd = storesEndAt,
+            StoreLength = (storesEndAt - result.GetLabelRIP(stores)) / MaxStores,
+            FinalStoresEnd = result.GetLabelRIP(restoreAndIret),
+            RunsEnd = runsEndAt,
+            RunLength = (runsEndAt - result.GetLabelRIP(runs)) / MaxRuns,
+        };
+    }
+
+    private static void UnrollStores(Assembler code)
+    {
+        for (int i = 0; i < MaxStores; i++)
+        {
+            code.pop(rcx);
+
+            // Locked, so that another processor's Accessed and Dirty bits are not undone; the value is not changed.
+            code.@lock.or(__qword_ptr[rcx], 0);
+        }
+    }
+
+    private static byte[] Emit(Assembler code, ulong address, out AssemblerResult result)
+    {
+        using var stream = new MemoryStream();
+        result = code.Assemble(new StreamCodeWriter(stream), address, BlockEncoderOptions.ReturnNewInstructionOffsets);
+        return stream.ToArray();
+    }
+}

@@ -1,0 +1,64 @@
+// Where the monitor's pages lie, in the VM's physical space and in the L4 slots that Xen reserves.
+using XenSharp.Core;
+
+namespace XenSharp.Kvm;
+
+/// <summary>Addresses of the monitor, the supervisor pages that XenSharp puts into every VM.</summary>
+internal static class MonitorLayout
+{
+    /// <summary>Guest-physical start of the monitor's own memory, which also holds the M2P table.</summary>
+    public const ulong RegionAddress = 0x10_0000;
+
+    /// <summary>Guest-physical start of the domain's RAM, and so its first machine frame: past every legacy hole.</summary>
+    public const ulong RamAddress = 0x1_0000_0000;
+
+    /// <summary>Three pages that VMX wants for real mode; no memory slot may cover them.</summary>
+    public const ulong TssAddress = 0xfffb_d000;
+
+    /// <summary>One page that VMX wants for real mode.</summary>
+    public const ulong IdentityMapAddress = 0xfffb_c000;
+
+    private const ulong SlotSize = 1UL << 39;
+
+    /// <summary>The classic place of the M2P table, slot 256.</summary>
+    public const ulong ClassicMachineToPhys = Paging.HypervisorVirtualStart;
+
+    /// <summary>Slot 257: the M2P table where slot 256 cannot be used.</summary>
+    public const ulong AlternativeMachineToPhys = Paging.HypervisorVirtualStart + SlotSize;
+
+    /// <summary>Slot 258: the monitor's code, tables and stacks.</summary>
+    public const ulong MonitorStart = Paging.HypervisorVirtualStart + (2 * SlotSize);
+
+    /// <summary>Slot 259: all guest-physical memory, for the monitor's own stores.</summary>
+    public const ulong DirectMapStart = Paging.HypervisorVirtualStart + (3 * SlotSize);
+
+    /// <summary>Slot 260: a window of 16 pages for each vCPU's global descriptor table.</summary>
+    public const ulong GdtStart = Paging.HypervisorVirtualStart + (4 * SlotSize);
+
+    /// <summary>Pages of one GDT window: 14 of the guest, then the reserved ones.</summary>
+    public const int GdtWindowPages = 16;
+
+    /// <summary>Index of the reserved page in a window (FIRST_RESERVED_GDT_PAGE).</summary>
+    public const int ReservedGdtPage = 14;
+
+    // Selectors in the reserved page, as xen/arch-x86/xen-x86_64.h and the STAR layout want them.
+    public const ushort MonitorCs = 0xe008;
+    public const ushort MonitorSs = 0xe010;
+
+    /// <summary>Selector of vCPU 0's TSS descriptor; the following vCPUs are 16 bytes apart.</summary>
+    public const ushort FirstTss = 0xe040;
+
+    /// <summary>One port stands for SYSCALL; exceptions use the port of their vector's number.</summary>
+    public const byte SyscallPort = 0xe0;
+
+    /// <summary>Exception vectors that have a gate; <c>int n</c> past them raises #GP by the table's limit.</summary>
+    public const int Vectors = 32;
+
+    /// <summary>Bytes between two exception stubs.</summary>
+    public const int StubSize = 4;
+
+    /// <summary>Pages of a vCPU's return area: the chain of <see cref="MonitorCode"/>'s gadgets, ending in an IRET frame.</summary>
+    public const int ReturnAreaPages = 16;
+
+    public static ulong DirectMap(MachineAddress address) => DirectMapStart + address.Value;
+}

@@ -1,0 +1,140 @@
+// Asks apt for packages without touching the system's state: its sources and keys are used, its caches are not.
+using System.Globalization;
+
+namespace XenSharp.Guests.Fetching;
+
+/// <summary>What apt knows of a package's candidate version.</summary>
+/// <param name="Name">The package.</param>
+/// <param name="Version">Its candidate version.</param>
+/// <param name="Depends">The Depends field as it stands, empty when there is none.</param>
+/// <param name="Size">Bytes to download, or null when apt does not say.</param>
+sealed record AptPackage(string Name, string Version, string Depends, long? Size);
+
+/// <summary>
+/// The host's apt. Everything apt writes goes to a folder of ours; its package lists are either the system's, only read, or
+/// lists of our own that <see cref="UpdateAsync"/> fetches from the system's sources.
+/// </summary>
+/// <remarks>apt checks every download against the signed package lists; that is left switched on.</remarks>
+sealed class AptRepository
+{
+    readonly CommandRunner runner;
+    readonly string configuration;
+
+    AptRepository(CommandRunner runner, string configuration)
+    {
+        this.runner = runner;
+        this.configuration = configuration;
+    }
+
+    /// <summary>Prepares the folder and the configuration apt is run with.</summary>
+    /// <param name="runner">Finds and runs apt.</param>
+    /// <param name="folder">A folder of ours for apt's caches.</param>
+    /// <param name="privateLists">Whether to keep package lists of our own instead of reading the system's.</param>
+    public static AptRepository Open(CommandRunner runner, string folder, bool privateLists)
+    {
+        string state = Path.Combine(folder, "state");
+        string cache = Path.Combine(folder, "cache");
+        Directory.CreateDirectory(Path.Combine(state, "lists", "partial"));
+        Directory.CreateDirectory(Path.Combine(cache, "archives", "partial"));
+        string status = Path.Combine(folder, "status");
+        File.WriteAllText(status, "");
+
+        // -c is read after the system's own configuration, so proxies set there stay in force and these lines win.
+        // The two #clear lines drop hooks that would delete from or write to the system's caches; the binary caches are
+        // switched off because they would take a hundred megabytes; unsandboxed, because apt's own user cannot write here.
+        List<string> lines =
+        [
+            $"Dir::Cache \"{cache}\";",
+            "Dir::Cache::archives \"archives/\";",
+            "Dir::Cache::pkgcache \"\";",
+            "Dir::Cache::srcpkgcache \"\";",
+            $"Dir::State::status \"{status}\";",
+            "APT::Sandbox::User \"root\";",
+            "Acquire::Languages \"none\";",
+            "Acquire::GzipIndexes \"true\";",
+            "#clear APT::Update::Pre-Invoke;",
+            "#clear APT::Update::Post-Invoke;",
+            "#clear APT::Update::Post-Invoke-Success;",
+        ];
+        if (privateLists)
+            lines.Add($"Dir::State \"{state}\";");
+        string configuration = Path.Combine(folder, privateLists ? "private.conf" : "system.conf");
+        File.WriteAllLines(configuration, lines);
+        return new AptRepository(runner, configuration);
+    }
+
+    /// <summary>The candidate version of a package, or null when the lists do not have it.</summary>
+    /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
+    public async Task<AptPackage?> ShowAsync(string package, CancellationToken cancellation)
+    {
+        CommandResult shown = await RunAsync("apt-cache", null, null, cancellation, "show", "--no-all-versions", package)
+            .ConfigureAwait(false);
+        if (shown.ExitCode != 0)
+            return null;
+
+        Dictionary<string, string> fields = [];
+        foreach (string line in shown.Output.Split('\n').TakeWhile(line => line.Length != 0))
+        {
+            int colon = line.IndexOf(':', StringComparison.Ordinal);
+            if (colon > 0 && line[0] != ' ')
+                fields.TryAdd(line[..colon], line[(colon + 1)..].Trim());
+        }
+        if (fields.GetValueOrDefault("Package") != package || !fields.TryGetValue("Version", out string? version))
+            return null;
+        long? size = long.TryParse(fields.GetValueOrDefault("Size"), CultureInfo.InvariantCulture, out long bytes) ? bytes : null;
+        return new AptPackage(package, version, fields.GetValueOrDefault("Depends", ""), size);
+    }
+
+    /// <summary>Fetches the lists anew; only for private lists.</summary>
+    /// <returns>apt's complaint, or null when it had none.</returns>
+    /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
+    public async Task<string?> UpdateAsync(Action<double> onFraction, CancellationToken cancellation)
+    {
+        CommandResult updated = await RunAsync("apt-get", null, onFraction, cancellation, "update").ConfigureAwait(false);
+        return updated.ExitCode == 0 ? null : Complaint(updated);
+    }
+
+    /// <summary>Downloads a package's candidate version into a folder.</summary>
+    /// <returns>The package file, or null and apt's complaint.</returns>
+    /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
+    public async Task<(string? File, string Complaint)> DownloadAsync(
+        AptPackage package, string folder, Action<double> onFraction, CancellationToken cancellation)
+    {
+        Directory.CreateDirectory(folder);
+        CommandResult downloaded = await RunAsync(
+            "apt-get", folder, onFraction, cancellation, "download", $"{package.Name}={package.Version}").ConfigureAwait(false);
+        if (downloaded.ExitCode != 0)
+            return (null, Complaint(downloaded));
+        string? file = Directory.EnumerateFiles(folder, $"{package.Name}_*.deb").FirstOrDefault();
+        return file is null ? (null, $"apt-get download ended well but left no {package.Name} package.") : (file, "");
+    }
+
+    Task<CommandResult> RunAsync(
+        string program, string? folder, Action<double>? onFraction, CancellationToken cancellation, params string[] arguments)
+    {
+        // Progress lines look like dlstatus:FILES:PERCENT:TEXT (apt's README.progress-reporting).
+        void ReadProgress(string line)
+        {
+            string[] fields = line.Split(':', 4);
+            if (fields.Length == 4 && fields[0] == "dlstatus"
+                && double.TryParse(fields[2], CultureInfo.InvariantCulture, out double percent))
+                onFraction?.Invoke(Math.Clamp(percent / 100, 0, 1));
+        }
+
+        string[] progress = onFraction is null ? [] : ["-q", "-o", "APT::Status-Fd=1"];
+        return runner.RunAsync(
+            new Command(program, ["-c", configuration, .. progress, .. arguments])
+            {
+                WorkingDirectory = folder,
+                OnOutputLine = onFraction is null ? null : ReadProgress,
+            },
+            cancellation);
+    }
+
+    static string Complaint(CommandResult result)
+    {
+        string[] errors = [.. result.Error.Split('\n').Where(line => line.StartsWith("E: ", StringComparison.Ordinal))
+            .Select(line => line[3..].TrimEnd())];
+        return errors.Length != 0 ? string.Join(" ", errors) : $"exit status {result.ExitCode}.";
+    }
+}

@@ -1,0 +1,28 @@
+// How an operation that takes long stops in the middle and goes on after events were looked at (hypercall_create_continuation).
+namespace XenSharp.Core;
+
+/// <summary>Set by an operation that stopped part-way.</summary>
+public struct ContinuationState
+{
+    /// <summary>1 when the operation must be issued again with <see cref="Arguments"/>.</summary>
+    public int Pending;
+
+    /// <summary>The arguments that stand for the rest of the work.</summary>
+    public HypercallArguments Arguments;
+}
+
+/// <summary>Continuing an operation.</summary>
+public static unsafe class Continuation
+{
+    /// <summary>
+    /// Says that the hypercall is to be issued again with other arguments: from the guest's <c>syscall</c> instruction, or
+    /// by the multicall that it is part of.
+    /// </summary>
+    /// <returns>A value for the caller to return; the dispatcher replaces it.</returns>
+    public static long Create(VcpuContext* vcpu, in HypercallArguments arguments)
+    {
+        vcpu->Continuation.Pending = 1;
+        vcpu->Continuation.Arguments = arguments;
+        return 0;
+    }
+}

@@ -1,0 +1,212 @@
+// The state that hypercalls work on. Blittable, in unmanaged memory, no managed reference: the hot half of the ABI is to be
+// compiled a second time without a runtime and run inside the VM on the same bytes.
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+
+namespace XenSharp.Core;
+
+/// <summary>A domain's identity in the ABI.</summary>
+public readonly record struct DomainId(ushort Value)
+{
+    /// <summary>DOMID_SELF.</summary>
+    public static readonly DomainId Self = new(0x7ff0);
+
+    /// <summary>DOMID_IO.</summary>
+    public static readonly DomainId Io = new(0x7ff1);
+
+    /// <summary>DOMID_XEN.</summary>
+    public static readonly DomainId Xen = new(0x7ff2);
+
+    /// <summary>First id that is not an ordinary domain's (DOMID_FIRST_RESERVED).</summary>
+    public const ushort FirstReserved = 0x7ff0;
+}
+
+/// <summary>VMASST_TYPE_* bits of <see cref="DomainState.VmAssists"/>.</summary>
+[Flags]
+public enum VmAssist : ulong
+{
+    FourGigabyteSegments = 1 << 0,
+    FourGigabyteSegmentsNotify = 1 << 1,
+    WritablePageTables = 1 << 2,
+    PaeExtendedCr3 = 1 << 3,
+    ArchitecturalIopl = 1 << 4,
+    RunstateUpdateFlag = 1 << 5,
+    M2PStrict = 1UL << 32,
+}
+
+/// <summary>What all vCPUs of a domain share.</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct DomainState
+{
+    /// <summary>The domain's own id.</summary>
+    public ushort Id;
+
+    /// <summary>vCPUs that exist.</summary>
+    public int VcpuCount;
+
+    /// <summary>Frames that the domain owns (tot_pages).</summary>
+    public ulong OwnedPages;
+
+    /// <summary>Frames that it may own (max_pages).</summary>
+    public ulong MaxPages;
+
+    /// <summary>Assists that are on.</summary>
+    public ulong VmAssists;
+
+    /// <summary>Machine frame of shared_info.</summary>
+    public ulong SharedInfoFrame;
+
+    public readonly bool Has(VmAssist assist) => (VmAssists & (ulong)assist) != 0;
+}
+
+/// <summary>VGCF_* bits that callbacks set.</summary>
+[Flags]
+public enum CallbackFlags : uint
+{
+    None = 0,
+    FailsafeDisablesEvents = 1 << 0,
+    SyscallDisablesEvents = 1 << 1,
+    Syscall32DisablesEvents = 1 << 2,
+    SysenterDisablesEvents = 1 << 3,
+}
+
+/// <summary>One vCPU's state beyond its registers: the "per-vCPU page".</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct VcpuState
+{
+    public int Id;
+
+    /// <summary>1 in guest-kernel mode, 0 in guest-user mode (TF_kernel_mode). Not derived from CS: only this is believed.</summary>
+    public int KernelMode;
+
+    /// <summary>L4 frame of kernel mode (guest_table); 0 for none.</summary>
+    public ulong KernelRoot;
+
+    /// <summary>L4 frame of user mode (guest_table_user); 0 for none.</summary>
+    public ulong UserRoot;
+
+    /// <summary>RSP of the kernel on entry from user mode.</summary>
+    public ulong KernelSp;
+
+    /// <summary>SS that goes with it.</summary>
+    public ulong KernelSs;
+
+    /// <summary>The GS base that SWAPGS would bring in: the kernel's in user mode, the user's in kernel mode.</summary>
+    public ulong InactiveGsBase;
+
+    public ulong EventCallback;
+    public ulong FailsafeCallback;
+    public ulong SyscallCallback;
+    public ulong Syscall32Callback;
+    public ulong SysenterCallback;
+    public CallbackFlags CallbackFlags;
+
+    /// <summary>The virtual IOPL, in RFLAGS position.</summary>
+    public ulong Iopl;
+
+    /// <summary>Guest address and length in bits of the I/O permission bitmap (PHYSDEVOP_set_iobitmap).</summary>
+    public ulong IoBitmap;
+    public uint IoBitmapPorts;
+
+    /// <summary>Virtual address and entries of the LDT.</summary>
+    public ulong LdtBase;
+    public uint LdtEntries;
+
+    /// <summary>Descriptors in the GDT, at most 14 × 512.</summary>
+    public uint GdtEntries;
+    public GdtFrameArray GdtFrames;
+
+    /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
+    public int TaskSwitched;
+
+    /// <summary>Guest's view of CR4, DR0–DR7 and XCR0.</summary>
+    public ulong Cr4;
+    public DebugRegisterArray DebugRegisters;
+    public ulong Xcr0;
+
+    /// <summary>An NMI waits to be delivered.</summary>
+    public int NmiPending;
+
+    /// <summary>1 while an NMI is being handled: cleared by iret.</summary>
+    public int NmiMasked;
+
+    /// <summary>Where vcpu_info lies: machine frame and byte offset.</summary>
+    public ulong VcpuInfoFrame;
+    public int VcpuInfoOffset;
+
+    public TrapTable Traps;
+
+    [InlineArray(14)]
+    public struct GdtFrameArray
+    {
+        private ulong _element;
+    }
+
+    [InlineArray(8)]
+    public struct DebugRegisterArray
+    {
+        private ulong _element;
+    }
+
+    [InlineArray(256)]
+    public struct TrapTable
+    {
+        private TrapInfo _element;
+    }
+}
+
+/// <summary>
+/// Where a vCPU's state lies for code that runs here. The same state has other addresses inside the VM; this holds nothing
+/// but addresses.
+/// </summary>
+public unsafe struct VcpuContext
+{
+    public DomainContext* Domain;
+    public VcpuState* State;
+    public CpuRegisters* Registers;
+    public SegmentRegisters* Segments;
+    public PageTableWriteQueue* PageTableWrites;
+
+    /// <summary>Host view of vcpu_info. Guest-writable: read once, believe nothing.</summary>
+    public VcpuInfo* Info;
+
+    /// <summary>Host view of the entries that map the GDT, and the machine address of the first.</summary>
+    public PageTableEntry* GdtEntries;
+    public MachineAddress GdtEntriesAddress;
+
+    /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
+    public int* KickPending;
+
+    /// <summary>Set by an operation that wants to be continued: see <see cref="Continuation"/>.</summary>
+    public ContinuationState Continuation;
+
+    /// <summary>The L4 frame that the current mode runs on.</summary>
+    public readonly ulong CurrentRoot => State->KernelMode != 0 ? State->KernelRoot : State->UserRoot;
+
+    /// <summary>An upcall is due: vcpu_info says pending and not masked.</summary>
+    public readonly bool UpcallDue
+        => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
+
+    /// <summary>True where a long operation must stop between two elements (hypercall_preempt_check).</summary>
+    public readonly bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue;
+}
+
+/// <summary>Where a domain's state lies for code that runs here.</summary>
+public unsafe struct DomainContext
+{
+    public DomainState* State;
+    public MachineMemory Memory;
+
+    /// <summary>M2P entry of <c>Memory.FirstFrame</c>.</summary>
+    public ulong* MachineToPhys;
+
+    /// <summary>Where the guest reads the M2P table (address of machine frame 0's entry).</summary>
+    public VirtualAddress MachineToPhysStart;
+
+    /// <summary>The frame table; its type belongs to Mmu.</summary>
+    public void* Frames;
+
+    /// <summary>The 16 entries for the reserved L4 slots.</summary>
+    public ulong* HypervisorSlots;
+    public byte* SharedInfo;
+}

@@ -1,0 +1,114 @@
+// The only way from a hypercall to memory that the guest names by linear address.
+using System.Runtime.CompilerServices;
+
+namespace XenSharp.Core;
+
+/// <summary>
+/// Copies between the manager and guest linear addresses, with the rights of the vCPU's current mode: the guest's own tables
+/// are walked, every level must be present and user-accessible, writes need every level writable, and every frame must be
+/// the domain's RAM. Callers copy once and validate the copy.
+/// </summary>
+public static unsafe class GuestAccess
+{
+    /// <summary>Copies from the guest.</summary>
+    /// <returns>False (the caller's -EFAULT) when any byte cannot be read; part may have been copied.</returns>
+    public static bool CopyFrom(VcpuContext* vcpu, ulong address, void* destination, ulong length)
+    {
+        byte* to = (byte*)destination;
+        while (length > 0)
+        {
+            ulong chunk = Math.Min(length, Paging.PageSize - (address & Paging.PageOffsetMask));
+            byte* from = Translate(vcpu, address, write: false);
+            if (from == null)
+                return false;
+            Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
+            to += chunk;
+            address += chunk;
+            length -= chunk;
+        }
+
+        return true;
+    }
+
+    /// <summary>Copies to the guest.</summary>
+    /// <returns>False (the caller's -EFAULT) when any byte cannot be written; part may have been copied.</returns>
+    public static bool CopyTo(VcpuContext* vcpu, ulong address, void* source, ulong length)
+    {
+        byte* from = (byte*)source;
+        while (length > 0)
+        {
+            ulong chunk = Math.Min(length, Paging.PageSize - (address & Paging.PageOffsetMask));
+            byte* to = Translate(vcpu, address, write: true);
+            if (to == null)
+                return false;
+            Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
+            from += chunk;
+            address += chunk;
+            length -= chunk;
+        }
+
+        return true;
+    }
+
+    /// <summary>Copies one value from the guest.</summary>
+    public static bool Read<T>(VcpuContext* vcpu, ulong address, out T value)
+        where T : unmanaged
+    {
+        Unsafe.SkipInit(out value);
+        fixed (T* to = &value)
+            return CopyFrom(vcpu, address, to, (ulong)sizeof(T));
+    }
+
+    /// <summary>Copies one value to the guest.</summary>
+    public static bool Write<T>(VcpuContext* vcpu, ulong address, T value)
+        where T : unmanaged => CopyTo(vcpu, address, &value, (ulong)sizeof(T));
+
+    /// <summary>Host address of a guest linear address, or null where the current mode may not access it so.</summary>
+    public static byte* Translate(VcpuContext* vcpu, ulong address, bool write)
+    {
+        var linear = new VirtualAddress(address);
+        if (!linear.IsGuest)
+            return null;
+        PageTableEntry* entry = FindEntry(vcpu->Domain, new Mfn(vcpu->CurrentRoot), linear, write ? AccessForWrite : AccessForRead);
+        if (entry == null)
+            return null;
+        PageTableEntry leaf = Read(entry);
+        ulong needed = write ? AccessForWrite : AccessForRead;
+        if ((leaf.Value & needed) != needed || !vcpu->Domain->Memory.Contains(leaf.Frame))
+            return null;
+
+        // As the processor would, so that a guest that watches these bits sees its page used.
+        ulong used = (ulong)(PageFlags.Accessed | (write ? PageFlags.Dirty : PageFlags.None));
+        if ((leaf.Value & used) != used)
+            _ = Interlocked.Or(ref *(ulong*)entry, used);
+        return vcpu->Domain->Memory.Page(leaf.Frame) + linear.Offset;
+    }
+
+    /// <summary>The L1 entry that maps an address on the current mode's tables, or null where a level above lacks.</summary>
+    /// <param name="vcpu">The vCPU whose tables are walked.</param>
+    /// <param name="address">Any address outside the reserved slots.</param>
+    public static PageTableEntry* FindEntry(VcpuContext* vcpu, VirtualAddress address)
+        => FindEntry(vcpu->Domain, new Mfn(vcpu->CurrentRoot), address, (ulong)PageFlags.Present);
+
+    private const ulong AccessForRead = (ulong)(PageFlags.Present | PageFlags.User);
+    private const ulong AccessForWrite = AccessForRead | (ulong)PageFlags.Writable;
+
+    private static PageTableEntry* FindEntry(DomainContext* domain, Mfn root, VirtualAddress address, ulong needed)
+    {
+        Mfn table = root;
+        for (int level = 4; ; level--)
+        {
+            if (!domain->Memory.Contains(table))
+                return null;
+            PageTableEntry* entry = domain->Memory.Table(table) + address.TableIndex(level);
+            if (level == 1)
+                return entry;
+            PageTableEntry value = Read(entry);
+            if ((value.Value & needed) != needed || value.Has(PageFlags.LargePage))
+                return null;
+            table = value.Frame;
+        }
+    }
+
+    private static PageTableEntry Read(PageTableEntry* entry) => new(Volatile.Read(ref *(ulong*)entry));
+}

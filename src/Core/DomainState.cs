@@ -206,7 +206,28 @@ public unsafe struct DomainContext
     /// <summary>The frame table; its type belongs to Mmu.</summary>
     public void* Frames;
 
+    /// <summary>
+    /// One bit a frame that was ever used as a page table, or null where KVM walks the guest's tables itself. KVM may still
+    /// hold a shadow of such a frame, and then sees only stores that are repeated inside the VM.
+    /// </summary>
+    public ulong* ShadowedFrames;
+
     /// <summary>The 16 entries for the reserved L4 slots.</summary>
     public ulong* HypervisorSlots;
     public byte* SharedInfo;
+
+    /// <summary>Whether KVM may hold a shadow of the frame, made when it was a page table.</summary>
+    public readonly bool MayBeShadowed(Mfn frame)
+    {
+        ulong index = Memory.IndexOf(frame);
+        return ShadowedFrames != null && (Volatile.Read(ref ShadowedFrames[index / 64]) & (1UL << (int)(index % 64))) != 0;
+    }
+
+    /// <summary>Notes that the frame is used as a page table.</summary>
+    public readonly void MarkShadowed(Mfn frame)
+    {
+        ulong index = Memory.IndexOf(frame);
+        if (ShadowedFrames != null)
+            _ = Interlocked.Or(ref ShadowedFrames[index / 64], 1UL << (int)(index % 64));
+    }
 }

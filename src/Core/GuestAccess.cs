@@ -38,10 +38,11 @@ public static unsafe class GuestAccess
         while (length > 0)
         {
             ulong chunk = Math.Min(length, Paging.PageSize - (address & Paging.PageOffsetMask));
-            byte* to = Translate(vcpu, address, write: true);
+            byte* to = Translate(vcpu, address, write: true, out Mfn frame);
             if (to == null)
                 return false;
             Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
+            Written(vcpu, frame, address & Paging.PageOffsetMask, chunk);
             from += chunk;
             address += chunk;
             length -= chunk;
@@ -64,8 +65,25 @@ public static unsafe class GuestAccess
         where T : unmanaged => CopyTo(vcpu, address, &value, (ulong)sizeof(T));
 
     /// <summary>Host address of a guest linear address, or null where the current mode may not access it so.</summary>
-    public static byte* Translate(VcpuContext* vcpu, ulong address, bool write)
+    /// <remarks>Who writes through the pointer must say so with <see cref="Written"/>.</remarks>
+    public static byte* Translate(VcpuContext* vcpu, ulong address, bool write) => Translate(vcpu, address, write, out _);
+
+    /// <summary>Tells the VM that the manager wrote into a frame of the guest, which may have been a page table before.</summary>
+    /// <param name="vcpu">The vCPU that runs on this thread.</param>
+    /// <param name="frame">A frame of the domain.</param>
+    /// <param name="offset">Offset of the first byte in the frame.</param>
+    /// <param name="length">Bytes; the range stays within the frame.</param>
+    public static void Written(VcpuContext* vcpu, Mfn frame, ulong offset, ulong length)
     {
+        if (!vcpu->Domain->MayBeShadowed(frame))
+            return;
+        for (ulong word = offset & ~7UL; word < offset + length; word += sizeof(ulong))
+            vcpu->PageTableWrites->Repeat(frame.Address + word);
+    }
+
+    private static byte* Translate(VcpuContext* vcpu, ulong address, bool write, out Mfn frame)
+    {
+        frame = default;
         var linear = new VirtualAddress(address);
         if (!linear.IsGuest)
             return null;
@@ -81,7 +99,8 @@ public static unsafe class GuestAccess
         ulong used = (ulong)(PageFlags.Accessed | (write ? PageFlags.Dirty : PageFlags.None));
         if ((leaf.Value & used) != used)
             _ = Interlocked.Or(ref *(ulong*)entry, used);
-        return vcpu->Domain->Memory.Page(leaf.Frame) + linear.Offset;
+        frame = leaf.Frame;
+        return vcpu->Domain->Memory.Page(frame) + linear.Offset;
     }
 
     /// <summary>The L1 entry that maps an address on the current mode's tables, or null where a level above lacks.</summary>

@@ -59,8 +59,9 @@ public unsafe struct PageTableWriteQueue
     /// <param name="value">The new value.</param>
     public void Store(PageTableEntry* entry, MachineAddress address, PageTableEntry value)
     {
-        Volatile.Write(ref *(ulong*)entry, value.Value);
-        Stored(address);
+        var old = new PageTableEntry(Interlocked.Exchange(ref *(ulong*)entry, value.Value));
+        if (InGuest != 0 && MayBeCached(old, value))
+            Repeat(address);
     }
 
     /// <summary>
@@ -70,18 +71,33 @@ public unsafe struct PageTableWriteQueue
     public PageTableEntry CompareExchange(PageTableEntry* entry, MachineAddress address, PageTableEntry value, PageTableEntry expected)
     {
         ulong found = Interlocked.CompareExchange(ref *(ulong*)entry, value.Value, expected.Value);
-        if (found == expected.Value)
-            Stored(address);
+        if (found == expected.Value && InGuest != 0 && MayBeCached(expected, value))
+            Repeat(address);
         return new PageTableEntry(found);
+    }
+
+    /// <summary>
+    /// Whether something derived from the old entry may be in use that the new one does not allow. An entry that was not
+    /// present, or never accessed, was not cached by any processor nor shadowed by KVM, and one that only gains rights is
+    /// looked at again by the fault that misses them (Intel SDM volume 3, 4.10.2 and 4.10.4.3).
+    /// </summary>
+    private static bool MayBeCached(PageTableEntry old, PageTableEntry value)
+    {
+        if (!old.Has(PageFlags.Present | PageFlags.Accessed))
+            return false;
+        const PageFlags rights = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed | PageFlags.Dirty;
+        const PageFlags restrictions = PageFlags.NoExecute | PageFlags.WriteThrough | PageFlags.CacheDisable | PageFlags.LargePage;
+        return old.Frame != value.Frame
+            || (old.Flags & ~value.Flags & rights) != 0
+            || ((old.Flags ^ value.Flags) & restrictions) != 0;
     }
 
     /// <summary>Asks for all translations of this processor to be dropped before the guest runs on.</summary>
     public void Flush() => FlushPending = 1;
 
-    private void Stored(MachineAddress address)
+    /// <summary>Has the entry at a machine address, which the manager stored, stored again inside the VM.</summary>
+    public void Repeat(MachineAddress address)
     {
-        if (InGuest == 0)
-            return;
         if (Count > 0)
         {
             ref Run last = ref _runs[Count - 1];

@@ -1,0 +1,18 @@
+using XenSharp.Core;
+
+namespace XenSharp.Mmu;
+
+/// <summary>Which domain's pages an operation names.</summary>
+internal static class ForeignDomain
+{
+    /// <summary>
+    /// Whether a domid argument means the caller (get_pg_owner). An unprivileged domain may name no other: the reserved ids
+    /// are known but refused, all else does not exist as far as it can tell.
+    /// </summary>
+    public static bool IsSelf(ushort domain, out Errno error)
+    {
+        // Naming oneself by number is refused too: only DOMID_SELF is meant for that.
+        error = domain == DomainId.Self.Value ? Errno.None : domain == DomainId.Io.Value ? Errno.EPERM : Errno.ESRCH;
+        return error == Errno.None;
+    }
+}

@@ -1,0 +1,154 @@
+// mmu_update (1), update_va_mapping (14) and update_va_mapping_otherdomain (22).
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+
+namespace XenSharp.Mmu;
+
+/// <summary>Changes of page-table entries and of the M2P table, in batches or by linear address.</summary>
+public static unsafe class MmuUpdate
+{
+    /// <summary>MMU_UPDATE_PREEMPTED: a count with this bit continues an earlier call.</summary>
+    public const uint Preempted = 1u << 31;
+
+    private const ulong NormalPageTableUpdate = 0;
+    private const ulong MachphysUpdate = 1;
+    private const ulong PreserveAccessedDirty = 2;
+    private const ulong NoTranslate = 3;
+    private const ulong CommandMask = 7;
+
+    [StructLayout(LayoutKind.Sequential)]
+    private struct Request
+    {
+        public ulong Pointer;
+        public ulong Value;
+    }
+
+    /// <summary>mmu_update(requests, count, done count, foreign domid | page-table domid + 1 &lt;&lt; 16).</summary>
+    public static long Execute(VcpuContext* vcpu, in HypercallArguments arguments)
+    {
+        ulong requests = arguments.A0;
+        uint count = (uint)arguments.A1;
+        ulong donePointer = arguments.A2;
+        uint done = 0;
+        if ((count & Preempted) != 0)
+        {
+            count &= ~Preempted;
+            if (donePointer != 0)
+                _ = GuestAccess.Read(vcpu, donePointer, out done);
+        }
+
+        uint tableDomain = (uint)arguments.A3 >> 16;
+        if (tableDomain != 0 && tableDomain - 1 != vcpu->Domain->State->Id)
+            return -(long)Errno.ESRCH;
+        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error))
+            return -(long)error;
+
+        uint i = 0;
+        error = Errno.None;
+        for (; i < count; i++)
+        {
+            if (i != 0 && vcpu->PreemptionDue)
+            {
+                StoreDone(vcpu, donePointer, done + i);
+                HypercallArguments rest = arguments;
+                rest.A0 = requests + (i * (ulong)sizeof(Request));
+                rest.A1 = (count - i) | Preempted;
+                return Continuation.Create(vcpu, rest);
+            }
+
+            if (!GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request))
+            {
+                error = Errno.EFAULT;
+                break;
+            }
+
+            ulong command = request.Pointer & CommandMask;
+            error = command switch
+            {
+                NormalPageTableUpdate or PreserveAccessedDirty or NoTranslate => UpdateEntry(
+                    vcpu, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value), command == PreserveAccessedDirty),
+                MachphysUpdate => UpdateMachineToPhys(vcpu, new MachineAddress(request.Pointer).Frame, request.Value),
+                _ => Errno.ENOSYS,
+            };
+            if (error != Errno.None)
+                break;
+        }
+
+        StoreDone(vcpu, donePointer, done + i);
+        return -(long)error;
+    }
+
+    /// <summary>update_va_mapping(address, entry, flags).</summary>
+    public static long UpdateVaMapping(VcpuContext* vcpu, in HypercallArguments arguments)
+        => UpdateVaMapping(vcpu, arguments.A0, arguments.A1, arguments.A2);
+
+    /// <summary>update_va_mapping_otherdomain(address, entry, flags, domid).</summary>
+    public static long UpdateVaMappingOtherdomain(VcpuContext* vcpu, in HypercallArguments arguments)
+        => ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error)
+            ? UpdateVaMapping(vcpu, arguments.A0, arguments.A1, arguments.A2)
+            : -(long)error;
+
+    private static long UpdateVaMapping(VcpuContext* vcpu, ulong address, ulong value, ulong flags)
+    {
+        var linear = new VirtualAddress(address);
+        PageTableEntry* entry = linear.IsGuest ? GuestAccess.FindEntry(vcpu, linear) : null;
+        if (entry == null)
+            return -(long)Errno.EINVAL;
+        MachineAddress entryAddress = AddressOf(vcpu, entry);
+        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(entryAddress.Frame);
+        if (info == null || info->Type != PageType.L1PageTable || info->TypeCount == 0)
+            return -(long)Errno.EINVAL;
+        Errno error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(value), preserveAccessedDirty: false);
+        return error == Errno.None ? TlbFlush.AfterUpdateVaMapping(vcpu, flags) : -(long)error;
+    }
+
+    private static MachineAddress AddressOf(VcpuContext* vcpu, void* host)
+    {
+        MachineMemory memory = vcpu->Domain->Memory;
+        return memory.FirstFrame.Address + (ulong)((byte*)host - memory.Page(memory.FirstFrame));
+    }
+
+    private static void StoreDone(VcpuContext* vcpu, ulong pointer, uint done)
+    {
+        if (pointer != 0)
+            _ = GuestAccess.Write(vcpu, pointer, done);
+    }
+
+    private static Errno UpdateEntry(VcpuContext* vcpu, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty)
+    {
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
+        FrameInfo* info = frames->GetPage(address.Frame, vcpu->Domain->State->Id);
+        if (info == null)
+            return Errno.EINVAL;
+        PageTableEntry* entry = (PageTableEntry*)(vcpu->Domain->Memory.Page(address.Frame) + address.Offset);
+        Errno error;
+        if (info->IsPageTable && info->TypeCount != 0)
+        {
+            error = PageTables.ModifyEntry(vcpu, (int)info->Type, entry, address, value, preserveAccessedDirty);
+        }
+        else if (PageTables.GetType(vcpu, address.Frame, info, PageType.Writable) == Errno.None)
+        {
+            // Not in use as a table: an ordinary store into the guest's own page.
+            Volatile.Write(ref *(ulong*)entry, value.Value);
+            GuestAccess.Written(vcpu, address.Frame, (ulong)address.Offset, sizeof(ulong));
+            PageTables.PutType(vcpu, address.Frame, info);
+            error = Errno.None;
+        }
+        else
+        {
+            error = Errno.EINVAL;
+        }
+
+        frames->PutPage(info);
+        return error;
+    }
+
+    private static Errno UpdateMachineToPhys(VcpuContext* vcpu, Mfn frame, ulong pfn)
+    {
+        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(frame);
+        if (info == null || info->ReferenceCount == 0 || info->Owner != vcpu->Domain->State->Id)
+            return Errno.EINVAL;
+        vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame)] = pfn;
+        return Errno.None;
+    }
+}

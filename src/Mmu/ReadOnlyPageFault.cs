@@ -1,0 +1,328 @@
+// Writes of the guest kernel to page tables that it sees read-only: decoded, checked and performed (Xen's ro-page-fault.c).
+using System.Numerics;
+using Iced.Intel;
+using XenSharp.Core;
+
+namespace XenSharp.Mmu;
+
+/// <summary>Performs a store into an L1 table that faulted because page tables are read-only.</summary>
+public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
+{
+    private readonly VcpuContext* _vcpu = vcpu;
+    private readonly InstructionWindow _window = new(vcpu);
+
+    /// <summary>Tries to perform the store that raised a write-protection fault in kernel mode.</summary>
+    /// <param name="fault">CR2.</param>
+    /// <returns>
+    /// True when it was performed and RIP is past it; false when the fault is the guest's own: nothing was changed.
+    /// </returns>
+    public bool TryEmulate(VirtualAddress fault)
+    {
+        if (!fault.IsGuest || !FindTable(fault, out Mfn table))
+            return false;
+        if (!_window.TryDecode(out Instruction instruction) || !IsStore(instruction, out int size))
+            return false;
+        ulong address = DestinationAddress(instruction);
+        if (((address ^ fault.Value) & ~Paging.PageOffsetMask) != 0 || (address & ((ulong)size - 1)) != 0)
+            return false;
+        var store = new Store { Table = table, Offset = (int)(address & Paging.PageOffsetMask), Size = size };
+        if (!Perform(instruction, store))
+            return false;
+        if (!instruction.HasRepPrefix || _vcpu->Registers->Rcx == 0)
+            _vcpu->Registers->Rip = instruction.NextIP;
+        _vcpu->Registers->Rflags &= ~(ulong)Rflags.Resume;
+        return true;
+    }
+
+    private readonly struct Store
+    {
+        public Mfn Table { get; init; }
+
+        /// <summary>Byte offset in the table.</summary>
+        public int Offset { get; init; }
+
+        /// <summary>1, 2, 4 or 8 bytes, naturally aligned.</summary>
+        public int Size { get; init; }
+
+        public int Shift => (Offset & 7) * 8;
+
+        public ulong Mask => Size == 8 ? ulong.MaxValue : (1UL << (Size * 8)) - 1;
+
+        /// <summary>This part of an entry.</summary>
+        public ulong Extract(PageTableEntry entry) => (entry.Value >> Shift) & Mask;
+
+        /// <summary>The entry with this part replaced.</summary>
+        public PageTableEntry Insert(PageTableEntry entry, ulong value)
+            => new((entry.Value & ~(Mask << Shift)) | ((value & Mask) << Shift));
+    }
+
+    /// <summary>Whether the address is a read-only mapping of a frame in use as an L1 table.</summary>
+    private bool FindTable(VirtualAddress fault, out Mfn table)
+    {
+        table = default;
+        PageTableEntry* entry = GuestAccess.FindEntry(_vcpu, fault);
+        if (entry == null || !entry->IsPresent || entry->IsWritable)
+            return false;
+        table = entry->Frame;
+        FrameInfo* info = FrameTable.Of(_vcpu->Domain)->Find(table);
+        return info != null && info->Owner == _vcpu->Domain->State->Id && info->Type == PageType.L1PageTable && info->TypeCount != 0;
+    }
+
+    private static bool IsStore(in Instruction instruction, out int size)
+    {
+        size = instruction.Mnemonic switch
+        {
+            Mnemonic.Stosb or Mnemonic.Movsb => 1,
+            Mnemonic.Stosw or Mnemonic.Movsw => 2,
+            Mnemonic.Stosd => 4,
+            Mnemonic.Stosq or Mnemonic.Movsq => 8,
+            Mnemonic.Movsd when instruction.IsStringInstruction => 4,
+            _ => instruction.Op0Kind == OpKind.Memory ? instruction.MemorySize.GetSize()
+                : instruction.Mnemonic == Mnemonic.Xchg && instruction.Op1Kind == OpKind.Memory ? instruction.MemorySize.GetSize() : 0,
+        };
+        return size is 1 or 2 or 4 or 8;
+    }
+
+    private ulong DestinationAddress(in Instruction instruction)
+    {
+        if (instruction.IsStringInstruction)
+            return _vcpu->Registers->Rdi;
+        ulong address = _window.MemoryAddress(instruction);
+
+        // A bit offset in a register reaches beyond the operand.
+        if (instruction.Mnemonic is Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc && instruction.Op1Kind == OpKind.Register)
+        {
+            int size = instruction.MemorySize.GetSize();
+            long bit = size switch
+            {
+                2 => (short)_window.ReadRegister(instruction.Op1Register),
+                4 => (int)_window.ReadRegister(instruction.Op1Register),
+                _ => (long)_window.ReadRegister(instruction.Op1Register),
+            };
+            address += (ulong)((bit >> (BitOperations.Log2((uint)size) + 3)) * size);
+        }
+
+        return address;
+    }
+
+    private ulong Source(in Instruction instruction, int operand) => instruction.GetOpKind(operand) switch
+    {
+        OpKind.Register when InstructionWindow.IsGeneralPurpose(instruction.GetOpRegister(operand)) => _window.ReadRegister(instruction.GetOpRegister(operand)),
+        OpKind.Register => 0,
+        _ => instruction.GetImmediate(operand),
+    };
+
+    private bool Perform(in Instruction instruction, in Store store)
+    {
+        PageTableEntry* entry = _vcpu->Domain->Memory.Table(store.Table) + (store.Offset / sizeof(ulong));
+        ulong flags = _vcpu->Registers->Rflags;
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Mov:
+                return HasPlainSource(instruction) && Write(entry, store, Source(instruction, 1));
+            case Mnemonic.Stosb or Mnemonic.Stosw or Mnemonic.Stosd or Mnemonic.Stosq:
+                return Write(entry, store, _vcpu->Registers->Rax) && AdvanceString(instruction, store.Size, moves: false);
+            case Mnemonic.Movsb or Mnemonic.Movsw or Mnemonic.Movsd or Mnemonic.Movsq:
+                return WriteFromMemory(instruction, entry, store);
+            case Mnemonic.Cmpxchg:
+                return CompareExchange(instruction, entry, store);
+            case Mnemonic.Cmpxchg8b:
+                return CompareExchange8Bytes(entry, store);
+        }
+
+        // All others read, compute and store: atomically, locked or not.
+        while (true)
+        {
+            var old = new PageTableEntry(Volatile.Read(ref *(ulong*)entry));
+            ulong before = store.Extract(old);
+            if (!TryCompute(instruction, store.Size, before, ref flags, out ulong after))
+                return false;
+            StoreResult result = Replace(entry, store, old, store.Insert(old, after));
+            if (result == StoreResult.Changed)
+            {
+                flags = _vcpu->Registers->Rflags;
+                continue;
+            }
+
+            if (result == StoreResult.Refused)
+                return false;
+            if (instruction.Mnemonic is Mnemonic.Xchg or Mnemonic.Xadd)
+                _window.WriteRegister(instruction.Op0Kind == OpKind.Register ? instruction.Op0Register : instruction.Op1Register, before);
+            _vcpu->Registers->Rflags = flags;
+            return true;
+        }
+    }
+
+    private static bool HasPlainSource(in Instruction instruction)
+        => instruction.Op1Kind != OpKind.Register || InstructionWindow.IsGeneralPurpose(instruction.Op1Register);
+
+    private bool TryCompute(in Instruction instruction, int size, ulong value, ref ulong flags, out ulong result)
+    {
+        result = 0;
+        ulong source = instruction.OpCount > 1
+            ? Source(instruction, instruction.Op0Kind == OpKind.Register ? 0 : 1)
+            : 0;
+        int bits = size * 8;
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Xchg:
+                result = source;
+                return true;
+            case Mnemonic.Add or Mnemonic.Xadd:
+                result = Arithmetic.Add(value, source, bits, ref flags);
+                return true;
+            case Mnemonic.Sub:
+                result = Arithmetic.Subtract(value, source, bits, ref flags);
+                return true;
+            case Mnemonic.And:
+                result = Arithmetic.Logic(value & source, bits, ref flags);
+                return true;
+            case Mnemonic.Or:
+                result = Arithmetic.Logic(value | source, bits, ref flags);
+                return true;
+            case Mnemonic.Xor:
+                result = Arithmetic.Logic(value ^ source, bits, ref flags);
+                return true;
+            case Mnemonic.Not:
+                result = ~value;
+                return true;
+            case Mnemonic.Neg:
+                result = Arithmetic.Subtract(0, value, bits, ref flags);
+                return true;
+            case Mnemonic.Inc or Mnemonic.Dec:
+                ulong carry = flags & (ulong)Rflags.Carry;
+                result = instruction.Mnemonic == Mnemonic.Inc
+                    ? Arithmetic.Add(value, 1, bits, ref flags)
+                    : Arithmetic.Subtract(value, 1, bits, ref flags);
+                flags = (flags & ~(ulong)Rflags.Carry) | carry;
+                return true;
+            case Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc:
+                ulong bit = 1UL << (int)(source & (ulong)(bits - 1));
+                flags = (flags & ~(ulong)Rflags.Carry) | ((value & bit) != 0 ? (ulong)Rflags.Carry : 0);
+                result = instruction.Mnemonic switch
+                {
+                    Mnemonic.Bts => value | bit,
+                    Mnemonic.Btr => value & ~bit,
+                    _ => value ^ bit,
+                };
+                return true;
+            default:
+                return false;
+        }
+    }
+
+    private bool WriteFromMemory(in Instruction instruction, PageTableEntry* entry, in Store store)
+    {
+        ulong value = 0;
+        return GuestAccess.CopyFrom(_vcpu, _vcpu->Registers->Rsi, &value, (ulong)store.Size)
+            && Write(entry, store, value)
+            && AdvanceString(instruction, store.Size, moves: true);
+    }
+
+    /// <summary>One element of a string store; with REP the instruction is entered again for the next.</summary>
+    private bool AdvanceString(in Instruction instruction, int size, bool moves)
+    {
+        CpuRegisters* registers = _vcpu->Registers;
+        ulong step = (registers->Rflags & (ulong)Rflags.Direction) != 0 ? (ulong)-size : (ulong)size;
+        registers->Rdi += step;
+        if (moves)
+            registers->Rsi += step;
+        if (instruction.HasRepPrefix)
+            registers->Rcx--;
+        return true;
+    }
+
+    private bool CompareExchange(in Instruction instruction, PageTableEntry* entry, in Store store)
+    {
+        Register accumulator = store.Size switch
+        {
+            1 => Register.AL,
+            2 => Register.AX,
+            4 => Register.EAX,
+            _ => Register.RAX,
+        };
+        ulong expected = _window.ReadRegister(accumulator);
+        while (true)
+        {
+            var old = new PageTableEntry(Volatile.Read(ref *(ulong*)entry));
+            ulong found = store.Extract(old);
+            ulong flags = _vcpu->Registers->Rflags;
+            _ = Arithmetic.Subtract(expected, found, store.Size * 8, ref flags);
+            if (found != expected)
+            {
+                _window.WriteRegister(accumulator, found);
+                _vcpu->Registers->Rflags = flags;
+                return true;
+            }
+
+            StoreResult result = Replace(entry, store, old, store.Insert(old, _window.ReadRegister(instruction.Op1Register)));
+            if (result == StoreResult.Changed)
+                continue;
+            if (result == StoreResult.Done)
+                _vcpu->Registers->Rflags = flags;
+            return result == StoreResult.Done;
+        }
+    }
+
+    private bool CompareExchange8Bytes(PageTableEntry* entry, in Store store)
+    {
+        CpuRegisters* registers = _vcpu->Registers;
+        ulong expected = (registers->Rdx << 32) | (uint)registers->Rax;
+        while (true)
+        {
+            var old = new PageTableEntry(Volatile.Read(ref *(ulong*)entry));
+            if (old.Value != expected)
+            {
+                registers->Rax = (uint)old.Value;
+                registers->Rdx = old.Value >> 32;
+                registers->Rflags &= ~(ulong)Rflags.Zero;
+                return true;
+            }
+
+            StoreResult result = Replace(entry, store, old, new PageTableEntry((registers->Rcx << 32) | (uint)registers->Rbx));
+            if (result == StoreResult.Changed)
+                continue;
+            if (result == StoreResult.Done)
+                registers->Rflags |= (ulong)Rflags.Zero;
+            return result == StoreResult.Done;
+        }
+    }
+
+    private bool Write(PageTableEntry* entry, in Store store, ulong value)
+    {
+        while (true)
+        {
+            var old = new PageTableEntry(Volatile.Read(ref *(ulong*)entry));
+            StoreResult result = Replace(entry, store, old, store.Insert(old, value));
+            if (result != StoreResult.Changed)
+                return result == StoreResult.Done;
+        }
+    }
+
+    private enum StoreResult
+    {
+        Done,
+
+        /// <summary>The entry is not what it was: compute again.</summary>
+        Changed,
+
+        /// <summary>The new entry is not one that the guest may have.</summary>
+        Refused,
+    }
+
+    /// <summary>Checks the new entry, takes its references, stores it if the old one is still there, drops the old one's.</summary>
+    private StoreResult Replace(PageTableEntry* entry, in Store store, PageTableEntry old, PageTableEntry value)
+    {
+        if (PageTables.ReferenceL1(_vcpu, ref value) != Errno.None)
+            return StoreResult.Refused;
+        MachineAddress address = store.Table.Address + ((ulong)store.Offset & ~7UL);
+        if (_vcpu->PageTableWrites->CompareExchange(entry, address, value, old) != old)
+        {
+            PageTables.ReleaseL1(_vcpu, value);
+            return StoreResult.Changed;
+        }
+
+        PageTables.ReleaseL1(_vcpu, old);
+        return StoreResult.Done;
+    }
+}

@@ -117,6 +117,7 @@ public sealed class PvAssembler
         MemoryStream code = new();
         try
         {
+            RequirePlacedLabels();
             Code.Assemble(new StreamCodeWriter(code), codeBase);
         }
         catch (Exception e) when (e is ArgumentException or InvalidOperationException)
@@ -135,6 +136,19 @@ public sealed class PvAssembler
             code.ToArray(), (ulong)code.Length));
         AddNotes(elf, identity, codeBase);
         return elf.ToArray();
+    }
+
+    // Iced takes a branch to a label that was never placed for one to a far address. It keeps a label's number as the IP of the
+    // instruction it names and as the target of the branches to it.
+    void RequirePlacedLabels()
+    {
+        HashSet<ulong> placed = [.. Code.Instructions.Select(instruction => instruction.IP)];
+        foreach (Instruction instruction in Code.Instructions)
+        {
+            if (instruction.Op0Kind == OpKind.NearBranch64 && instruction.NearBranchTarget < ImageBase
+                && !placed.Contains(instruction.NearBranchTarget))
+                throw new InvalidOperationException($"a {instruction.Mnemonic} leads to a label that is not placed anywhere.");
+        }
     }
 
     void AddNotes(ElfWriter elf, GuestIdentity identity, ulong entry)

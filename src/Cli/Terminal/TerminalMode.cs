@@ -14,7 +14,8 @@ namespace XenSharp.Cli.Terminal;
 /// process as usual. SIGTSTP puts it back for the time the process is stopped, and SIGCONT makes it raw again. In raw mode
 /// the terminal itself sends none of these; they come from kill(1) and from the system.</para>
 /// <para>A process in the background leaves the terminal alone: changing it would stop the process (SIGTTOU), and the mode
-/// is the foreground's business. SIGCONT, which the shell sends on <c>fg</c>, is the time to look again.</para>
+/// is the foreground's business. SIGCONT, which the shell sends when it brings a stopped job to the foreground, is the time
+/// to look again.</para>
 /// </remarks>
 internal sealed class TerminalMode : IDisposable
 {
@@ -35,8 +36,8 @@ internal sealed class TerminalMode : IDisposable
         foreach (PosixSignal signal in EndingSignals)
             _signals.Add(PosixSignalRegistration.Create(signal, _ => Restore(forGood: true)));
 #pragma warning disable CA1416 // The signals of job control, which one of .NET's platforms lacks: XenSharp runs on Linux only.
-        _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGTSTP, _ => Restore(forGood: false)));
-        _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGCONT, _ => MakeRaw()));
+        _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGTSTP, Stop));
+        _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGCONT, Continue));
 #pragma warning restore CA1416
         MakeRaw();
     }
@@ -55,6 +56,22 @@ internal sealed class TerminalMode : IDisposable
     }
 
     private void OnExit(object? sender, EventArgs arguments) => Restore(forGood: true);
+
+    private void Stop(PosixSignalContext context)
+    {
+        Restore(forGood: false);
+
+        // A handled SIGTSTP no longer stops a .NET process, cancelled or not: the stop is made here.
+        context.Cancel = true;
+        _ = LibC.kill(LibC.getpid(), LibC.SIGSTOP);
+    }
+
+    private void Continue(PosixSignalContext context)
+    {
+        // Otherwise .NET sets the terminal that is its standard input to what it was at the start, after this handler.
+        context.Cancel = true;
+        MakeRaw();
+    }
 
     private unsafe void MakeRaw()
     {

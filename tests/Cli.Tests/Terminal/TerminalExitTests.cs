@@ -2,6 +2,7 @@
 
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
+using System.Text;
 using Tmds.Linux;
 using XenSharp.Cli.Terminal;
 
@@ -11,8 +12,8 @@ namespace XenSharp.Cli.Tests.Terminal;
 [CancelAfter(60_000)]
 public sealed class TerminalExitTests
 {
-    /// <summary>Set for the child: the path of its terminal.</summary>
-    private const string TerminalVariable = "XENSHARP_TEST_TERMINAL";
+    /// <summary>Set for the child, so that it knows what it is.</summary>
+    private const string ChildVariable = "XENSHARP_TEST_TERMINAL_CHILD";
 
     private PseudoTerminal _terminal = null!;
     private string _before = null!;
@@ -27,12 +28,11 @@ public sealed class TerminalExitTests
         // This assembly as a program of its own. Without core files, as some of its ends are meant to be ugly.
         string dotnet = Path.GetFullPath(Path.Combine(Path.GetDirectoryName(typeof(object).Assembly.Location)!, "../../../dotnet"));
         string self = typeof(TerminalExitTests).Assembly.Location;
-        var start = new ProcessStartInfo("/bin/sh", ["-c", "ulimit -c 0; exec \"$0\" exec \"$1\"", dotnet, self])
+        var start = new ProcessStartInfo("/bin/sh", ["-c", "ulimit -c 0; exec \"$0\" exec \"$1\" <\"$2\" >\"$2\"", dotnet, self, _terminal.Name])
         {
-            RedirectStandardInput = true,
             RedirectStandardError = true,
         };
-        start.Environment[TerminalVariable] = _terminal.Name;
+        start.Environment[ChildVariable] = "1";
         _child = Process.Start(start)!;
         _child.ErrorDataReceived += (_, _) => { };
         _child.BeginErrorReadLine();
@@ -60,11 +60,11 @@ public sealed class TerminalExitTests
         Assert.That(_child.ExitCode, Is.EqualTo(128 + signal), "the signal's own effect");
     }
 
-    [TestCase("exit", 3)]
-    [TestCase("throw", 128 + 6)]
-    public void Other_ways_out(string way, int status)
+    [TestCase("e", 3, TestName = "An exit from anywhere puts the terminal back")]
+    [TestCase("t", 128 + 6, TestName = "An unhandled exception puts the terminal back")]
+    public void OtherWaysOut(string key, int status)
     {
-        _child.StandardInput.WriteLine(way);
+        _terminal.Type(Encoding.ASCII.GetBytes(key));
         Assert.That(_child.WaitForExit(20_000));
         Assert.That(_terminal.Mode, Is.EqualTo(_before));
         Assert.That(_child.ExitCode, Is.EqualTo(status));
@@ -74,39 +74,44 @@ public sealed class TerminalExitTests
     public void A_stopped_process_gives_the_terminal_back_until_it_continues()
     {
         Send(LibC.SIGTSTP);
-        WaitUntil(() => _terminal.Mode == _before);
+        WaitUntil(() => State == 'T');
+        Assert.That(_terminal.Mode, Is.EqualTo(_before));
         Send(LibC.SIGCONT);
         WaitUntil(() => _terminal.IsRaw);
+        Thread.Sleep(100); // Whatever else .NET does to its terminal after a SIGCONT.
+        Assert.That(_terminal.IsRaw, "raw only for a moment");
         Send(LibC.SIGTERM);
         Assert.That(_child.WaitForExit(20_000));
         Assert.That(_terminal.Mode, Is.EqualTo(_before));
     }
 
     /// <summary>
-    /// The child: when this assembly is started with a terminal's path in the environment, it has a session there.
+    /// The child: when this assembly is started with the variable set, it has a session at its standard input and output.
     /// It is given a thread, because the initializer of a module must not wait for what other threads do in it.
     /// </summary>
     [ModuleInitializer]
     internal static void StartChild()
     {
-        if (Environment.GetEnvironmentVariable(TerminalVariable) is string path)
-            new Thread(() => RunChild(path)).Start();
+        if (Environment.GetEnvironmentVariable(ChildVariable) is not null)
+            new Thread(RunChild).Start();
     }
 
-    private static void RunChild(string path)
+    private static void RunChild()
     {
-        int descriptor = PseudoTerminal.Open(path);
         var domain = new FakeDomain();
-        _ = new TerminalSession(descriptor, descriptor).RunAsync(domain.Console, domain.Completion);
-        switch (Console.ReadLine())
+        _ = new TerminalSession().RunAsync(domain.Console, domain.Completion);
+        while (true)
         {
-            case "exit":
+            byte[] typed = domain.Read(1);
+            if (typed.Contains((byte)'e'))
                 Environment.Exit(3);
-                break;
-            case "throw":
+            if (typed.Contains((byte)'t'))
                 throw new InvalidOperationException("an exception nobody handles");
         }
     }
+
+    /// <summary>The child's state as proc(5) has it: T for stopped.</summary>
+    private char State => File.ReadAllText($"/proc/{_child.Id}/stat").Split(") ")[1][0];
 
     private void Send(int signal) => Assert.That(LibC.kill(_child.Id, signal), Is.Zero);
 

@@ -62,7 +62,7 @@ public sealed class ConsoleBackendTests
 
         Task run = _console.RunAsync(sink, _stop.Token);
         var clock = Stopwatch.StartNew();
-        var printer = new Thread(() =>
+        Task printer = Task.Factory.StartNew(() =>
         {
             byte[] text = new byte[5000];
             for (long at = 0; at < Total; at += text.Length)
@@ -71,9 +71,8 @@ public sealed class ConsoleBackendTests
                     text[i] = Pattern(at + i);
                 _guest.PrintAll(text, guestSleeps);
             }
-        });
-        printer.Start();
-        printer.Join();
+        }, TaskCreationOptions.LongRunning);
+        printer.Wait();
         _console.CompleteAsync(_stop.Token).Wait();
         run.Wait();
         TestContext.Out.WriteLine($"{Total / 1e6 / clock.Elapsed.TotalSeconds:F0} MB/s in {writes} writes, {_guest.Notifications} notifications");

@@ -121,6 +121,7 @@ public sealed class ConsoleHostileGuestTests
 
         Assert.That(async () => await run, Throws.InstanceOf<OperationCanceledException>());
         Assert.That(async () => await input, Throws.InstanceOf<OperationCanceledException>());
+        Assert.That(taken, Is.Positive);
         Assert.That(longest, Is.InRange(1, 2048));
         Assert.That(guest.Canary.IndexOfAnyExcept((byte)0xc5), Is.EqualTo(-1));
     }

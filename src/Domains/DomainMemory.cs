@@ -1,0 +1,68 @@
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+using XenSharp.Mmu;
+
+namespace XenSharp.Domains;
+
+/// <summary>
+/// All the unmanaged state of one domain, in one block: domain, vCPUs, frame table. What hypercalls work on refers into it by
+/// index, so that it can one day lie inside the VM as well.
+/// </summary>
+internal sealed unsafe class DomainMemory : IDisposable
+{
+    private const nuint Alignment = 4096;
+    private byte* _block;
+
+    public DomainMemory(IVirtualMachine machine, ushort id, int maxVcpus, ulong maxPages, bool shadowed)
+    {
+        ulong frames = machine.Memory.FrameCount;
+        nuint bitmap = shadowed ? (nuint)((frames + 63) / 64 * sizeof(ulong)) : 0;
+        nuint offset = 0;
+        nuint Take(nuint size)
+        {
+            nuint at = offset;
+            offset += (size + Alignment - 1) & ~(Alignment - 1);
+            return at;
+        }
+
+        nuint contextAt = Take((nuint)sizeof(DomainContext));
+        nuint stateAt = Take((nuint)sizeof(DomainState));
+        nuint tableAt = Take((nuint)sizeof(FrameTable));
+        nuint slotsAt = Take(Paging.HypervisorSlots * sizeof(ulong));
+        nuint vcpuContextsAt = Take((nuint)(maxVcpus * sizeof(VcpuContext)));
+        nuint vcpusAt = Take((nuint)(maxVcpus * sizeof(VcpuState)));
+        nuint bitmapAt = Take(bitmap);
+        nuint framesAt = Take((nuint)frames * (nuint)sizeof(FrameInfo));
+        _block = (byte*)NativeMemory.AlignedAlloc(offset, Alignment);
+        NativeMemory.Clear(_block, offset);
+
+        Context = (DomainContext*)(_block + contextAt);
+        VcpuContexts = (VcpuContext*)(_block + vcpuContextsAt);
+        VcpuStates = (VcpuState*)(_block + vcpusAt);
+        Context->State = (DomainState*)(_block + stateAt);
+        Context->State->Id = id;
+        Context->State->MaxPages = maxPages;
+        Context->Memory = machine.Memory;
+        Context->MachineToPhys = machine.MachineToPhys;
+        Context->MachineToPhysStart = machine.MachineToPhysStart;
+        Context->HypervisorSlots = (ulong*)(_block + slotsAt);
+        machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
+        Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
+        Context->Frames = _block + tableAt;
+        FrameTable.Of(Context)->Initialize((FrameInfo*)(_block + framesAt), machine.Memory, Context->State);
+        for (ulong i = 0; i < frames; i++)
+            machine.MachineToPhys[i] = Mfn.Invalid.Value;
+    }
+
+    public DomainContext* Context { get; }
+
+    public VcpuContext* VcpuContexts { get; }
+
+    public VcpuState* VcpuStates { get; }
+
+    public void Dispose()
+    {
+        NativeMemory.AlignedFree(_block);
+        _block = null;
+    }
+}

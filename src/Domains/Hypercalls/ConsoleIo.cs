@@ -1,0 +1,49 @@
+// console_io (18).
+using XenSharp.Core;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>The emergency console: what a guest prints before, or without, its PV console.</summary>
+internal static unsafe class ConsoleIo
+{
+    private const int ChunkSize = 128;
+
+    private enum Command : uint
+    {
+        Write = 0,
+        Read = 1,
+    }
+
+    /// <summary>console_io(command, count, buffer).</summary>
+    public static long Execute(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        switch ((Command)(uint)arguments.A0)
+        {
+            case Command.Write:
+                return Write(vcpu, arguments.A2, (uint)arguments.A1);
+            case Command.Read:
+                // Input is the hardware domain's.
+                return -(long)Errno.EPERM;
+            default:
+                return -(long)Errno.ENOSYS;
+        }
+    }
+
+    private static long Write(Vcpu vcpu, ulong buffer, uint count)
+    {
+        byte* chunk = stackalloc byte[ChunkSize];
+        while (count > 0)
+        {
+            if (vcpu.Context->PreemptionDue)
+                return Continuation.Create(vcpu.Context, new HypercallArguments { A0 = (ulong)Command.Write, A1 = count, A2 = buffer });
+            uint length = Math.Min(count, ChunkSize);
+            if (!GuestAccess.CopyFrom(vcpu.Context, buffer, chunk, length))
+                return -(long)Errno.EFAULT;
+            vcpu.Domain.WriteEmergencyConsole(new ReadOnlySpan<byte>(chunk, (int)length));
+            buffer += length;
+            count -= length;
+        }
+
+        return 0;
+    }
+}

@@ -1,0 +1,52 @@
+using XenSharp.Core;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>From a <c>syscall</c> in guest-kernel mode to a row of the table and back.</summary>
+internal static unsafe class HypercallDispatcher
+{
+    private const int SyscallLength = 2;
+
+    /// <summary>Serves the hypercall in the vCPU's registers and leaves its result there.</summary>
+    public static void Dispatch(Vcpu vcpu)
+    {
+        CpuRegisters* registers = vcpu.Context->Registers;
+        ulong number = (uint)registers->Rax;
+        var arguments = new HypercallArguments
+        {
+            A0 = registers->Rdi,
+            A1 = registers->Rsi,
+            A2 = registers->Rdx,
+            A3 = registers->R10,
+            A4 = registers->R8,
+            A5 = registers->R9,
+        };
+        ulong rip = registers->Rip;
+        long result = Call(vcpu, number, arguments);
+        vcpu.History.Add(new HypercallRecord(number, arguments, result, rip));
+        if (vcpu.Context->Continuation.Pending == 0)
+        {
+            registers->Rax = (ulong)result;
+            return;
+        }
+
+        // Issued again from the guest's own instruction, after events were looked at.
+        vcpu.Context->Continuation.Pending = 0;
+        ref HypercallArguments rest = ref vcpu.Context->Continuation.Arguments;
+        registers->Rip = rip - SyscallLength;
+        registers->Rax = number;
+        registers->Rdi = rest.A0;
+        registers->Rsi = rest.A1;
+        registers->Rdx = rest.A2;
+        registers->R10 = rest.A3;
+        registers->R8 = rest.A4;
+        registers->R9 = rest.A5;
+    }
+
+    /// <summary>Serves one hypercall by number; a multicall comes here for each of its entries.</summary>
+    public static long Call(Vcpu vcpu, ulong number, in HypercallArguments arguments)
+    {
+        HypercallEntry entry = HypercallTable.Find(number);
+        return entry.Function == null ? -(long)Errno.ENOSYS : entry.Function(vcpu, arguments);
+    }
+}

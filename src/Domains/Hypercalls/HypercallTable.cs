@@ -1,0 +1,96 @@
+// The whole hypercall surface in one place: number, name, owner. A row that is not here is -ENOSYS.
+using XenSharp.Core;
+using XenSharp.Mmu;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>One row of the table.</summary>
+/// <param name="Function">Serves the hypercall; null for none.</param>
+/// <param name="ArgumentCount">Arguments that it takes, for traces and reports.</param>
+internal readonly unsafe record struct HypercallEntry(delegate*<Vcpu, in HypercallArguments, long> Function, int ArgumentCount);
+
+/// <summary>The dispatch table, made once; no reflection, no allocation a call.</summary>
+internal static unsafe class HypercallTable
+{
+    private static readonly HypercallEntry[] Entries = Build();
+
+    /// <summary>The row of a number, or one without a function.</summary>
+    public static HypercallEntry Find(ulong number) => number < (ulong)Entries.Length ? Entries[number] : default;
+
+    /// <summary>Whether a number is served, for the ABI state that people are shown.</summary>
+    public static bool IsServed(HypercallNumber number) => Find((ulong)number).Function != null;
+
+    private static HypercallEntry[] Build()
+    {
+        var table = new HypercallEntry[64];
+        void Row(HypercallNumber number, int arguments, delegate*<Vcpu, in HypercallArguments, long> function)
+            => table[(int)number] = new HypercallEntry(function, arguments);
+
+        // Processor state.
+        Row(HypercallNumber.SetTrapTable, 1, &ProcessorState.SetTrapTable);
+        Row(HypercallNumber.StackSwitch, 2, &ProcessorState.StackSwitch);
+        Row(HypercallNumber.SetCallbacks, 3, &Callbacks.SetCallbacks);
+        Row(HypercallNumber.CallbackOp, 2, &Callbacks.CallbackOp);
+        Row(HypercallNumber.NmiOp, 2, &Callbacks.NmiOp);
+        Row(HypercallNumber.FpuTaskswitch, 1, &ProcessorState.FpuTaskswitch);
+        Row(HypercallNumber.SetDebugreg, 2, &ProcessorState.SetDebugreg);
+        Row(HypercallNumber.GetDebugreg, 1, &ProcessorState.GetDebugreg);
+        Row(HypercallNumber.SetSegmentBase, 2, &ProcessorState.SetSegmentBase);
+        Row(HypercallNumber.Iret, 0, &ProcessorState.Iret);
+        Row(HypercallNumber.VmAssist, 2, &VmAssistOp.Execute);
+        Row(HypercallNumber.PhysdevOp, 2, &PhysdevOp.Execute);
+
+        // Memory, owned by Mmu.
+        Row(HypercallNumber.MmuUpdate, 4, &OnContext.MmuUpdate);
+        Row(HypercallNumber.MmuextOp, 4, &OnContext.MmuextOp);
+        Row(HypercallNumber.UpdateVaMapping, 3, &OnContext.UpdateVaMapping);
+        Row(HypercallNumber.UpdateVaMappingOtherdomain, 4, &OnContext.UpdateVaMappingOtherdomain);
+        Row(HypercallNumber.MemoryOp, 2, &OnContext.MemoryOp);
+        Row(HypercallNumber.SetGdt, 2, &OnContext.SetGdt);
+        Row(HypercallNumber.UpdateDescriptor, 2, &OnContext.UpdateDescriptor);
+
+        // Events, time and scheduling.
+        Row(HypercallNumber.EventChannelOp, 2, &OnContext.EventChannelOp);
+        Row(HypercallNumber.EventChannelOpCompat, 1, &OnContext.EventChannelOpCompat);
+        Row(HypercallNumber.SchedOp, 2, &SchedOp.Execute);
+        Row(HypercallNumber.SchedOpCompat, 2, &SchedOp.ExecuteCompat);
+        Row(HypercallNumber.SetTimerOp, 1, &SchedOp.SetTimer);
+        Row(HypercallNumber.VcpuOp, 3, &VcpuOp.Execute);
+
+        // The rest.
+        Row(HypercallNumber.Multicall, 2, &Multicall.Execute);
+        Row(HypercallNumber.XenVersion, 2, &XenVersion.Execute);
+        Row(HypercallNumber.ConsoleIo, 3, &ConsoleIo.Execute);
+
+        // What real Xen has and gives to no unprivileged domain.
+        foreach (HypercallNumber number in (ReadOnlySpan<HypercallNumber>)[HypercallNumber.PlatformOp, HypercallNumber.Sysctl, HypercallNumber.Domctl, HypercallNumber.KexecOp, HypercallNumber.Mca])
+            Row(number, 1, &Privileged);
+        return table;
+    }
+
+    private static long Privileged(Vcpu vcpu, in HypercallArguments arguments) => -(long)Errno.EPERM;
+
+    /// <summary>The hypercalls that need nothing but the vCPU's context.</summary>
+    private static class OnContext
+    {
+        public static long MmuUpdate(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MmuUpdate.Execute(vcpu.Context, arguments);
+
+        public static long MmuextOp(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MmuextOp.Execute(vcpu.Context, arguments);
+
+        public static long UpdateVaMapping(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MmuUpdate.UpdateVaMapping(vcpu.Context, arguments);
+
+        public static long UpdateVaMappingOtherdomain(Vcpu vcpu, in HypercallArguments arguments)
+            => Mmu.MmuUpdate.UpdateVaMappingOtherdomain(vcpu.Context, arguments);
+
+        public static long MemoryOp(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MemoryOp.Execute(vcpu.Context, arguments);
+
+        public static long SetGdt(Vcpu vcpu, in HypercallArguments arguments) => DescriptorTables.SetGdt(vcpu.Context, arguments);
+
+        public static long UpdateDescriptor(Vcpu vcpu, in HypercallArguments arguments) => DescriptorTables.UpdateDescriptor(vcpu.Context, arguments);
+
+        public static long EventChannelOp(Vcpu vcpu, in HypercallArguments arguments) => vcpu.Domain.Events.Execute(vcpu.Context, arguments);
+
+        public static long EventChannelOpCompat(Vcpu vcpu, in HypercallArguments arguments)
+            => vcpu.Domain.Events.ExecuteCompat(vcpu.Context, arguments);
+    }
+}

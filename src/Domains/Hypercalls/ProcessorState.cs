@@ -1,0 +1,125 @@
+// set_trap_table (0), stack_switch (3), fpu_taskswitch (5), set_debugreg (8), get_debugreg (9), iret (23), set_segment_base (25).
+using XenSharp.Core;
+using XenSharp.Domains.Emulation;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>The registers and tables that a native kernel would set by privileged instructions.</summary>
+internal static unsafe class ProcessorState
+{
+    private enum SegmentBase : uint
+    {
+        Fs = 0,
+        GsUser = 1,
+        GsKernel = 2,
+        GsUserSelector = 3,
+    }
+
+    /// <summary>set_trap_table(table), up to an entry with address 0; no table clears all.</summary>
+    public static long SetTrapTable(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        VcpuContext* context = vcpu.Context;
+        if (arguments.A0 == 0)
+        {
+            context->State->Traps = default;
+            return 0;
+        }
+
+        for (ulong address = arguments.A0; ; address += (ulong)sizeof(TrapInfo))
+        {
+            if (address != arguments.A0 && context->PreemptionDue)
+                return Continuation.Create(context, new HypercallArguments { A0 = address });
+            if (!GuestAccess.Read(context, address, out TrapInfo trap))
+                return -(long)Errno.EFAULT;
+            if (trap.Address == 0)
+                return 0;
+            if (!new VirtualAddress(trap.Address).IsCanonical)
+                return -(long)Errno.EINVAL;
+            trap.Cs |= 3;
+            context->State->Traps[trap.Vector] = trap;
+        }
+    }
+
+    /// <summary>stack_switch(ss, esp).</summary>
+    public static long StackSwitch(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        vcpu.Context->State->KernelSs = arguments.A0 | 3;
+        vcpu.Context->State->KernelSp = arguments.A1;
+        return 0;
+    }
+
+    /// <summary>fpu_taskswitch(set).</summary>
+    public static long FpuTaskswitch(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        bool set = (uint)arguments.A0 != 0;
+        vcpu.Context->State->TaskSwitched = set ? 1 : 0;
+        vcpu.Cpu.SetTaskSwitched(set);
+        return 0;
+    }
+
+    /// <summary>set_debugreg(register, value).</summary>
+    public static long SetDebugreg(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        Errno error = DebugRegisters.Set(vcpu.Context->State, (int)arguments.A0, arguments.A1, out int hardware);
+        if (error == Errno.None)
+            PrivilegedState.LoadDebugRegister(vcpu, hardware);
+        return -(long)error;
+    }
+
+    /// <summary>get_debugreg(register).</summary>
+    public static long GetDebugreg(Vcpu vcpu, in HypercallArguments arguments)
+        => DebugRegisters.TryGet(vcpu.Context->State, (int)arguments.A0, out ulong value) ? (long)value : -(long)Errno.EINVAL;
+
+    /// <summary>iret().</summary>
+    public static long Iret(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        if (!GuestMode.Iret(vcpu.Context, out long result))
+            vcpu.Domain.Crash(vcpu, "HYPERVISOR_iret found no valid frame on the guest's stack, or no user page tables to return to.");
+        return result;
+    }
+
+    /// <summary>set_segment_base(which, base).</summary>
+    public static long SetSegmentBase(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        VcpuContext* context = vcpu.Context;
+        ulong address = arguments.A1;
+        var which = (SegmentBase)(uint)arguments.A0;
+        if (which == SegmentBase.GsUserSelector)
+        {
+            LoadUserGs(context, (ushort)address);
+            return 0;
+        }
+
+        if (which > SegmentBase.GsUserSelector || !new VirtualAddress(address).IsCanonical)
+            return -(long)Errno.EINVAL;
+        switch (which)
+        {
+            case SegmentBase.Fs:
+                context->Segments->FsBase = address;
+                break;
+            case SegmentBase.GsUser:
+                context->State->InactiveGsBase = address;
+                break;
+            default:
+                context->Segments->GsBase = address;
+                break;
+        }
+
+        return 0;
+    }
+
+    /// <summary>Loads a selector as user mode's GS; one that cannot be loaded becomes the null selector, without an error.</summary>
+    private static void LoadUserGs(VcpuContext* context, ushort selector)
+    {
+        if (selector > 3)
+            selector |= 3;
+        if (!SegmentDescriptor.TryReadDataBase(context, selector, out ulong address))
+        {
+            selector = 0;
+            address = 0;
+        }
+
+        context->Segments->Gs = selector;
+        context->State->InactiveGsBase = address;
+    }
+}

@@ -1,0 +1,138 @@
+// sched_op (29), sched_op_compat (6), set_timer_op (15).
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>Giving up the processor, waiting, and stopping the domain.</summary>
+internal static unsafe class SchedOp
+{
+    private const uint MaxPollPorts = 128;
+
+    private enum Command : uint
+    {
+        Yield = 0,
+        Block = 1,
+        Shutdown = 2,
+        Poll = 3,
+        RemoteShutdown = 4,
+        ShutdownCode = 5,
+        Watchdog = 6,
+        PinOverride = 7,
+    }
+
+    /// <summary>struct sched_poll.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct PollRequest
+    {
+        public ulong Ports;
+        public uint PortCount;
+        private uint _padding;
+
+        /// <summary>System time at which to give up; 0 for never.</summary>
+        public long Timeout;
+    }
+
+    /// <summary>struct sched_watchdog.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct WatchdogRequest
+    {
+        public uint Id;
+
+        /// <summary>Seconds; 0 disarms.</summary>
+        public uint Timeout;
+    }
+
+    /// <summary>sched_op(command, argument).</summary>
+    public static long Execute(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        VcpuContext* context = vcpu.Context;
+        switch ((Command)(uint)arguments.A0)
+        {
+            case Command.Yield:
+                _ = Thread.Yield();
+                return 0;
+            case Command.Block:
+                Block(vcpu);
+                return 0;
+            case Command.Shutdown:
+                if (!GuestAccess.Read(context, arguments.A1, out uint reason))
+                    return -(long)Errno.EFAULT;
+                vcpu.Domain.Shutdown(vcpu, (ShutdownReason)(byte)reason);
+                return 0;
+            case Command.ShutdownCode:
+                if (!GuestAccess.Read(context, arguments.A1, out uint code))
+                    return -(long)Errno.EFAULT;
+                vcpu.Domain.SetShutdownCode((ShutdownReason)(byte)code);
+                return 0;
+            case Command.Poll:
+                return GuestAccess.Read(context, arguments.A1, out PollRequest poll) ? Poll(vcpu, poll) : -(long)Errno.EFAULT;
+            case Command.RemoteShutdown:
+                if (!GuestAccess.Read(context, arguments.A1, out ushort domain))
+                    return -(long)Errno.EFAULT;
+                return -(long)(domain == context->Domain->State->Id ? Errno.EPERM : Errno.ESRCH);
+            case Command.Watchdog:
+                return GuestAccess.Read(context, arguments.A1, out WatchdogRequest watchdog)
+                    ? vcpu.Domain.Watchdogs.Set(watchdog.Id, watchdog.Timeout)
+                    : -(long)Errno.EFAULT;
+            case Command.PinOverride:
+                return -(long)Errno.EPERM;
+            default:
+                return -(long)Errno.ENOSYS;
+        }
+    }
+
+    /// <summary>sched_op_compat(command, argument): the same three commands with the reason by value.</summary>
+    public static long ExecuteCompat(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        switch ((Command)(uint)arguments.A0)
+        {
+            case Command.Yield:
+            case Command.Block:
+                return Execute(vcpu, arguments);
+            case Command.Shutdown:
+                vcpu.Domain.Shutdown(vcpu, (ShutdownReason)(byte)arguments.A1);
+                return 0;
+            default:
+                return -(long)Errno.ENOSYS;
+        }
+    }
+
+    /// <summary>set_timer_op(system time): 0 disarms.</summary>
+    public static long SetTimer(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        long deadline = (long)arguments.A0;
+        vcpu.Timers.Singleshot = deadline <= 0 ? long.MaxValue : deadline;
+        return 0;
+    }
+
+    private static void Block(Vcpu vcpu)
+    {
+        Volatile.Write(ref vcpu.Context->Info->EvtchnUpcallMask, 0);
+        if (!vcpu.Context->UpcallDue)
+            vcpu.Waiting = WaitState.Blocked;
+    }
+
+    private static long Poll(Vcpu vcpu, in PollRequest request)
+    {
+        if (request.PortCount > MaxPollPorts)
+            return -(long)Errno.EINVAL;
+        uint* ports = stackalloc uint[(int)MaxPollPorts];
+        if (!GuestAccess.CopyFrom(vcpu.Context, request.Ports, ports, request.PortCount * sizeof(uint)))
+            return -(long)Errno.EFAULT;
+        var list = new ReadOnlySpan<uint>(ports, (int)request.PortCount);
+
+        // Announce, then look: an event in between ends the poll.
+        vcpu.Domain.Events.BeginPoll(vcpu.Id, list.Length == 1 ? (int)list[0] : -1);
+        long error = 0;
+        if (vcpu.Context->UpcallDue || vcpu.Domain.Events.AnyPending(list, out error) || error != 0)
+        {
+            vcpu.Domain.Events.EndPoll(vcpu.Id);
+            return error;
+        }
+
+        vcpu.Timers.Poll = request.Timeout == 0 ? long.MaxValue : request.Timeout;
+        vcpu.Waiting = WaitState.Polling;
+        return 0;
+    }
+}

@@ -1,0 +1,149 @@
+// vcpu_op (24).
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+using XenSharp.Mmu;
+
+namespace XenSharp.Domains.Hypercalls;
+
+/// <summary>vCPU life cycle, timers, and the areas that a vCPU shares.</summary>
+internal static unsafe class VcpuOp
+{
+    private const ulong MinPeriod = 1_000_000;
+    private const ulong MaxPeriod = long.MaxValue >> 2;
+
+    private enum Command : uint
+    {
+        Initialise = 0,
+        Up = 1,
+        Down = 2,
+        IsUp = 3,
+        GetRunstateInfo = 4,
+        RegisterRunstateMemoryArea = 5,
+        SetPeriodicTimer = 6,
+        StopPeriodicTimer = 7,
+        SetSingleshotTimer = 8,
+        StopSingleshotTimer = 9,
+        RegisterVcpuInfo = 10,
+        SendNmi = 11,
+        GetPhysid = 12,
+        RegisterVcpuTimeMemoryArea = 13,
+    }
+
+    /// <summary>struct vcpu_set_singleshot_timer; its flag (VCPU_SSHOTTMR_future) was retired and is ignored.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct SingleshotTimer
+    {
+        public ulong Timeout;
+        public uint Flags;
+    }
+
+    /// <summary>struct vcpu_register_vcpu_info.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct VcpuInfoRegistration
+    {
+        public ulong Frame;
+        public uint Offset;
+    }
+
+    /// <summary>vcpu_op(command, vCPU, argument).</summary>
+    public static long Execute(Vcpu caller, in HypercallArguments arguments)
+    {
+        VcpuContext* context = caller.Context;
+        ulong argument = arguments.A2;
+        Vcpu? target = caller.Domain.FindVcpu((uint)arguments.A1);
+        if (target == null)
+            return -(long)Errno.ENOENT;
+        long now = caller.Domain.Time.SystemTime;
+        switch ((Command)(uint)arguments.A0)
+        {
+            case Command.Initialise:
+                // Every vCPU that exists so far was initialised by the domain builder.
+                return -(long)Errno.EEXIST;
+            case Command.Up:
+                return 0;
+            case Command.Down:
+                // The last vCPU that goes down takes the domain with it.
+                caller.Domain.Shutdown(caller, ShutdownReason.PowerOff);
+                return 0;
+            case Command.IsUp:
+                return 1;
+            case Command.GetRunstateInfo:
+                return GuestAccess.Write(context, argument, target.Runstate.Snapshot()) ? 0 : -(long)Errno.EFAULT;
+            case Command.RegisterRunstateMemoryArea:
+                if (!GuestAccess.Read(context, argument, out ulong runstateArea) || !IsArea<VcpuRunstateInfo>(runstateArea))
+                    return -(long)Errno.EFAULT;
+                target.Runstate.Register(runstateArea);
+                return 0;
+            case Command.RegisterVcpuTimeMemoryArea:
+                if (!GuestAccess.Read(context, argument, out ulong timeArea) || !IsArea<VcpuTimeInfo>(timeArea))
+                    return -(long)Errno.EFAULT;
+                target.TimeArea = timeArea;
+                target.UpdateClock(now);
+                return 0;
+            case Command.SetPeriodicTimer:
+                if (!GuestAccess.Read(context, argument, out ulong period))
+                    return -(long)Errno.EFAULT;
+                if (period is < MinPeriod or > MaxPeriod)
+                    return -(long)Errno.EINVAL;
+                target.Timers.SetPeriodic((long)period, now);
+                return 0;
+            case Command.StopPeriodicTimer:
+                target.Timers.SetPeriodic(0, now);
+                return 0;
+            case Command.SetSingleshotTimer:
+                if (target != caller)
+                    return -(long)Errno.EINVAL;
+                if (!GuestAccess.Read(context, argument, out SingleshotTimer timer))
+                    return -(long)Errno.EFAULT;
+
+                // One that is past already fires on the way back to the guest.
+                target.Timers.Singleshot = (long)Math.Min(timer.Timeout, long.MaxValue);
+                return 0;
+            case Command.StopSingleshotTimer:
+                if (target != caller)
+                    return -(long)Errno.EINVAL;
+                target.Timers.Singleshot = long.MaxValue;
+                return 0;
+            case Command.RegisterVcpuInfo:
+                return GuestAccess.Read(context, argument, out VcpuInfoRegistration registration)
+                    ? -(long)RegisterVcpuInfo(caller, target, registration)
+                    : -(long)Errno.EFAULT;
+            case Command.SendNmi:
+                target.Context->State->NmiPending = 1;
+                return 0;
+            case Command.GetPhysid:
+                return -(long)Errno.EINVAL;
+            default:
+                return -(long)Errno.ENOSYS;
+        }
+    }
+
+    /// <summary>guest_handle_okay: the range lies in the guest's part of the address space.</summary>
+    private static bool IsArea<T>(ulong address)
+        where T : unmanaged
+        => new VirtualAddress(address).IsGuest && new VirtualAddress(address + (ulong)sizeof(T) - 1).IsGuest;
+
+    /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
+    private static Errno RegisterVcpuInfo(Vcpu caller, Vcpu target, in VcpuInfoRegistration registration)
+    {
+        VcpuContext* context = target.Context;
+        if (registration.Offset > Paging.PageSize - (ulong)sizeof(VcpuInfo) || (registration.Offset & 7) != 0)
+            return Errno.EINVAL;
+        if (context->State->VcpuInfoFrame != context->Domain->State->SharedInfoFrame)
+            return Errno.EINVAL;
+        var frame = new Mfn(registration.Frame);
+
+        // The reference keeps the frame the guest's and writable for as long as the domain lives.
+        if (PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _) != Errno.None)
+            return Errno.EINVAL;
+        var info = (VcpuInfo*)(context->Domain->Memory.Page(frame) + registration.Offset);
+        *info = *context->Info;
+        GuestAccess.Written(caller.Context, frame, registration.Offset, (ulong)sizeof(VcpuInfo));
+        Volatile.Write(ref *(nint*)&context->Info, (nint)info);
+        context->State->VcpuInfoFrame = frame.Value;
+        context->State->VcpuInfoOffset = (int)registration.Offset;
+        caller.Domain.Events.VcpuInfoMoved(target.Id, caller.Id);
+        target.UpdateClock(caller.Domain.Time.SystemTime);
+        return Errno.None;
+    }
+}

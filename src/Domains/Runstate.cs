@@ -1,0 +1,72 @@
+using XenSharp.Core;
+
+namespace XenSharp.Domains;
+
+/// <summary>RUNSTATE_*.</summary>
+internal enum RunstateKind
+{
+    Running = 0,
+    Runnable = 1,
+    Blocked = 2,
+    Offline = 3,
+}
+
+/// <summary>How long a vCPU was running, blocked and so on, and the guest's copy of it.</summary>
+internal sealed unsafe class Runstate(Vcpu vcpu)
+{
+    /// <summary>XEN_RUNSTATE_UPDATE: set in the entry time while the guest's copy changes.</summary>
+    private const ulong UpdateFlag = 1UL << 63;
+
+    private readonly Vcpu _vcpu = vcpu;
+    private VcpuRunstateInfo _info = new() { State = (int)RunstateKind.Offline };
+
+    /// <summary>Guest address of the copy, 0 for none.</summary>
+    public ulong Area { get; private set; }
+
+    /// <summary>Goes to another state.</summary>
+    public void Change(RunstateKind state)
+    {
+        _info = Snapshot();
+        _info.State = (int)state;
+        _info.StateEntryTime = (ulong)_vcpu.Domain.Time.SystemTime;
+        Publish();
+    }
+
+    /// <summary>The times up to now.</summary>
+    public VcpuRunstateInfo Snapshot()
+    {
+        VcpuRunstateInfo info = _info;
+        ulong now = (ulong)_vcpu.Domain.Time.SystemTime;
+        info.Time[info.State] += now - info.StateEntryTime;
+        info.StateEntryTime = now;
+        return info;
+    }
+
+    /// <summary>VCPUOP_register_runstate_memory_area.</summary>
+    public void Register(ulong area)
+    {
+        Area = area;
+        if (area != 0)
+            _ = GuestAccess.Write(_vcpu.Context, area, _info);
+    }
+
+    private void Publish()
+    {
+        if (Area == 0)
+            return;
+        if (!_vcpu.Domain.Context->State->Has(VmAssist.RunstateUpdateFlag))
+        {
+            _ = GuestAccess.Write(_vcpu.Context, Area, _info);
+            return;
+        }
+
+        // The guest re-reads while the flag is set, and when the entry time changed under it.
+        const ulong entryTimeOffset = 8;
+        ulong entryTime = _info.StateEntryTime;
+        _ = GuestAccess.Write(_vcpu.Context, Area + entryTimeOffset, entryTime | UpdateFlag);
+        VcpuRunstateInfo marked = _info;
+        marked.StateEntryTime |= UpdateFlag;
+        _ = GuestAccess.Write(_vcpu.Context, Area, marked);
+        _ = GuestAccess.Write(_vcpu.Context, Area + entryTimeOffset, entryTime);
+    }
+}

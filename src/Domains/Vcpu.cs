@@ -1,0 +1,336 @@
+using System.Diagnostics;
+using XenSharp.Core;
+using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Hypercalls;
+using XenSharp.EventChannels;
+using XenSharp.Mmu;
+
+namespace XenSharp.Domains;
+
+/// <summary>
+/// One virtual CPU of a domain and the loop of its thread: look at timers and events, enter the guest, serve what it came
+/// back for.
+/// </summary>
+internal sealed unsafe class Vcpu : IDisposable
+{
+    private const int MaxRepeatedFaults = 16;
+
+    private readonly ReadOnlyPageFault _readOnlyPageFault;
+    private readonly MachineToPhysRead _machineToPhysRead;
+    private readonly PrivilegedEmulator _emulator;
+    private readonly VcpuNotificationQueue _notifications;
+    private int _kickPending;
+    private ulong _lastFaultRip;
+    private ulong _lastFaultAddress;
+    private int _repeatedFaults;
+    private long _nextCalibration;
+
+    public Vcpu(Domain domain, IVirtualCpu cpu, VcpuContext* context, int id)
+    {
+        Domain = domain;
+        Cpu = cpu;
+        Context = context;
+        Id = id;
+        context->State->Id = id;
+        context->Registers = cpu.Registers;
+        context->Segments = cpu.Segments;
+        context->PageTableWrites = cpu.PageTableWrites;
+        context->GdtEntries = (PageTableEntry*)cpu.GdtWindow.Entries;
+        context->GdtEntriesAddress = cpu.GdtWindow.Address;
+        context->KickPending = cpu.KickPending;
+        context->Info = (VcpuInfo*)domain.Context->SharedInfo + id;
+        context->State->VcpuInfoFrame = domain.Context->State->SharedInfoFrame;
+        context->State->VcpuInfoOffset = id * sizeof(VcpuInfo);
+        domain.Events.AddVcpu(context, cpu);
+        _notifications = domain.Events.NotificationQueue(id);
+        _readOnlyPageFault = new ReadOnlyPageFault(context);
+        _machineToPhysRead = new MachineToPhysRead(context);
+        _emulator = new PrivilegedEmulator(context, new PrivilegedState(this));
+        Runstate = new Runstate(this);
+    }
+
+    public int Id { get; }
+
+    public Domain Domain { get; }
+
+    public IVirtualCpu Cpu { get; }
+
+    public VcpuContext* Context { get; }
+
+    public VcpuTimers Timers { get; } = new();
+
+    public Runstate Runstate { get; }
+
+    public HypercallHistory History { get; } = new();
+
+    /// <summary>Set by SCHEDOP_block and poll: sleep before the guest runs on.</summary>
+    public WaitState Waiting { get; set; }
+
+    /// <summary>True while a multicall is being worked through.</summary>
+    public bool InMulticall { get; set; }
+
+    /// <summary>Runs until the domain stops. The calling thread is the vCPU's from here on.</summary>
+    public void Run()
+    {
+        Runstate.Change(RunstateKind.Running);
+        while (!Domain.IsStopping)
+        {
+            long now = Domain.Time.SystemTime;
+            if (now >= Timers.Next)
+                FireTimers(now);
+            if (now >= _nextCalibration)
+                UpdateClock(now);
+            if (Waiting != WaitState.None)
+            {
+                Wait();
+                continue;
+            }
+
+            DeliverEvents();
+            Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
+            Cpu.SetWakeTimer(Domain.Time.ToMonotonic(Math.Min(Timers.Next, _nextCalibration)));
+            VcpuExit exit = Cpu.Run();
+            Handle(exit);
+        }
+
+        Runstate.Change(RunstateKind.Offline);
+    }
+
+    public void Dispose() => Cpu.Dispose();
+
+    /// <summary>Writes a new clock for the guest, at once.</summary>
+    public void UpdateClock(long now)
+    {
+        Domain.Time.Calibrate();
+        Domain.Time.Update(&Context->Info->Time);
+        if (TimeArea != 0)
+        {
+            VcpuTimeInfo copy = default;
+            Domain.Time.Update(&copy);
+            copy.Version = Context->Info->Time.Version;
+            _ = GuestAccess.Write(Context, TimeArea, copy);
+        }
+
+        _nextCalibration = now + Timekeeping.CalibrationPeriod;
+    }
+
+    /// <summary>Guest address of a second copy of the clock (VCPUOP_register_vcpu_time_memory_area), 0 for none.</summary>
+    public ulong TimeArea { get; set; }
+
+    /// <summary>Bounces an exception or a software interrupt through the trap table; crashes the domain if it cannot be taken.</summary>
+    public void InjectTrap(ExceptionVector vector, uint? errorCode)
+    {
+        ref TrapInfo trap = ref Context->State->Traps[(int)vector];
+        var bounce = new TrapBounce(trap.Address, trap.MasksEvents, errorCode.HasValue, errorCode.GetValueOrDefault());
+        if (!GuestMode.Bounce(Context, bounce))
+        {
+            Domain.Crash(
+                this,
+                trap.Address == 0
+                    ? $"The guest raised {vector} (vector {(int)vector}, error code {errorCode.GetValueOrDefault():x}) and has no handler for it."
+                    : $"The guest raised {vector}, and its kernel stack cannot be written.");
+        }
+    }
+
+    private void DeliverEvents()
+    {
+        if (Context->State->NmiPending != 0 && Context->State->NmiMasked == 0 && Context->State->Traps[(int)ExceptionVector.Nmi].Address != 0)
+        {
+            Context->State->NmiPending = 0;
+            Context->State->NmiMasked = 1;
+            InjectTrap(ExceptionVector.Nmi, null);
+            return;
+        }
+
+        if (!Context->UpcallDue)
+            return;
+        if (!GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true)))
+            Domain.Crash(this, "An event is due, and the guest has no event callback or no kernel stack to take it on.");
+    }
+
+    private void FireTimers(long now)
+    {
+        if (Timers.Expire(now))
+            Domain.Events.SendVirq(Id, Virq.Timer, Id);
+    }
+
+    private void Wait()
+    {
+        Runstate.Change(RunstateKind.Blocked);
+        while (!Domain.IsStopping && StillWaiting())
+        {
+            long now = Domain.Time.SystemTime;
+            if (now >= Timers.Next)
+            {
+                FireTimers(now);
+                continue;
+            }
+
+            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.Next));
+            DrainNotifications();
+        }
+
+        if (Waiting == WaitState.Polling)
+        {
+            Domain.Events.EndPoll(Id);
+            Timers.Poll = long.MaxValue;
+        }
+
+        Waiting = WaitState.None;
+        Runstate.Change(RunstateKind.Running);
+    }
+
+    private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
+        && (Waiting != WaitState.Polling || !Timers.PollExpired);
+
+    private void DrainNotifications()
+    {
+        // What to do is in the shared bits; a notification only says that it is worth looking.
+        while (_notifications.TryTake())
+        {
+        }
+    }
+
+    private void Handle(in VcpuExit exit)
+    {
+        switch (exit.Kind)
+        {
+            case VcpuExitKind.Syscall:
+                if (Context->State->KernelMode != 0)
+                    HypercallDispatcher.Dispatch(this);
+                else
+                    BounceSyscall();
+                return;
+            case VcpuExitKind.Exception:
+                HandleException(exit.Vector, exit.ErrorCode);
+                return;
+            case VcpuExitKind.Kicked:
+                DrainNotifications();
+                return;
+            case VcpuExitKind.GuestIo:
+                Apply(_emulator.GuestIo(), ExceptionVector.GeneralProtection, 0);
+                return;
+            default:
+                Domain.Crash(this, exit.Failure ?? "The virtual machine stopped.");
+                return;
+        }
+    }
+
+    private void BounceSyscall()
+    {
+        bool masks = (Context->State->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
+        if (!GuestMode.Bounce(Context, new TrapBounce(Context->State->SyscallCallback, masks)))
+            Domain.Crash(this, "A user process made a system call, and the guest has no syscall callback or no kernel stack to take it on.");
+    }
+
+    private void HandleException(ExceptionVector vector, uint errorCode)
+    {
+        switch (vector)
+        {
+            case ExceptionVector.PageFault:
+                HandlePageFault(errorCode);
+                return;
+            case ExceptionVector.GeneralProtection:
+                Apply(_emulator.GeneralProtection(errorCode), vector, errorCode);
+                return;
+            case ExceptionVector.InvalidOpcode:
+                Apply(_emulator.InvalidOpcode(), vector, null);
+                return;
+            case ExceptionVector.DeviceNotAvailable:
+                if (Context->State->TaskSwitched != 0)
+                {
+                    Context->State->TaskSwitched = 0;
+                    Cpu.SetTaskSwitched(false);
+                    InjectTrap(vector, null);
+                }
+
+                return;
+            case ExceptionVector.DoubleFault:
+            case ExceptionVector.MachineCheck:
+                Domain.Crash(this, $"The processor raised {vector} in the guest.");
+                return;
+            default:
+                InjectTrap(vector, PushesErrorCode(vector) ? errorCode : null);
+                return;
+        }
+    }
+
+    private static bool PushesErrorCode(ExceptionVector vector)
+        => vector is >= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault or ExceptionVector.AlignmentCheck
+            or ExceptionVector.ControlProtection;
+
+    private void Apply(in EmulationResult result, ExceptionVector vector, uint? errorCode)
+    {
+        switch (result.Outcome)
+        {
+            case EmulationOutcome.Done:
+                return;
+            case EmulationOutcome.NotHandled:
+                InjectTrap(vector, errorCode);
+                return;
+        }
+
+        if (result.Vector == ExceptionVector.PageFault && !result.IsSoftwareInterrupt)
+            InjectPageFault(result.FaultAddress, result.ErrorCode);
+        else
+            InjectTrap(result.Vector, !result.IsSoftwareInterrupt && PushesErrorCode(result.Vector) ? result.ErrorCode : null);
+    }
+
+    private void HandlePageFault(uint errorCode)
+    {
+        VirtualAddress address = Cpu.FaultAddress;
+        var error = (PageFaultError)errorCode;
+        if (Context->State->KernelMode != 0 && (error & (PageFaultError.Present | PageFaultError.Write)) == (PageFaultError.Present | PageFaultError.Write)
+            && _readOnlyPageFault.TryEmulate(address))
+        {
+            return;
+        }
+
+        if (address.IsHypervisorReserved && _machineToPhysRead.TryEmulate(address, error))
+            return;
+        if (IsSpurious(address, error))
+            return;
+        InjectPageFault(address.Value, errorCode);
+    }
+
+    /// <summary>
+    /// Whether the tables allow the access by now: a processor may fault on a cached translation that has fewer rights, and
+    /// drops it in doing so.
+    /// </summary>
+    private bool IsSpurious(VirtualAddress address, PageFaultError error)
+    {
+        if (!address.IsGuest || (error & PageFaultError.InstructionFetch) != 0 || (error & PageFaultError.ReservedBit) != 0)
+            return false;
+        if (GuestAccess.Translate(Context, address.Value, (error & PageFaultError.Write) != 0) == null)
+            return false;
+        ulong rip = Context->Registers->Rip;
+        _repeatedFaults = rip == _lastFaultRip && address.Value == _lastFaultAddress ? _repeatedFaults + 1 : 0;
+        _lastFaultRip = rip;
+        _lastFaultAddress = address.Value;
+        if (_repeatedFaults < MaxRepeatedFaults)
+            return true;
+        _repeatedFaults = 0;
+        return false;
+    }
+
+    private void InjectPageFault(ulong address, uint errorCode)
+    {
+        Context->Info->Cr2 = address;
+        uint guestError = errorCode & ~(uint)PageFaultError.User;
+        if (Context->State->KernelMode == 0)
+            guestError |= (uint)PageFaultError.User;
+        InjectTrap(ExceptionVector.PageFault, guestError);
+    }
+}
+
+/// <summary>What a vCPU waits for.</summary>
+internal enum WaitState
+{
+    None,
+
+    /// <summary>SCHEDOP_block: an upcall.</summary>
+    Blocked,
+
+    /// <summary>SCHEDOP_poll: an upcall, one of the ports, or the timeout.</summary>
+    Polling,
+}

@@ -1,0 +1,78 @@
+namespace XenSharp.Domains;
+
+/// <summary>One vCPU's timers, in system time (nanoseconds since the domain was made); only its own thread uses them.</summary>
+internal sealed class VcpuTimers
+{
+    private long _singleshot = long.MaxValue;
+    private long _periodicNext = long.MaxValue;
+    private long _poll = long.MaxValue;
+
+    /// <summary>The earliest of all.</summary>
+    public long Next { get; private set; } = long.MaxValue;
+
+    /// <summary>When the one-shot timer fires; <see cref="long.MaxValue"/> for never.</summary>
+    public long Singleshot
+    {
+        get => _singleshot;
+        set
+        {
+            _singleshot = value;
+            Rearm();
+        }
+    }
+
+    /// <summary>Nanoseconds between two ticks; 0 for none.</summary>
+    public long Period { get; private set; }
+
+    /// <summary>When SCHEDOP_poll gives up.</summary>
+    public long Poll
+    {
+        get => _poll;
+        set
+        {
+            _poll = value;
+            PollExpired = false;
+            Rearm();
+        }
+    }
+
+    /// <summary>Whether <see cref="Poll"/> has passed since it was set.</summary>
+    public bool PollExpired { get; private set; }
+
+    /// <summary>Starts or stops the periodic timer.</summary>
+    public void SetPeriodic(long period, long now)
+    {
+        Period = period;
+        _periodicNext = period == 0 ? long.MaxValue : now + period;
+        Rearm();
+    }
+
+    /// <summary>Takes note of the timers that are due.</summary>
+    /// <returns>True when VIRQ_TIMER is to be raised. Missed periods are not made up for.</returns>
+    public bool Expire(long now)
+    {
+        bool virq = false;
+        if (now >= _singleshot)
+        {
+            _singleshot = long.MaxValue;
+            virq = true;
+        }
+
+        if (now >= _periodicNext)
+        {
+            _periodicNext += ((now - _periodicNext) / Period * Period) + Period;
+            virq = true;
+        }
+
+        if (now >= _poll)
+        {
+            _poll = long.MaxValue;
+            PollExpired = true;
+        }
+
+        Rearm();
+        return virq;
+    }
+
+    private void Rearm() => Next = Math.Min(Math.Min(_singleshot, _periodicNext), _poll);
+}

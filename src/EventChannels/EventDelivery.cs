@@ -1,0 +1,81 @@
+// Sending, unmasking and polling: the operations that a guest makes thousands of times a second. Static, over pointers,
+// without allocation, exception or call through an interface.
+using XenSharp.Core;
+
+namespace XenSharp.EventChannels;
+
+/// <summary>The hot operations on a domain's own ports.</summary>
+public static unsafe class EventDelivery
+{
+    /// <summary>What <see cref="Send"/> returns for a port whose far end is not in this domain's table.</summary>
+    public const long AtFarEnd = 1;
+
+    /// <summary>Sends on a port.</summary>
+    /// <param name="context">The sender's domain.</param>
+    /// <param name="port">A valid port, whose lock the caller holds.</param>
+    /// <param name="wake">Gets the vCPUs to be woken.</param>
+    /// <returns>0, <see cref="AtFarEnd"/>, or -EINVAL for a port that cannot be sent on.</returns>
+    public static long Send(EventChannelContext* context, uint port, VcpuMask* wake)
+    {
+        switch (context->Ports[port].State)
+        {
+            case ChannelState.Interdomain:
+                return AtFarEnd;
+            case ChannelState.Ipi:
+                TwoLevelAbi.SetPending(context, port, wake);
+                return 0;
+            case ChannelState.Unbound:
+                // Whoever binds later finds the channel pending, so this one is not lost.
+                return 0;
+            default:
+                return -(long)Errno.EINVAL;
+        }
+    }
+
+    /// <summary>Unmasks a port (EVTCHNOP_unmask).</summary>
+    /// <returns>0, also for a port that is not in use; -EINVAL for one that does not exist.</returns>
+    public static long Unmask(EventChannelContext* context, uint port, VcpuMask* wake)
+    {
+        if (!context->IsValid(port))
+            return -(long)Errno.EINVAL;
+        EventChannelPortState* state = context->Ports + port;
+        PortLock.Enter(state);
+        if (state->IsUsable)
+            TwoLevelAbi.Unmask(context, port, wake);
+        PortLock.Exit(state);
+        return 0;
+    }
+
+    /// <summary>Raises a virtual interrupt, if it is bound.</summary>
+    /// <param name="context">The domain.</param>
+    /// <param name="vcpu">An existing vCPU; of no importance for a global VIRQ.</param>
+    /// <param name="virq">0..23.</param>
+    /// <param name="wake">Gets the vCPUs to be woken.</param>
+    public static void RaiseVirq(EventChannelContext* context, int vcpu, int virq, VcpuMask* wake)
+    {
+        int owner = Virq.IsGlobal(virq) ? 0 : vcpu;
+        uint port = Volatile.Read(ref context->Vcpus[owner].Virqs[virq]);
+        if (port == 0)
+            return;
+        EventChannelPortState* state = context->Ports + port;
+        PortLock.Enter(state);
+
+        // The port may have been closed and used for something else since the table was read.
+        if (state->State == ChannelState.Virq && state->Virq == virq && (Virq.IsGlobal(virq) || state->NotifyVcpu == vcpu))
+            TwoLevelAbi.SetPending(context, port, wake);
+        PortLock.Exit(state);
+    }
+
+    /// <summary>Whether a port is pending (evtchn_port_poll).</summary>
+    /// <returns>1 or 0; -EINVAL for a port that does not exist or is not in use.</returns>
+    public static long Poll(EventChannelContext* context, uint port)
+    {
+        if (!context->IsValid(port))
+            return -(long)Errno.EINVAL;
+        EventChannelPortState* state = context->Ports + port;
+        PortLock.Enter(state);
+        long result = !state->IsUsable ? -(long)Errno.EINVAL : TwoLevelAbi.IsPending(context, port) ? 1 : 0;
+        PortLock.Exit(state);
+        return result;
+    }
+}

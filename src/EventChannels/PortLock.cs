@@ -1,0 +1,62 @@
+// The lock of a single port, and the order in which the locks of event channels are taken.
+namespace XenSharp.EventChannels;
+
+/// <summary>A spin lock in the port table.</summary>
+/// <remarks>
+/// <para>Two kinds of lock guard event channels, taken in this order:</para>
+/// <list type="number">
+/// <item>A domain's event lock, held by everything that allocates, binds, rebinds or frees a port of it. Of two domains, the
+/// one created first is locked first (<see cref="EventLockPair"/>).</item>
+/// <item>A port's own lock, held for as long as its state changes, on top of the event lock. An interdomain connection is
+/// made and broken with both ends locked, the end in the earlier domain first, then the lower port.</item>
+/// </list>
+/// <para>Who sends takes one lock only, that of the port sent from: the connection cannot go away under it, so neither can the
+/// far end's port, its domain's memory, or the right to set it pending. Nothing is waited for, woken or kicked with a port
+/// lock held, and no event lock is asked for.</para>
+/// </remarks>
+public static unsafe class PortLock
+{
+    private const int SpinsBeforeYield = 64;
+
+    public static void Enter(EventChannelPortState* port)
+    {
+        int spins = 0;
+        while (Interlocked.CompareExchange(ref port->Lock, 1, 0) != 0)
+        {
+            // The holder needs a few dozen instructions; where that takes longer its thread was preempted.
+            if (++spins % SpinsBeforeYield == 0)
+                Thread.Yield();
+            else
+                Thread.SpinWait(1);
+        }
+    }
+
+    public static void Exit(EventChannelPortState* port) => Volatile.Write(ref port->Lock, 0);
+}
+
+/// <summary>Holds the event locks of one or two domains.</summary>
+internal readonly ref struct EventLockPair
+{
+    private readonly Lock _first;
+    private readonly Lock? _second;
+
+    private EventLockPair(Lock first, Lock? second)
+    {
+        _first = first;
+        _second = second;
+        first.Enter();
+        second?.Enter();
+    }
+
+    /// <summary>Takes both locks, or the one of them if they are the same or there is no second.</summary>
+    internal static EventLockPair Enter(EventChannelDomain domain, EventChannelDomain? other)
+        => other == null || other == domain ? new EventLockPair(domain.EventLock, null)
+            : domain.Sequence < other.Sequence ? new EventLockPair(domain.EventLock, other.EventLock)
+            : new EventLockPair(other.EventLock, domain.EventLock);
+
+    public void Dispose()
+    {
+        _second?.Exit();
+        _first.Exit();
+    }
+}

@@ -18,12 +18,16 @@ public sealed class XenstoreConnection
     private readonly IXenstoreTransport _transport;
     private readonly XenstoreSignal _signal = new();
     private readonly CancellationTokenSource _stop = new();
+
+    // Held while the loop touches the transport; taken before the store's lock, never after it.
+    private readonly Lock _stepping = new();
     private readonly byte[] _input = new byte[XenstoreWire.HeaderSize + XenstoreWire.PayloadMaximum];
     private int _inputFilled;
     private XenstoreMessage? _current;
     private byte[] _output = [];
     private int _outputSent;
     private bool _resetDemanded;
+    private bool _quiesced;
     private volatile bool _ended;
 
     internal XenstoreConnection(
@@ -60,14 +64,12 @@ public sealed class XenstoreConnection
 
     /// <summary>Starts the service loop.</summary>
     /// <param name="reset">Whether the transport is emptied first, as XS_INTRODUCE does.</param>
-    /// <param name="after">What must have ended before the transport is touched.</param>
+    /// <param name="after">What must have ended before the loop waits for the carrier.</param>
     internal void Start(bool reset, Task after)
     {
-        // At once if possible: a guest that is started next may use the ring before the loop gets a thread.
-        if (reset && after.IsCompleted)
+        // Now and not in the loop: a guest that is started next may use the ring before the loop gets a thread.
+        if (reset)
             _transport.Reset();
-        else
-            _resetDemanded = reset;
         Completion = Task.Run(async () =>
         {
             await after.ConfigureAwait(false);
@@ -85,6 +87,17 @@ public sealed class XenstoreConnection
     /// <summary>Asks the loop to end; <see cref="Completion"/> says when it has. Does not block.</summary>
     internal void Stop() => _ = _stop.CancelAsync();
 
+    /// <summary>
+    /// Ends the loop; when this returns, nothing is read or written any longer, though a wait may still be under way. Not with the
+    /// store's lock held.
+    /// </summary>
+    internal void Quiesce()
+    {
+        lock (_stepping)
+            _quiesced = true;
+        Stop();
+    }
+
     /// <summary>Serves the client until the token is signalled or the carrier ends.</summary>
     internal async Task RunAsync(CancellationToken cancellation)
     {
@@ -93,10 +106,7 @@ public sealed class XenstoreConnection
         {
             while (!cancellation.IsCancellationRequested)
             {
-                bool more = true;
-                for (int step = 0; more && step < StepsPerTurn && !cancellation.IsCancellationRequested; step++)
-                    more = Step();
-                _transport.Flush();
+                bool more = Turn();
                 if (more)
                     await Task.Yield();
                 else if (_ended)
@@ -144,6 +154,22 @@ public sealed class XenstoreConnection
         }
         _ended = true;
         _signal.Set();
+    }
+
+    private bool Turn()
+    {
+        bool more = true;
+        for (int step = 0; more && step < StepsPerTurn; step++)
+        {
+            lock (_stepping)
+                more = !_quiesced && Step();
+        }
+        lock (_stepping)
+        {
+            if (!_quiesced)
+                _transport.Flush();
+        }
+        return more;
     }
 
     // Does one piece of work; false when there is none until the next signal.

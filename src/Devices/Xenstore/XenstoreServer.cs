@@ -64,6 +64,12 @@ public sealed class XenstoreServer : IAsyncDisposable
     {
         CheckGuest(domainId);
         ArgumentNullException.ThrowIfNull(transport);
+
+        // The earlier connection lets go of the page first: it may be the same one.
+        XenstoreConnection? old;
+        lock (_database.Gate)
+            old = _database.FindDomain(domainId)?.Connection;
+        old?.Quiesce();
         lock (_database.Gate)
         {
             ObjectDisposedException.ThrowIf(_disposed, this);

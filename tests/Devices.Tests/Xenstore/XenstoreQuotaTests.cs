@@ -138,6 +138,29 @@ internal sealed class XenstoreQuotaTests
     }
 
     [Test]
+    public void A_transaction_pays_for_its_own_version_of_a_node()
+    {
+        using StoreFixture store = new();
+        FakeGuest guest = store.Guest(5);
+        guest.Write("x", new string('a', 1000));
+        long before = Memory();
+        uint transaction = guest.Begin();
+        for (int round = 0; round < 3; round++)
+            guest.Write("x", new string('b', 1500), transaction);
+        Assert.That(Memory() - before, Is.EqualTo(24 + 8 + 1500 + "/local/domain/5/x".Length));
+        guest.End(transaction);
+        Assert.That(Memory() - before, Is.EqualTo(500));
+
+        long Memory()
+        {
+            // The round trip makes sure that no reply is still accounted.
+            FakeGuest.Until(() => store.Connections[0].QueuedMessages == 0, "all is taken");
+            lock (store.Server.Database.Gate)
+                return store.Server.Database.FindDomain(5)!.Memory - (store.Connections[0].Session.Outstanding * 19);
+        }
+    }
+
+    [Test]
     public void Watch_quota_includes_memory()
     {
         using StoreFixture store = new(new XenstoreOptions { Quotas = new XenstoreQuotas { Memory = 5_000 } });

@@ -231,9 +231,17 @@ internal sealed class XenstoreRingTests
     {
         _guest.Watch("x", "t");
         FakeGuest again = _store.Guest(5);
-        Assert.That(_store.Connections[0].Completion.Wait(TimeSpan.FromSeconds(20)), Is.True);
-        Assert.That(again.Write("x", "1"), Is.Empty);
+        Assert.That(again.Write("x", "1"), Is.Empty, "at once");
         Assert.That(again.AllEvents(), Is.Empty);
+        Assert.That(_store.Connections[0].Completion.Wait(TimeSpan.FromSeconds(20)), Is.True);
+
+        // The same ring again, while it is in use.
+        for (int round = 0; round < 20; round++)
+        {
+            again.Send(XenstoreMessageType.Read, 0, "x\0");
+            _store.Connections.Add(_store.Server.IntroduceDomain(5, again.Ring));
+            Assert.That(again.Write("y", $"{round}"), Is.Empty);
+        }
     }
 
     [Test]

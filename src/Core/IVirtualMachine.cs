@@ -51,6 +51,21 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>Where the guest's 14 descriptor-table frames are mapped for this processor.</summary>
     GdtWindow GdtWindow { get; }
 
+    /// <summary>Not 0 once <see cref="Kick"/> was called, until <see cref="Run"/> or <see cref="WaitForKick"/> took note of it.</summary>
+    int* KickPending { get; }
+
+    /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
+    void SetTaskSwitched(bool value);
+
+    /// <summary>CR4.TSD: RDTSC raises #GP at CPL 3.</summary>
+    void SetTimeStampDisable(bool value);
+
+    /// <summary>Loads XCR0; the value was checked against what the host offers.</summary>
+    void SetXcr0(ulong value);
+
+    /// <summary>Loads the debug registers 0–3, 6 and 7.</summary>
+    void SetDebugRegisters(ReadOnlySpan<ulong> values);
+
     /// <summary>Enters the guest until something has to be decided above.</summary>
     VcpuExit Run();
 

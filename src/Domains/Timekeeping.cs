@@ -46,7 +46,8 @@ public sealed class Timekeeping
     /// <summary>CLOCK_MONOTONIC at a system time; saturates.</summary>
     public long ToMonotonic(long systemTime) => systemTime > long.MaxValue - _bootTime ? long.MaxValue : systemTime + _bootTime;
 
-    private ulong GuestTsc => _hostTsc() + (ulong)_counter.Offset;
+    /// <summary>The TSC as the guest reads it now.</summary>
+    public ulong GuestTsc => _hostTsc() + (ulong)_counter.Offset;
 
     /// <summary>
     /// Takes a new anchor on the line that the guest sees now, and turns its slope so that it meets true time at the end of the

@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Hypercalls;
@@ -19,7 +18,6 @@ internal sealed unsafe class Vcpu : IDisposable
     private readonly MachineToPhysRead _machineToPhysRead;
     private readonly PrivilegedEmulator _emulator;
     private readonly VcpuNotificationQueue _notifications;
-    private int _kickPending;
     private ulong _lastFaultRip;
     private ulong _lastFaultAddress;
     private int _repeatedFaults;

@@ -1,3 +1,4 @@
+using System.Runtime.Intrinsics.X86;
 using Tmds.Linux;
 
 namespace XenSharp.Kvm;
@@ -12,6 +13,9 @@ public static unsafe class HostClock
 
     /// <summary>RDTSC on this processor.</summary>
     public static ulong TimeStampCounter => ReadTsc();
+
+    /// <summary>CPUID.1:ECX.XSAVE of the host.</summary>
+    internal static bool HasXsave => (X86Base.CpuId(1, 0).Ecx & (1 << 26)) != 0;
 
     private static delegate* unmanaged[SuppressGCTransition]<ulong> Load()
     {

@@ -14,6 +14,8 @@ namespace XenSharp.Kvm;
 internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 {
     private const ulong Cr0Flags = 0x8005_0033; // PG AM WP NE ET MP PE
+    private const ulong Cr0TaskSwitched = 1 << 3;
+    private const ulong Cr4Tsd = 1 << 2;
     private const ulong Cr4Pae = 1 << 5;
     private const ulong Cr4Osfxsr = 1 << 9;
     private const ulong Cr4Osxmmexcpt = 1 << 10;
@@ -25,6 +27,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     private const int RunsFrom = 6;
 
+    /// <summary>What has to stay in one place beside the kvm_run page.</summary>
+    private struct LocalState
+    {
+        public SegmentRegisters Segments;
+        public CpuRegisters Intended;
+        public PageTableWriteQueue Writes;
+        public int Kicked;
+    }
+
+    private readonly LocalState* _state;
     private readonly KvmVirtualMachine _machine;
     private readonly MonitorCode _code;
     private readonly VcpuPages _pages;
@@ -38,8 +50,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private int _timer = -1;
     private long _timerDeadline = long.MaxValue;
     private ulong _root;
-    private int _kicked;
-    private bool _stateUncertain;
+    private readonly int* _kicked;
+    private KvmSyncRegs _forced;
 
     internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
     {
@@ -49,11 +61,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
         if (_file < 0)
             throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
-        nuint state = (nuint)(sizeof(SegmentRegisters) + sizeof(CpuRegisters) + sizeof(PageTableWriteQueue));
-        byte* block = (byte*)NativeMemory.AllocZeroed(state);
-        _segments = (SegmentRegisters*)block;
-        _intended = (CpuRegisters*)(block + sizeof(SegmentRegisters));
-        _writes = (PageTableWriteQueue*)(block + sizeof(SegmentRegisters) + sizeof(CpuRegisters));
+        _state = (LocalState*)NativeMemory.AllocZeroed((nuint)sizeof(LocalState));
+        _segments = &_state->Segments;
+        _intended = &_state->Intended;
+        _writes = &_state->Writes;
+        _kicked = &_state->Kicked;
         _writes->InGuest = machine.Capabilities.ShadowPageTables ? 1 : 0;
         try
         {
@@ -87,6 +99,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public GdtWindow GdtWindow => _pages.GdtWindow;
 
+    public int* KickPending => _kicked;
+
     internal int File => _file;
 
     internal KvmRun* SharedPage => _run;
@@ -101,7 +115,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_file >= 0)
         {
             _ = LibC.close(_file);
-            NativeMemory.Free(_segments);
+            NativeMemory.Free(_state);
         }
 
         _file = -1;
@@ -109,11 +123,40 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public void Kick()
     {
-        if (Interlocked.Exchange(ref _kicked, 1) != 0)
+        if (Interlocked.Exchange(ref *_kicked, 1) != 0)
             return;
         int thread = Volatile.Read(ref _thread);
         if (thread != 0)
             Libc.KickThread(thread);
+    }
+
+    public void SetTaskSwitched(bool value)
+    {
+        _sregs->Cr0 = value ? _sregs->Cr0 | Cr0TaskSwitched : _sregs->Cr0 & ~Cr0TaskSwitched;
+        _forced = KvmSyncRegs.Sregs;
+    }
+
+    public void SetTimeStampDisable(bool value)
+    {
+        _sregs->Cr4 = value ? _sregs->Cr4 | Cr4Tsd : _sregs->Cr4 & ~Cr4Tsd;
+        _forced = KvmSyncRegs.Sregs;
+    }
+
+    public void SetXcr0(ulong value)
+    {
+        // struct kvm_xcrs: count, flags, 16 × { number, reserved, value }, padding.
+        const int size = 392;
+        byte* registers = stackalloc byte[size];
+        new Span<byte>(registers, size).Clear();
+        *(uint*)registers = 1;
+        *(ulong*)(registers + 16) = value;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetXcrs, registers), "KVM_SET_XCRS failed");
+    }
+
+    public void SetDebugRegisters(ReadOnlySpan<ulong> values)
+    {
+        var registers = new KvmDebugRegs { Db0 = values[0], Db1 = values[1], Db2 = values[2], Db3 = values[3], Dr6 = values[6], Dr7 = values[7] };
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetDebugRegs, &registers), "KVM_SET_DEBUGREGS failed");
     }
 
     public void SetWakeTimer(long deadline)
@@ -131,7 +174,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         BindThread();
         sigset_t set = Libc.KickSet();
-        while (Volatile.Read(ref _kicked) == 0)
+        while (Volatile.Read(ref *_kicked) == 0)
         {
             long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - Libc.MonotonicNow();
             if (remaining <= 0)
@@ -148,7 +191,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public VcpuExit Run()
     {
         BindThread();
-        if (Volatile.Read(ref _kicked) != 0)
+        if (Volatile.Read(ref *_kicked) != 0)
         {
             TakeKick();
             return new VcpuExit(VcpuExitKind.Kicked);
@@ -187,7 +230,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     private void TakeKick()
     {
-        Volatile.Write(ref _kicked, 0);
+        Volatile.Write(ref *_kicked, 0);
         sigset_t set = Libc.KickSet();
         timespec none = default;
         while (LibC.sigtimedwait(&set, null, &none) > 0)
@@ -201,7 +244,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         var sregs = default(KvmSregs);
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetSregs, &sregs), "KVM_GET_SREGS failed");
         sregs.Cr0 = Cr0Flags;
-        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt;
+        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt | (HostClock.HasXsave ? Cr4Osxsave : 0);
         sregs.Efer = EferFlags;
         SetCpl3(ref sregs);
         sregs.Fs = sregs.Gs = sregs.Ds = sregs.Es = DataSegment(0);
@@ -303,10 +346,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             dirty |= KvmSyncRegs.Sregs;
         }
 
-        if (_stateUncertain)
-            dirty |= KvmSyncRegs.Sregs;
-        _stateUncertain = false;
-        _run->DirtyRegs = dirty;
+        _run->DirtyRegs = dirty | _forced;
+        _forced = KvmSyncRegs.None;
     }
 
     /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
@@ -522,7 +563,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_run->DirtyRegs != KvmSyncRegs.None)
         {
             // Not taken over, and the shared page may hold either state: set everything anew.
-            _stateUncertain = true;
+            _forced = KvmSyncRegs.Sregs;
             return RestoreIntended();
         }
 

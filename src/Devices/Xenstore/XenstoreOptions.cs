@@ -60,5 +60,5 @@ public sealed record XenstoreOptions
 
     /// <summary>Told about an exception that a watch callback let escape; later events are delivered all the same.</summary>
     public Action<Exception> CallbackFailed { get; init; } =
-        static exception => Console.Error.WriteLine($"xensharp: a xenstore watch callback failed: {exception}");
+        static exception => System.Console.Error.WriteLine($"xensharp: a xenstore watch callback failed: {exception}");
 }

@@ -5,9 +5,14 @@ using XenSharp.Mmu;
 namespace XenSharp.Domains.Hypercalls;
 
 /// <summary>One row of the table.</summary>
-/// <param name="Function">Serves the hypercall; null for none.</param>
-/// <param name="ArgumentCount">Arguments that it takes, for traces and reports.</param>
-internal readonly unsafe record struct HypercallEntry(delegate*<Vcpu, in HypercallArguments, long> Function, int ArgumentCount);
+internal readonly unsafe struct HypercallEntry(delegate*<Vcpu, in HypercallArguments, long> function, int argumentCount)
+{
+    /// <summary>Serves the hypercall; null for none.</summary>
+    public readonly delegate*<Vcpu, in HypercallArguments, long> Function = function;
+
+    /// <summary>Arguments that it takes, for traces and reports.</summary>
+    public readonly int ArgumentCount = argumentCount;
+}
 
 /// <summary>The dispatch table, made once; no reflection, no allocation a call.</summary>
 internal static unsafe class HypercallTable

@@ -113,13 +113,9 @@ internal static unsafe class ProcessorState
     {
         if (selector > 3)
             selector |= 3;
-        if (!SegmentDescriptor.TryReadDataBase(context, selector, out ulong address))
-        {
-            selector = 0;
-            address = 0;
-        }
-
-        context->Segments->Gs = selector;
-        context->State->InactiveGsBase = address;
+        bool loads = SegmentDescriptor.TryRead(context, selector, out SegmentDescriptor descriptor)
+            && (selector <= 3 || (descriptor.IsPresent && descriptor.IsUser && descriptor.IsReadable));
+        context->Segments->Gs = loads ? selector : (ushort)0;
+        context->State->InactiveGsBase = loads ? descriptor.Base : 0;
     }
 }

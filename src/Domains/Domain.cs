@@ -1,0 +1,200 @@
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+using XenSharp.Domains.Builder;
+using XenSharp.Domains.Emulation;
+using XenSharp.EventChannels;
+
+namespace XenSharp.Domains;
+
+/// <summary>
+/// One domain: its memory and vCPUs, from being built to having stopped. Made by <see cref="DomainBuilder"/>'s rules, started
+/// once, disposed by its owner after <see cref="Completion"/>.
+/// </summary>
+public sealed unsafe class Domain : IDisposable
+{
+    private const int VcpuStackSize = 1 << 20;
+
+    private readonly DomainMemory _memory;
+    private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly List<Vcpu> _vcpus = [];
+    private readonly List<Thread> _threads = [];
+    private readonly byte* _handle;
+    private DomainExit? _exit;
+    private ShutdownReason? _shutdownCode;
+    private int _stopping;
+    private bool _disposed;
+
+    /// <summary>Builds the domain in a fresh VM. The VM stays the caller's to dispose, after this.</summary>
+    /// <exception cref="DomainBuildException">What was asked for cannot be built; the message says why.</exception>
+    public Domain(DomainOptions options, IVirtualMachine machine)
+    {
+        ArgumentNullException.ThrowIfNull(options);
+        ArgumentNullException.ThrowIfNull(machine);
+        Options = options;
+        Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
+        Ports = new IoPorts(() => Time.SystemTime);
+        Cpuid = CpuidPolicy.FromHost(options.Cpuid with
+        {
+            TscKiloHertz = machine.TimeStampCounter.KiloHertz,
+            HostTscKiloHertz = machine.TimeStampCounter.KiloHertz,
+            EndOfMachineFrames = machine.Memory.EndFrame,
+        });
+        Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
+        _handle = (byte*)NativeMemory.Alloc(16);
+        _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
+        _memory = new DomainMemory(machine, options.Id, maxVcpus: 1, (ulong)options.MemoryMiB << (20 - Paging.PageShift), options.ShadowPageTables);
+        try
+        {
+            var builder = new DomainBuilder(_memory.Context, options);
+            builder.AllocateSharedInfo();
+            Events = new EventChannelDomain(Context, options.Id, id => id == options.Id ? Events : null);
+            ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
+            StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
+            ConsolePort = consolePort.Value;
+            StorePort = storePort.Value;
+            _memory.VcpuContexts->Domain = Context;
+            _memory.VcpuContexts->State = _memory.VcpuStates;
+            var vcpu = new Vcpu(this, machine.CreateVcpu(0), _memory.VcpuContexts, 0);
+            _vcpus.Add(vcpu);
+            Context->State->VcpuCount = 1;
+            Layout = builder.Build(vcpu.Context, ConsolePort, StorePort);
+            Time.UpdateWallClock(Context->SharedInfo);
+        }
+        catch
+        {
+            Dispose();
+            throw;
+        }
+    }
+
+    public DomainOptions Options { get; }
+
+    public DomainId Id => new(Options.Id);
+
+    /// <summary>Completes when the domain has stopped and no vCPU runs any more.</summary>
+    public Task<DomainExit> Completion => _completion.Task;
+
+    /// <summary>Where the builder put things.</summary>
+    public DomainLayout Layout { get; } = null!;
+
+    /// <summary>The back end's view of the console ring page, 4096 bytes, mapped until <see cref="Dispose"/>.</summary>
+    public byte* ConsolePage => Context->Memory.Page(Layout.Console);
+
+    /// <summary>The back end's view of the xenstore ring page.</summary>
+    public byte* StorePage => Context->Memory.Page(Layout.Store);
+
+    /// <summary>The back end's end of the console's event channel.</summary>
+    public EventChannelBackend ConsoleChannel { get; } = null!;
+
+    /// <summary>The back end's end of xenstore's event channel.</summary>
+    public EventChannelBackend StoreChannel { get; } = null!;
+
+    /// <summary>The guest's port of the console.</summary>
+    public uint ConsolePort { get; }
+
+    /// <summary>The guest's port of xenstore.</summary>
+    public uint StorePort { get; }
+
+    /// <summary>Receives what the guest prints by console_io; called on the vCPU's thread with bytes to copy.</summary>
+    public EmergencyConsole? EmergencyOutput { get; set; }
+
+    /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
+    public Action? BeforeFirstEntry { get; set; }
+
+    /// <summary>Hypercalls that the guest has made.</summary>
+    public ulong HypercallCount => _vcpus[0].History.Count;
+
+    internal DomainContext* Context => _memory.Context;
+
+    internal EventChannelDomain Events { get; } = null!;
+
+    internal Timekeeping Time { get; }
+
+    internal CpuidPolicy Cpuid { get; }
+
+    internal IoPorts Ports { get; }
+
+    internal Watchdogs Watchdogs { get; }
+
+    /// <summary>The UUID's 16 bytes, for XENVER_guest_handle.</summary>
+    internal byte* Handle => _handle;
+
+    internal bool IsStopping => Volatile.Read(ref _stopping) != 0;
+
+    /// <summary>Starts the vCPUs' threads.</summary>
+    public void Start()
+    {
+        foreach (Vcpu vcpu in _vcpus)
+        {
+            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Options.Name} vcpu{vcpu.Id}", IsBackground = true };
+            _threads.Add(thread);
+            thread.Start();
+        }
+    }
+
+    /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
+    public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
+
+    public void Dispose()
+    {
+        if (_disposed)
+            return;
+        _disposed = true;
+        Destroy();
+        foreach (Thread thread in _threads)
+            thread.Join();
+        Watchdogs.Dispose();
+        Events?.Dispose();
+        foreach (Vcpu vcpu in _vcpus)
+            vcpu.Dispose();
+        _memory.Dispose();
+        NativeMemory.Free(_handle);
+    }
+
+    internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
+
+    internal void WriteEmergencyConsole(ReadOnlySpan<byte> text) => EmergencyOutput?.Invoke(text);
+
+    /// <summary>The guest asked to stop (SCHEDOP_shutdown).</summary>
+    internal void Shutdown(Vcpu vcpu, ShutdownReason reason)
+    {
+        reason = _shutdownCode ?? reason;
+        string? report = reason == ShutdownReason.Crash ? CrashReport.Write(vcpu, "The guest's kernel reported that it has crashed.") : null;
+        Stop(new DomainExit(reason, report));
+    }
+
+    /// <summary>SCHEDOP_shutdown_code: the reason that a later shutdown will have, the first one given counts.</summary>
+    internal void SetShutdownCode(ShutdownReason reason) => _shutdownCode ??= reason;
+
+    /// <summary>The domain cannot go on: stops it with a report. Called on the vCPU's own thread.</summary>
+    internal void Crash(Vcpu vcpu, string why) => Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, why)));
+
+    private void Stop(DomainExit exit)
+    {
+        if (Interlocked.CompareExchange(ref _exit, exit, null) == null)
+            Volatile.Write(ref _stopping, 1);
+        foreach (Vcpu vcpu in _vcpus)
+            vcpu.Cpu.Kick();
+        if (_threads.Count == 0)
+            _ = _completion.TrySetResult(_exit!);
+    }
+
+    private void RunVcpu(Vcpu vcpu)
+    {
+        try
+        {
+            BeforeFirstEntry?.Invoke();
+            vcpu.Run();
+        }
+        catch (Exception exception)
+        {
+            // A defect of ours must end this domain, and only this one.
+            Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
+        }
+
+        _ = _completion.TrySetResult(_exit ?? new DomainExit(ShutdownReason.PowerOff));
+    }
+}
+
+/// <summary>Takes what a guest prints by console_io.</summary>
+public delegate void EmergencyConsole(ReadOnlySpan<byte> text);

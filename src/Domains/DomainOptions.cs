@@ -1,0 +1,41 @@
+using XenSharp.Domains.Builder;
+using XenSharp.Domains.Emulation;
+
+namespace XenSharp.Domains;
+
+/// <summary>What a domain is made from.</summary>
+public sealed record DomainOptions
+{
+    /// <summary>Smallest memory that is accepted.</summary>
+    public const int MinMemoryMiB = 4;
+
+    /// <summary>Name for people; the guest does not see it.</summary>
+    public required string Name { get; init; }
+
+    /// <summary>Domain id, 1..0x7fef.</summary>
+    public ushort Id { get; init; } = 1;
+
+    /// <summary>The kernel.</summary>
+    public required KernelImage Kernel { get; init; }
+
+    /// <summary>The initial ramdisk; empty for none.</summary>
+    public ReadOnlyMemory<byte> Ramdisk { get; init; }
+
+    /// <summary>Memory of the domain in MiB.</summary>
+    public int MemoryMiB { get; init; } = 512;
+
+    /// <summary>Kernel command line, at most 1023 bytes in UTF-8.</summary>
+    public string CommandLine { get; init; } = string.Empty;
+
+    /// <summary>The domain's UUID (XENVER_guest_handle).</summary>
+    public Guid Uuid { get; init; } = Guid.NewGuid();
+
+    /// <summary>Reads the host's TSC.</summary>
+    public required Func<ulong> HostTsc { get; init; }
+
+    /// <summary>KVM shadows the guest's page tables: host stores are seen only when repeated inside the VM.</summary>
+    public bool ShadowPageTables { get; init; }
+
+    /// <summary>What the CPUID policy starts from beside the host's leaves.</summary>
+    public CpuidOptions Cpuid { get; init; } = new();
+}

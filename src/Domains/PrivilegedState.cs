@@ -1,0 +1,63 @@
+using XenSharp.Core;
+using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Hypercalls;
+using XenSharp.Mmu;
+
+namespace XenSharp.Domains;
+
+/// <summary>What emulated instructions reach, for one vCPU.</summary>
+internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
+{
+    private const ulong Cr4Tsd = 1 << 2;
+    private readonly Vcpu _vcpu = vcpu;
+
+    public CpuidPolicy Cpuid => _vcpu.Domain.Cpuid;
+
+    public IoPorts Ports => _vcpu.Domain.Ports;
+
+    public ulong ReadTimeStampCounter() => _vcpu.Domain.Time.GuestTsc;
+
+    public void SetTaskSwitched(bool value) => _vcpu.Cpu.SetTaskSwitched(value);
+
+    public Errno SetPageTableRoot(Mfn root) => MmuextOp.NewBaseptr(_vcpu.Context, root);
+
+    public void SetControlRegister4(ulong value) => _vcpu.Cpu.SetTimeStampDisable((value & Cr4Tsd) != 0);
+
+    public void SetXcr0(ulong value) => _vcpu.Cpu.SetXcr0(value);
+
+    public void SetDebugRegister(int register, ulong value) => LoadDebugRegisters(_vcpu);
+
+    public void SetTscAux(uint value)
+    {
+        // RDTSCP and RDPID are not offered (CpuidOptions.TscAuxUsable): the register is the guest's only to read back.
+    }
+
+    public bool InstallHypercallPage(Mfn frame)
+    {
+        if (PageTables.GetPageAndType(_vcpu.Context, frame, PageType.Writable, out FrameInfo* info) != Errno.None)
+            return false;
+        HypercallPage.Fill(new Span<byte>(_vcpu.Context->Domain->Memory.Page(frame), (int)Paging.PageSize));
+        GuestAccess.Written(_vcpu.Context, frame, 0, Paging.PageSize);
+        PageTables.PutPageAndType(_vcpu.Context, frame, info);
+        return true;
+    }
+
+    /// <summary>Loads the processor's debug registers after <see cref="DebugRegisters.Set"/> changed one of them.</summary>
+    /// <param name="vcpu">The vCPU.</param>
+    /// <param name="hardware">The register to load, or negative for none.</param>
+    public static void LoadDebugRegister(Vcpu vcpu, int hardware)
+    {
+        if (hardware >= 0)
+            LoadDebugRegisters(vcpu);
+    }
+
+    private static void LoadDebugRegisters(Vcpu vcpu)
+    {
+        VcpuState* state = vcpu.Context->State;
+        Span<ulong> values = stackalloc ulong[8];
+        ((ReadOnlySpan<ulong>)state->DebugRegisters).CopyTo(values);
+        values[6] |= DebugRegisters.StatusOnes;
+        values[7] = DebugRegisters.HardwareControl(state) | DebugRegisters.ControlOnes;
+        vcpu.Cpu.SetDebugRegisters(values);
+    }
+}

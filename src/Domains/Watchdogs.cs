@@ -1,0 +1,53 @@
+using XenSharp.Core;
+
+namespace XenSharp.Domains;
+
+/// <summary>The domain's two watchdog timers (SCHEDOP_watchdog): one that runs out ends the domain.</summary>
+internal sealed class Watchdogs : IDisposable
+{
+    /// <summary>NR_DOMAIN_WATCHDOG_TIMERS.</summary>
+    private const int Count = 2;
+
+    private readonly Timer?[] _timers = new Timer?[Count];
+    private readonly Action _expired;
+
+    public Watchdogs(Action expired) => _expired = expired;
+
+    /// <summary>Arms, re-arms or disarms one.</summary>
+    /// <param name="id">1-based; 0 takes a free one.</param>
+    /// <param name="seconds">Time to run; 0 disarms.</param>
+    /// <returns>0, the id taken, or a negative errno.</returns>
+    public long Set(uint id, uint seconds)
+    {
+        if (id > Count)
+            return -(long)Errno.EINVAL;
+        if (id == 0)
+        {
+            if (seconds == 0)
+                return -(long)Errno.EINVAL;
+            int free = Array.IndexOf(_timers, null);
+            if (free < 0)
+                return -(long)Errno.ENOSPC;
+            Start(free, seconds);
+            return free + 1;
+        }
+
+        int index = (int)id - 1;
+        if (_timers[index] == null)
+            return -(long)Errno.EINVAL;
+        _timers[index]?.Dispose();
+        _timers[index] = null;
+        if (seconds != 0)
+            Start(index, seconds);
+        return 0;
+    }
+
+    public void Dispose()
+    {
+        foreach (Timer? timer in _timers)
+            timer?.Dispose();
+    }
+
+    private void Start(int index, uint seconds)
+        => _timers[index] = new Timer(static self => ((Watchdogs)self!)._expired(), this, TimeSpan.FromSeconds(seconds), Timeout.InfiniteTimeSpan);
+}

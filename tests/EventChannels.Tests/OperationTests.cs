@@ -373,6 +373,32 @@ public sealed unsafe class OperationTests
     }
 
     [Test]
+    public void SendOnAPendingPortIsSilentEvenWhenTheUpcallWasTaken()
+    {
+        uint ipi = _guest.BindIpi(1);
+        Assert.That(_guest.Port(Send, ipi), Is.Zero);
+        _guest.Info(1)->EvtchnUpcallPending = 0;
+        _guest.Info(1)->EvtchnPendingSel = 0;
+        Assert.That(_guest.Port(Send, ipi), Is.Zero);
+        Assert.That((_guest.Info(1)->EvtchnUpcallPending, _guest.Info(1)->EvtchnPendingSel), Is.EqualTo(((byte)0, 0UL)));
+        Assert.That(_guest.Cpus[1].Kicks, Is.EqualTo(1));
+    }
+
+    [Test]
+    public void VirqWhosePortWasClosedAndTakenMeanwhileReachesNobody()
+    {
+        // What a timer sees that read the table just before the port was closed and given to another use.
+        uint ipi = _guest.BindIpi(0);
+        uint debug = _guest.BindVirq(Virq.Debug, 1);
+        foreach (uint stale in new[] { ipi, debug, 60u })
+        {
+            _guest.Channels.Context->Vcpus[0].Virqs[Virq.Timer] = stale;
+            _guest.Channels.SendVirq(0, Virq.Timer);
+            Assert.That(_guest.IsPending(stale), Is.False);
+        }
+    }
+
+    [Test]
     public void PirqsAreNotForThisDomain()
     {
         foreach ((uint pirq, long expected) in new (uint, long)[] { (0, EPERM), (55, EPERM), (56, EINVAL), (uint.MaxValue, EINVAL) })

@@ -104,7 +104,7 @@ public sealed unsafe class StressTests
         using var first = new FakeDomain(1, 1, directory);
         using var second = new FakeDomain(2, 1, directory);
         using var barrier = new Barrier(2);
-        var closer = new Thread(() => CloseMany(second, barrier));
+        var closer = new Thread(() => CloseMany(second, barrier)) { IsBackground = true };
         closer.Start();
         for (int i = 0; i < 2000; i++)
         {
@@ -150,6 +150,30 @@ public sealed unsafe class StressTests
             foreach (Thread thread in threads)
                 thread.Join();
             Assert.That(survivor.Status(local).Status, Is.EqualTo(EvtchnStatus.Unbound));
+        }
+    }
+
+    /// <summary>While the lock of a port is held, as by who closes it, nothing is sent from it and nothing becomes pending on it.</summary>
+    [Test]
+    public void SendersWaitForThePortsLock()
+    {
+        using var guest = new FakeDomain(1, 1);
+        uint ipi = guest.BindIpi(0);
+        uint timer = guest.BindVirq(Virq.Timer, 0);
+        EventChannelBackend backend = guest.Channels.AllocateBackend(out EventChannelPort port);
+        EventChannelPortState* ports = guest.Channels.Context->Ports;
+        foreach ((uint held, Action send) in new (uint, Action)[]
+        {
+            (ipi, () => guest.Port(Send, ipi)), (timer, () => guest.Channels.SendVirq(0, Virq.Timer)), (port.Value, backend.Notify),
+        })
+        {
+            PortLock.Enter(ports + held);
+            var sender = new Thread(() => send());
+            sender.Start();
+            bool early = sender.Join(30) || guest.IsPending(held);
+            PortLock.Exit(ports + held);
+            sender.Join();
+            Assert.That((early, guest.IsPending(held)), Is.EqualTo((false, true)));
         }
     }
 

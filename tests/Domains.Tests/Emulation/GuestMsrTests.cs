@@ -35,7 +35,7 @@ public sealed unsafe class GuestMsrTests
     [TestCase(Msr.MiscFeaturesEnables, 0UL, 0UL)]
     [TestCase(Msr.FeatureControl, 1UL, null)]
     [TestCase(Msr.PlatformId, 0UL, null)]
-    [TestCase(Msr.MicrocodeRevision, 0UL, 0UL)]
+    [TestCase(Msr.MicrocodeRevision, 0xa20_1025_0000_0000UL, 0xa20_1025UL)]
     [TestCase(Msr.MiscEnable, 0x80_1801UL, null)]
     [TestCase(Msr.PerformanceStatus, 0UL, null)]
     [TestCase(Msr.ThermalStatus, 0UL, null)]

@@ -12,7 +12,7 @@ internal static class HostProcessor
     public static CpuidOptions Options { get; } = new()
     {
         VcpuCount = 4, TscAuxUsable = true, TscKiloHertz = 2_000_000, HostTscKiloHertz = 2_000_000, TscReliable = true,
-        EndOfMachineFrames = new Mfn(0x10_0000),
+        MicrocodeRevision = 0xa201_025, EndOfMachineFrames = new Mfn(0x10_0000),
     };
 
     /// <summary>A processor with every bit of every feature word, and XSAVE components 2–9 of 256 bytes each.</summary>

@@ -449,6 +449,33 @@ public sealed unsafe class PrivilegedInstructionTests
     }
 
     [Test]
+    public void NothingIsAllocated()
+    {
+        int length = _guest.Load(c =>
+        {
+            c.rdmsr();
+            c.cpuid();
+            c.mov(rax, cr4);
+            c.@in(al, 0x61);
+            c.cli();
+            c.mov(rax, dr7);
+        });
+        ulong end = _guest.Rip + (uint)length;
+        long allocated = 0;
+        for (int round = 0; round < 3; round++)
+        {
+            _guest.Registers->Rip = FakeGuest.CodeStart;
+            _guest.Registers->Rcx = Msr.FsBase;
+            long before = GC.GetAllocatedBytesForCurrentThread();
+            while (_guest.Rip != end)
+                _ = _guest.Emulator.GeneralProtection(0);
+            allocated = GC.GetAllocatedBytesForCurrentThread() - before;
+        }
+
+        Assert.That(allocated, Is.Zero);
+    }
+
+    [Test]
     public void PartialRegistersKeepTheRest()
     {
         _guest.Registers->Rax = ulong.MaxValue;

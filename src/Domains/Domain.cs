@@ -30,7 +30,8 @@ public sealed unsafe class Domain : IDisposable
     {
         ArgumentNullException.ThrowIfNull(options);
         ArgumentNullException.ThrowIfNull(machine);
-        Options = options;
+        Name = options.Name;
+        Id = new DomainId(options.Id);
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Ports = new IoPorts(() => Time.SystemTime);
         Cpuid = CpuidPolicy.FromHost(options.Cpuid with
@@ -67,9 +68,10 @@ public sealed unsafe class Domain : IDisposable
         }
     }
 
-    public DomainOptions Options { get; }
+    /// <summary>The name given to it.</summary>
+    public string Name { get; }
 
-    public DomainId Id => new(Options.Id);
+    public DomainId Id { get; }
 
     /// <summary>Completes when the domain has stopped and no vCPU runs any more.</summary>
     public Task<DomainExit> Completion => _completion.Task;
@@ -126,7 +128,7 @@ public sealed unsafe class Domain : IDisposable
     {
         foreach (Vcpu vcpu in _vcpus)
         {
-            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Options.Name} vcpu{vcpu.Id}", IsBackground = true };
+            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Name} vcpu{vcpu.Id}", IsBackground = true };
             _threads.Add(thread);
             thread.Start();
         }

@@ -14,6 +14,9 @@ internal sealed unsafe class Vcpu : IDisposable
 {
     private const int MaxRepeatedFaults = 16;
 
+    /// <summary>x87 and SSE state, which every 64-bit processor has.</summary>
+    private const ulong InitialXcr0 = 3;
+
     private readonly ReadOnlyPageFault _readOnlyPageFault;
     private readonly MachineToPhysRead _machineToPhysRead;
     private readonly PrivilegedEmulator _emulator;
@@ -30,6 +33,10 @@ internal sealed unsafe class Vcpu : IDisposable
         Context = context;
         Id = id;
         context->State->Id = id;
+        context->State->Xcr0 = InitialXcr0;
+        context->State->Cr4 = PrivilegedEmulator.GuestCr4(domain.Cpuid, 0);
+        context->State->DebugRegisters[6] = DebugRegisters.StatusOnes;
+        context->State->DebugRegisters[7] = DebugRegisters.ControlOnes;
         context->Registers = cpu.Registers;
         context->Segments = cpu.Segments;
         context->PageTableWrites = cpu.PageTableWrites;

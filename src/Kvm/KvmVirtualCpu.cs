@@ -19,6 +19,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private const ulong Cr4Pae = 1 << 5;
     private const ulong Cr4Osfxsr = 1 << 9;
     private const ulong Cr4Osxmmexcpt = 1 << 10;
+    private const ulong Cr4Fsgsbase = 1 << 16;
     private const ulong Cr4Osxsave = 1 << 18;
     private const ulong EferFlags = 0xd01; // NXE LMA LME SCE
 
@@ -244,7 +245,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         var sregs = default(KvmSregs);
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetSregs, &sregs), "KVM_GET_SREGS failed");
         sregs.Cr0 = Cr0Flags;
-        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt | (HostClock.HasXsave ? Cr4Osxsave : 0);
+        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt | (HostClock.HasXsave ? Cr4Osxsave : 0)
+            | (HostClock.HasFsgsbase ? Cr4Fsgsbase : 0);
         sregs.Efer = EferFlags;
         SetCpl3(ref sregs);
         sregs.Fs = sregs.Gs = sregs.Ds = sregs.Es = DataSegment(0);

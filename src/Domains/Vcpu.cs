@@ -113,10 +113,23 @@ internal sealed unsafe class Vcpu : IDisposable
             VcpuTimeInfo copy = default;
             Domain.Time.Update(&copy);
             copy.Version = Context->Info->Time.Version;
-            _ = GuestAccess.Write(Context, TimeArea, copy);
+            WriteAsKernel(TimeArea, copy);
         }
 
         _nextCalibration = now + Timekeeping.CalibrationPeriod;
+    }
+
+    /// <summary>
+    /// Writes to an area that the guest kernel registered, whatever mode the vCPU is in: user mode's tables lack the kernel.
+    /// A write that fails is the guest's loss.
+    /// </summary>
+    public void WriteAsKernel<T>(ulong address, T value)
+        where T : unmanaged
+    {
+        int mode = Context->State->KernelMode;
+        Context->State->KernelMode = 1;
+        _ = GuestAccess.Write(Context, address, value);
+        Context->State->KernelMode = mode;
     }
 
     /// <summary>Guest address of a second copy of the clock (VCPUOP_register_vcpu_time_memory_area), 0 for none.</summary>

@@ -103,6 +103,9 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
+    /// <summary>Bytes of managed memory that serving the guest took on the vCPU's thread; known once the domain has stopped.</summary>
+    public long AllocatedBytes { get; private set; }
+
     /// <summary>Hypercalls that the guest has made.</summary>
     public ulong HypercallCount => _vcpus[0].History.Count;
 
@@ -186,7 +189,9 @@ public sealed unsafe class Domain : IDisposable
         try
         {
             BeforeFirstEntry?.Invoke();
+            long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
+            AllocatedBytes = GC.GetAllocatedBytesForCurrentThread() - before;
         }
         catch (Exception exception)
         {

@@ -108,18 +108,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public void Dispose()
     {
+        // The domain disposes its vCPUs, and the VM all that it has left.
+        int file = Interlocked.Exchange(ref _file, -1);
+        if (file < 0)
+            return;
         if (_timer >= 0)
             Libc.DeleteKickTimer(_timer);
-        _timer = -1;
         if (_run != null)
             _ = LibC.munmap(_run, _machine.System.RunSize);
-        if (_file >= 0)
-        {
-            _ = LibC.close(_file);
-            NativeMemory.Free(_state);
-        }
-
-        _file = -1;
+        _ = LibC.close(file);
+        NativeMemory.Free(_state);
     }
 
     public void Kick()

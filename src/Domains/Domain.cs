@@ -49,7 +49,7 @@ public sealed unsafe class Domain : IDisposable
         {
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
-            Events = new EventChannelDomain(Context, options.Id, id => id == options.Id ? Events : null);
+            Events = new EventChannelDomain(Context, options.Id, id => id == Id.Value ? Events : null);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;

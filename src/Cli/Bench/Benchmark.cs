@@ -137,7 +137,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         long first = 0;
         long start = Stopwatch.GetTimestamp();
         await using RunningDomain running = RunningDomain.Create(
-            host, new DomainSpecification { Name = "benchmark", Kernel = kernel, MemoryMiB = GuestMemoryMiB }, sink);
+            host, new DomainSpecification { Name = "benchmark", Image = new DomainImage(kernel), MemoryMiB = GuestMemoryMiB }, sink);
         running.Domain.BeforeFirstEntry = () => first = Stopwatch.GetTimestamp();
         running.Start();
         Expect(await running.Completion.WaitAsync(cancellation).ConfigureAwait(false));
@@ -154,7 +154,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     {
         KernelImage kernel = KernelImage.Parse(BenchmarkGuest.BuildHypercallLoop(plan.Hypercalls));
         await using RunningDomain running = RunningDomain.Create(
-            host, new DomainSpecification { Name = "benchmark", Kernel = kernel, MemoryMiB = GuestMemoryMiB }, new MarkerSink());
+            host, new DomainSpecification { Name = "benchmark", Image = new DomainImage(kernel), MemoryMiB = GuestMemoryMiB }, new MarkerSink());
         int collectionsBefore = GC.CollectionCount(0);
         running.Start();
         Expect(await running.Completion.WaitAsync(cancellation).ConfigureAwait(false));
@@ -200,14 +200,12 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
                     resident = ResidentMemory.BesideGuests();
             },
         };
-        KernelImage kernel = KernelImage.Parse(await File.ReadAllBytesAsync(kernelFile, cancellation).ConfigureAwait(false));
         await using RunningDomain running = RunningDomain.Create(
             host,
             new DomainSpecification
             {
                 Name = "benchmark",
-                Kernel = kernel,
-                Ramdisk = ramdisk,
+                Image = new DomainImage(KernelImage.Parse(File.ReadAllBytes(kernelFile)), ramdisk) { Reusable = false },
                 MemoryMiB = DebianMemoryMiB,
                 CommandLine = "console=hvc0 quiet",
             },

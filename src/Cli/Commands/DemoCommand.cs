@@ -49,7 +49,7 @@ internal static class DemoCommand
     }
 
     private static (DomainSpecification Specification, string Description) Tiny() =>
-        (new DomainSpecification { Name = Name, Kernel = KernelImage.Parse(TinyGuest.Build()) }, "the tiny guest");
+        (new DomainSpecification { Name = Name, Image = new DomainImage(KernelImage.Parse(TinyGuest.Build())) { Reusable = false } }, "the tiny guest");
 
     private static async Task<(DomainSpecification Specification, string Description)> FetchAsync(bool cloud, CancellationToken cancellation)
     {
@@ -68,8 +68,8 @@ internal static class DemoCommand
         var specification = new DomainSpecification
         {
             Name = Name,
-            Kernel = KernelImage.Parse(await File.ReadAllBytesAsync(kernel.Image, cancellation).ConfigureAwait(false)),
-            Ramdisk = ramdisk,
+            Image = new DomainImage(
+                KernelImage.Parse(await File.ReadAllBytesAsync(kernel.Image, cancellation).ConfigureAwait(false)), ramdisk) { Reusable = false },
             CommandLine = commandLine,
             KernelFile = kernel.Image,
         };

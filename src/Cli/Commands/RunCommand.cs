@@ -59,16 +59,24 @@ internal static class RunCommand
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
-            DomainSpecification specification = Specify(
-                parsed.GetRequiredValue(kernel), parsed.GetValue(ramdisk), parsed.GetValue(memory), parsed.GetValue(commandLine)!, parsed.GetValue(name)!);
             RebootAction action = parsed.GetValue(onReboot) == "restart" ? RebootAction.Restart : RebootAction.Exit;
+            int memoryMiB = parsed.GetValue(memory);
+            var specification = new DomainSpecification
+            {
+                Name = parsed.GetValue(name)!,
+                Image = Load(parsed.GetRequiredValue(kernel), parsed.GetValue(ramdisk), memoryMiB, reusable: action == RebootAction.Restart),
+                MemoryMiB = memoryMiB,
+                CommandLine = parsed.GetValue(commandLine)!,
+                KernelFile = parsed.GetRequiredValue(kernel),
+                RamdiskFile = parsed.GetValue(ramdisk),
+            };
             return await services.GetRequiredService<ForegroundRun>()
                 .RunAsync(specification, specification.KernelFile, action, parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
         });
         return command;
     }
 
-    private static DomainSpecification Specify(string kernel, string? ramdisk, int memory, string commandLine, string name)
+    private static DomainImage Load(string kernel, string? ramdisk, int memory, bool reusable)
     {
         byte[] image = HostFile.Read(kernel, "--kernel", KernelImage.LargestUnpackedSize, "is larger than any kernel; name the kernel itself.");
         byte[] disk = ramdisk is null
@@ -76,16 +84,7 @@ internal static class RunCommand
             : HostFile.Read(
                 ramdisk, "--ramdisk", (int)Math.Min((long)memory << 20, Array.MaxLength),
                 $"does not fit into the domain's {memory} MiB of memory; give it more with --memory.");
-        return new DomainSpecification
-        {
-            Name = name,
-            Kernel = Parse(image, kernel),
-            Ramdisk = disk,
-            MemoryMiB = memory,
-            CommandLine = commandLine,
-            KernelFile = kernel,
-            RamdiskFile = ramdisk,
-        };
+        return new DomainImage(Parse(image, kernel), disk) { Reusable = reusable };
     }
 
     private static KernelImage Parse(byte[] image, string path)

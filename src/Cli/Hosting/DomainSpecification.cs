@@ -14,11 +14,8 @@ public sealed record DomainSpecification
     /// <summary>The domain's name, for people and xenstore.</summary>
     public required string Name { get; init; }
 
-    /// <summary>The kernel.</summary>
-    public required KernelImage Kernel { get; init; }
-
-    /// <summary>The initial ramdisk; empty for none.</summary>
-    public ReadOnlyMemory<byte> Ramdisk { get; init; }
+    /// <summary>Kernel and ramdisk.</summary>
+    public required DomainImage Image { get; init; }
 
     /// <summary>Memory in MiB, from <see cref="DomainOptions.MinMemoryMiB"/> on.</summary>
     public int MemoryMiB { get; init; } = DefaultMemoryMiB;
@@ -34,4 +31,29 @@ public sealed record DomainSpecification
 
     /// <summary>The ramdisk's file, for people; <see langword="null"/> for none.</summary>
     public string? RamdiskFile { get; init; }
+}
+
+/// <summary>
+/// Kernel and ramdisk of a domain, unpacked: some ten times what the files have, and of no use once they are in the domain's
+/// memory. So an image that is not to be used again is let go by its first domain.
+/// </summary>
+/// <param name="kernel">The kernel.</param>
+/// <param name="ramdisk">The initial ramdisk; empty for none.</param>
+public sealed class DomainImage(KernelImage kernel, ReadOnlyMemory<byte> ramdisk = default)
+{
+    private KernelImage? _kernel = kernel;
+    private ReadOnlyMemory<byte> _ramdisk = ramdisk;
+
+    /// <summary>Whether any number of domains may be made from it.</summary>
+    public bool Reusable { get; init; } = true;
+
+    /// <summary>Gives kernel and ramdisk out, for good unless <see cref="Reusable"/>.</summary>
+    /// <exception cref="InvalidOperationException">They have been given out.</exception>
+    public (KernelImage Kernel, ReadOnlyMemory<byte> Ramdisk) Take()
+    {
+        var taken = (_kernel ?? throw new InvalidOperationException("This image was made for one domain, which has it."), _ramdisk);
+        if (!Reusable)
+            (_kernel, _ramdisk) = (null, default);
+        return taken;
+    }
 }

@@ -1,9 +1,11 @@
 // A domain with all that it needs around it: VM, console, xenstore. Put together, run, and taken apart in the right order.
 
+using System.Runtime.CompilerServices;
 using XenSharp.Core;
 using XenSharp.Devices.Console;
 using XenSharp.Devices.Xenstore;
 using XenSharp.Domains;
+using XenSharp.Domains.Builder;
 using XenSharp.Kvm;
 
 namespace XenSharp.Cli.Hosting;
@@ -46,22 +48,8 @@ public sealed class RunningDomain : IAsyncDisposable
             host.Kvm, host.Capabilities, ((ulong)specification.MemoryMiB << 20) + (HypervisorFrames << Paging.PageShift));
         try
         {
-            Domain = new Domain(
-                new DomainOptions
-                {
-                    Name = specification.Name,
-                    Kernel = specification.Kernel,
-                    Ramdisk = specification.Ramdisk,
-                    MemoryMiB = specification.MemoryMiB,
-                    CommandLine = specification.CommandLine,
-                    Uuid = specification.Uuid,
-                    HostTsc = static () => HostClock.TimeStampCounter,
-                    ShadowPageTables = host.Capabilities.ShadowPageTables,
-                },
-                _machine)
-            {
-                EmergencyOutput = WriteEmergencyOutput,
-            };
+            Domain = Build(host, specification, _machine);
+            Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
             Store = new XenstoreServer();
         }
@@ -113,6 +101,12 @@ public sealed class RunningDomain : IAsyncDisposable
         try
         {
             domain.ConnectStore();
+            if (!specification.Image.Reusable)
+            {
+                // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
+                GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+            }
+
             return domain;
         }
         catch
@@ -200,6 +194,25 @@ public sealed class RunningDomain : IAsyncDisposable
     {
         _stop.Cancel();
         Domain.Destroy();
+    }
+
+    /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
+    [MethodImpl(MethodImplOptions.NoInlining)]
+    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine)
+    {
+        (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
+        var options = new DomainOptions
+        {
+            Name = specification.Name,
+            Kernel = kernel,
+            Ramdisk = ramdisk,
+            MemoryMiB = specification.MemoryMiB,
+            CommandLine = specification.CommandLine,
+            Uuid = specification.Uuid,
+            HostTsc = static () => HostClock.TimeStampCounter,
+            ShadowPageTables = host.Capabilities.ShadowPageTables,
+        };
+        return new Domain(options, machine);
     }
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);

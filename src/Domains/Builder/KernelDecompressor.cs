@@ -2,6 +2,7 @@
 
 using System.Buffers.Binary;
 using System.IO.Compression;
+using System.Runtime.ExceptionServices;
 using System.Runtime.InteropServices;
 using K4os.Compression.LZ4;
 using SharpCompress.Compressors.BZip2;
@@ -73,10 +74,10 @@ internal static class KernelDecompressor
                         output.ReadAll(stream);
                     break;
                 case KernelCompression.Lzma:
-                    Lzma.DecodeAlone(data, output);
+                    OnPassingThread(() => Lzma.DecodeAlone(data, output));
                     break;
                 case KernelCompression.Xz:
-                    XzDecoder.Decode(data, output);
+                    OnPassingThread(() => XzDecoder.Decode(data, output));
                     break;
                 case KernelCompression.Lzo:
                     LzopDecoder.Decode(data.Span, output);
@@ -104,6 +105,29 @@ internal static class KernelDecompressor
         }
 
         return output.Written;
+    }
+
+    /// <summary>
+    /// Runs a decoder whose library rents its dictionary, tens of MiB, from the shared array pool. The pool keeps what is
+    /// returned for the returning thread, as long as that lives: on a thread of its own the dictionary goes with it.
+    /// </summary>
+    private static void OnPassingThread(Action decode)
+    {
+        ExceptionDispatchInfo? failure = null;
+        var thread = new Thread(() =>
+        {
+            try
+            {
+                decode();
+            }
+            catch (Exception exception)
+            {
+                failure = ExceptionDispatchInfo.Capture(exception);
+            }
+        });
+        thread.Start();
+        thread.Join();
+        failure?.Throw();
     }
 
     public static string Name(KernelCompression kind) => kind.ToString().ToLowerInvariant();

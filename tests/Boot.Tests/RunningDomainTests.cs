@@ -36,7 +36,7 @@ public sealed class RunningDomainTests : KvmFixture
     {
         End end = await RunAsync(Tiny(TinyGuestBehaviour.Crash, message: Hello));
         Assert.That(end.Exit.Reason, Is.EqualTo(ShutdownReason.Crash));
-        Assert.That(end.Exit.Report, Does.Contain("reported that it has crashed").And.Contain("SchedOp"));
+        Assert.That(end.Exit.Report, Does.Contain("reported that it has crashed").And.Contain("EventChannelOp("));
         Assert.That(end.Output, Is.EqualTo(Hello));
     }
 

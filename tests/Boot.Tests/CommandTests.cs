@@ -67,7 +67,7 @@ public sealed class CommandTests : KvmFixture
         using var terminal = new PseudoTerminal();
         string before = terminal.Mode;
         using CommandProcess process = CommandProcess.StartAt(terminal.Name, RunOf(TinyGuestBehaviour.SpinForever));
-        Assert.That(ReadScreen(terminal, Hello.Length), Is.EqualTo(Hello));
+        new Screen(terminal).WaitFor(Hello);
         Assert.That(terminal.IsRaw);
         process.Send(signal);
         Assert.That(await process.WaitAsync(), Is.EqualTo(128 + signal));
@@ -81,9 +81,10 @@ public sealed class CommandTests : KvmFixture
         using var terminal = new PseudoTerminal();
         string before = terminal.Mode;
         using CommandProcess process = CommandProcess.StartAt(terminal.Name, RunOf(TinyGuestBehaviour.EchoInput));
-        Assert.That(ReadScreen(terminal, Hello.Length), Is.EqualTo(Hello));
+        var screen = new Screen(terminal);
+        screen.WaitFor(Hello);
         terminal.Type("Hello, guest\x03\r"u8);
-        Assert.That(ReadScreen(terminal, 14), Is.EqualTo("HELLO, GUEST\x03\r"));
+        screen.WaitFor("HELLO, GUEST\x03\r");
         terminal.Type([0x1d]);
         Assert.That(await process.WaitAsync(), Is.Zero);
         Assert.That(terminal.Mode, Is.EqualTo(before));
@@ -96,7 +97,7 @@ public sealed class CommandTests : KvmFixture
         using var terminal = new PseudoTerminal();
         string before = terminal.Mode;
         using CommandProcess process = CommandProcess.StartAt(terminal.Name, RunOf(TinyGuestBehaviour.UndefinedInstruction));
-        Assert.That(ReadScreen(terminal, Hello.Length), Is.EqualTo(Hello));
+        new Screen(terminal).WaitFor(Hello);
         Assert.That(await process.WaitAsync(), Is.EqualTo(1));
         Assert.That(terminal.Mode, Is.EqualTo(before));
         Assert.That(process.Error, Does.Contain("InvalidOpcode"));
@@ -211,14 +212,6 @@ public sealed class CommandTests : KvmFixture
         Assert.That(end.Status, Is.Zero);
         Assert.That(end.Output, Does.Contain("SYSCALL entry").And.Contain("L4 slot 256").And.Contain("Usable."));
         Assert.That(end.Error, Is.Empty);
-    }
-
-    private static string ReadScreen(PseudoTerminal terminal, int count)
-    {
-        var bytes = new List<byte>();
-        while (bytes.Count < count)
-            bytes.AddRange(terminal.ReadScreen());
-        return Encoding.ASCII.GetString([.. bytes]);
     }
 
     private string[] RunOf(TinyGuestBehaviour behaviour) =>

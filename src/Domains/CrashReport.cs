@@ -17,7 +17,7 @@ internal static unsafe class CrashReport
         CpuRegisters* registers = vcpu.Context->Registers;
         SegmentRegisters* segments = vcpu.Context->Segments;
         VcpuState* state = vcpu.Context->State;
-        _ = text.AppendLine($"Domain {vcpu.Domain.Id.Value} ({vcpu.Domain.Options.Name}) crashed on vCPU {vcpu.Id}: {why}")
+        _ = text.AppendLine($"Domain {vcpu.Domain.Id.Value} ({vcpu.Domain.Name}) crashed on vCPU {vcpu.Id}: {why}")
             .AppendLine()
             .AppendLine($"rip {registers->Rip:x16}  cs {segments->Cs:x4}  rflags {registers->Rflags:x8}  guest-{(state->KernelMode != 0 ? "kernel" : "user")} mode")
             .AppendLine($"rsp {registers->Rsp:x16}  ss {segments->Ss:x4}  cr2 {vcpu.Cpu.FaultAddress.Value:x16}  cr3 mfn {vcpu.Context->CurrentRoot:x}")

@@ -47,7 +47,7 @@ internal sealed unsafe class Runstate(Vcpu vcpu)
     {
         Area = area;
         if (area != 0)
-            _ = GuestAccess.Write(_vcpu.Context, area, _info);
+            _vcpu.WriteAsKernel(area, _info);
     }
 
     private void Publish()
@@ -56,17 +56,17 @@ internal sealed unsafe class Runstate(Vcpu vcpu)
             return;
         if (!_vcpu.Domain.Context->State->Has(VmAssist.RunstateUpdateFlag))
         {
-            _ = GuestAccess.Write(_vcpu.Context, Area, _info);
+            _vcpu.WriteAsKernel(Area, _info);
             return;
         }
 
         // The guest re-reads while the flag is set, and when the entry time changed under it.
         const ulong entryTimeOffset = 8;
         ulong entryTime = _info.StateEntryTime;
-        _ = GuestAccess.Write(_vcpu.Context, Area + entryTimeOffset, entryTime | UpdateFlag);
+        _vcpu.WriteAsKernel(Area + entryTimeOffset, entryTime | UpdateFlag);
         VcpuRunstateInfo marked = _info;
         marked.StateEntryTime |= UpdateFlag;
-        _ = GuestAccess.Write(_vcpu.Context, Area, marked);
-        _ = GuestAccess.Write(_vcpu.Context, Area + entryTimeOffset, entryTime);
+        _vcpu.WriteAsKernel(Area, marked);
+        _vcpu.WriteAsKernel(Area + entryTimeOffset, entryTime);
     }
 }

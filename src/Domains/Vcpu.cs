@@ -14,6 +14,9 @@ internal sealed unsafe class Vcpu : IDisposable
 {
     private const int MaxRepeatedFaults = 16;
 
+    /// <summary>x87 and SSE state, which every 64-bit processor has.</summary>
+    private const ulong InitialXcr0 = 3;
+
     private readonly ReadOnlyPageFault _readOnlyPageFault;
     private readonly MachineToPhysRead _machineToPhysRead;
     private readonly PrivilegedEmulator _emulator;
@@ -30,6 +33,10 @@ internal sealed unsafe class Vcpu : IDisposable
         Context = context;
         Id = id;
         context->State->Id = id;
+        context->State->Xcr0 = InitialXcr0;
+        context->State->Cr4 = PrivilegedEmulator.GuestCr4(domain.Cpuid, 0);
+        context->State->DebugRegisters[6] = DebugRegisters.StatusOnes;
+        context->State->DebugRegisters[7] = DebugRegisters.ControlOnes;
         context->Registers = cpu.Registers;
         context->Segments = cpu.Segments;
         context->PageTableWrites = cpu.PageTableWrites;
@@ -106,10 +113,23 @@ internal sealed unsafe class Vcpu : IDisposable
             VcpuTimeInfo copy = default;
             Domain.Time.Update(&copy);
             copy.Version = Context->Info->Time.Version;
-            _ = GuestAccess.Write(Context, TimeArea, copy);
+            WriteAsKernel(TimeArea, copy);
         }
 
         _nextCalibration = now + Timekeeping.CalibrationPeriod;
+    }
+
+    /// <summary>
+    /// Writes to an area that the guest kernel registered, whatever mode the vCPU is in: user mode's tables lack the kernel.
+    /// A write that fails is the guest's loss.
+    /// </summary>
+    public void WriteAsKernel<T>(ulong address, T value)
+        where T : unmanaged
+    {
+        int mode = Context->State->KernelMode;
+        Context->State->KernelMode = 1;
+        _ = GuestAccess.Write(Context, address, value);
+        Context->State->KernelMode = mode;
     }
 
     /// <summary>Guest address of a second copy of the clock (VCPUOP_register_vcpu_time_memory_area), 0 for none.</summary>

@@ -4,6 +4,7 @@ using System.CommandLine;
 using System.CommandLine.Help;
 using System.Reflection;
 using Microsoft.Extensions.DependencyInjection;
+using XenSharp.Cli.Bench;
 using XenSharp.Cli.Hosting;
 
 namespace XenSharp.Cli.Commands;
@@ -66,6 +67,7 @@ public static class Tool
             RunCommand.Create(services),
             DemoCommand.Create(services),
             InfoCommand.Create(services),
+            BenchCommand.Create(services),
         };
         root.Add(device);
         root.SetAction(parsed =>

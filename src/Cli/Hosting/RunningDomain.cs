@@ -188,7 +188,7 @@ public sealed class RunningDomain : IAsyncDisposable
         _inputClosed = true;
         _inputTurn.Release();
 
-        _ = await Store.ReleaseDomainAsync(Domain.Options.Id).ConfigureAwait(false);
+        _ = await Store.ReleaseDomainAsync(Domain.Id.Value).ConfigureAwait(false);
         await Store.DisposeAsync().ConfigureAwait(false);
         Domain.Dispose();
         _machine.Dispose();
@@ -214,7 +214,7 @@ public sealed class RunningDomain : IAsyncDisposable
             Store.Domain0,
             new XenstoreDomainDescription
             {
-                DomainId = Domain.Options.Id,
+                DomainId = Domain.Id.Value,
                 Name = Specification.Name,
                 Uuid = Specification.Uuid,
                 MaximumMemoryKiB = memoryKiB,
@@ -230,13 +230,13 @@ public sealed class RunningDomain : IAsyncDisposable
                 CommandLine = Specification.CommandLine,
                 StartTime = DateTimeOffset.UtcNow,
             });
-        _ = Store.IntroduceDomain(Domain.Options.Id, StoreRingOf(Domain));
+        _ = Store.IntroduceDomain(Domain.Id.Value, StoreRingOf(Domain));
     }
 
     private async Task FollowAsync(Task showing)
     {
         DomainExit exit = await Domain.Completion.ConfigureAwait(false);
-        Store.AnnounceShutdown(Domain.Options.Id);
+        Store.AnnounceShutdown(Domain.Id.Value);
         try
         {
             if (_sink is not null)

@@ -301,6 +301,5 @@ internal sealed unsafe class DomainBuilder
         };
         *vcpu->Segments = new SegmentRegisters { Cs = FlatSelectors.Ring3Cs64, Ss = FlatSelectors.Ring3Data };
         vcpu->State->KernelMode = 1;
-        vcpu->State->Xcr0 = 1;
     }
 }

@@ -43,6 +43,9 @@ public sealed record CpuidOptions
     /// <summary>All processors' TSCs tick together and never stop.</summary>
     public bool TscReliable { get; init; }
 
+    /// <summary>The host's microcode revision, as /proc/cpuinfo tells it; 0 for unknown.</summary>
+    public uint MicrocodeRevision { get; init; }
+
     /// <summary>One past the highest machine frame that a page-table entry may name.</summary>
     public Mfn EndOfMachineFrames { get; init; }
 }
@@ -95,6 +98,7 @@ public sealed class CpuidPolicy
         ArgumentOutOfRangeException.ThrowIfGreaterThan(options.VcpuCount, 255);
         CpuidLeaf identity = host(0, 0);
         Vendor = VendorOf(identity);
+        MicrocodeRevision = options.MicrocodeRevision;
         MaxBasicLeaf = Math.Min(identity.Eax, LastBasicLeaf);
         uint maxHostExtended = host(0x80000000, 0).Eax;
         MaxExtendedLeaf = maxHostExtended < 0x80000000
@@ -131,6 +135,9 @@ public sealed class CpuidPolicy
 
     /// <summary>Whose rules the leaves and MSRs follow.</summary>
     public CpuVendor Vendor { get; }
+
+    /// <summary>Microcode revision that the guest may read.</summary>
+    public uint MicrocodeRevision { get; }
 
     /// <summary>Largest basic leaf.</summary>
     public uint MaxBasicLeaf { get; }

@@ -5,8 +5,8 @@ namespace XenSharp.Domains.Emulation;
 
 /// <summary>
 /// One vCPU's model-specific registers, as Xen 4.17 answers an unprivileged PV guest on a host of the policy's vendor. Registers
-/// that Xen reads from the host (microcode revision, MISC_ENABLE, PLATFORM_ID) have fixed values here, because a program
-/// without privileges cannot read them.
+/// that Xen reads from the host (MISC_ENABLE, PLATFORM_ID) have fixed values here, because a program without privileges
+/// cannot read them.
 /// </summary>
 /// <param name="vcpu">The vCPU.</param>
 /// <param name="machine">Its machine.</param>
@@ -170,6 +170,8 @@ public sealed unsafe class GuestMsrs(VcpuContext* vcpu, IPrivilegedState machine
             case Msr.ThermalStatus:
                 return IsIntel;
             case Msr.MicrocodeRevision:
+                // Intel has it in the upper half.
+                value = (ulong)machine.Cpuid.MicrocodeRevision << (IsIntel ? 32 : 0);
                 return IsIntel || IsAmd;
             case Msr.PlatformInfo:
             case Msr.MiscFeaturesEnables:

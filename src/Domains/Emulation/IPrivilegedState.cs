@@ -27,7 +27,10 @@ public interface IPrivilegedState
     /// <returns><see cref="Errno.None"/>, <see cref="Errno.ERESTART"/> to run the instruction again, or any other for #GP.</returns>
     Errno SetPageTableRoot(Mfn root);
 
-    /// <summary><see cref="VcpuState.Cr4"/> changed. Of its bits only TSD has to reach the processor.</summary>
+    /// <summary>
+    /// <see cref="VcpuState.Cr4"/> changed. TSD has to reach the processor; OSXSAVE and FSGSBASE are on there from the start
+    /// where <see cref="CpuidPolicy.GuestCr4Mask"/> has them.
+    /// </summary>
     void SetControlRegister4(ulong value);
 
     /// <summary>Sets the processor's XCR0.</summary>

@@ -1,6 +1,7 @@
 // xensharp run: any kernel, in the foreground.
 
 using System.CommandLine;
+using System.CommandLine.Parsing;
 using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains.Builder;
@@ -40,12 +41,14 @@ internal static class RunCommand
             if (text.Length is 0 or > LongestName || text.AsSpan().IndexOfAnyExceptInRange(' ', '~') >= 0 || text.Contains('/'))
                 result.AddError($"--name takes 1 to {LongestName} printable ASCII characters without a slash; \"{text}\" is not such a name.");
         });
-        var onReboot = new Option<string>("--on-reboot")
+        var onReboot = new Option<RebootAction>("--on-reboot")
         {
             Description = "When the guest asks for a reboot: end with status 3, or boot it again.",
-            DefaultValueFactory = static _ => "exit",
+            HelpName = "exit|restart",
+            DefaultValueFactory = static _ => RebootAction.Exit,
+            CustomParser = ParseRebootAction,
         };
-        onReboot.AcceptOnlyFromAmong("exit", "restart");
+        onReboot.CompletionSources.Add("exit", "restart");
         var consoleLog = new Option<string?>("--console-log")
         {
             Description = "A file that gets a copy of what the guest prints, appended.",
@@ -59,6 +62,7 @@ internal static class RunCommand
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
+<<<<<<< HEAD
             RebootAction action = parsed.GetValue(onReboot) == "restart" ? RebootAction.Restart : RebootAction.Exit;
             int memoryMiB = parsed.GetValue(memory);
             var specification = new DomainSpecification
@@ -70,13 +74,29 @@ internal static class RunCommand
                 KernelFile = parsed.GetRequiredValue(kernel),
                 RamdiskFile = parsed.GetValue(ramdisk),
             };
+=======
+            DomainSpecification specification = Specify(
+                parsed.GetRequiredValue(kernel), parsed.GetValue(ramdisk), parsed.GetValue(memory), parsed.GetValue(commandLine)!, parsed.GetValue(name)!);
+>>>>>>> cli
             return await services.GetRequiredService<ForegroundRun>()
-                .RunAsync(specification, specification.KernelFile, action, parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
+                .RunAsync(specification, specification.KernelFile, parsed.GetValue(onReboot), parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
         });
         return command;
     }
 
+<<<<<<< HEAD
     private static DomainImage Load(string kernel, string? ramdisk, int memory, bool reusable)
+=======
+    private static RebootAction ParseRebootAction(ArgumentResult result)
+    {
+        string text = result.Tokens[0].Value;
+        if (text is not ("exit" or "restart"))
+            result.AddError($"--on-reboot takes exit or restart; \"{text}\" is neither.");
+        return text == "restart" ? RebootAction.Restart : RebootAction.Exit;
+    }
+
+    private static DomainSpecification Specify(string kernel, string? ramdisk, int memory, string commandLine, string name)
+>>>>>>> cli
     {
         byte[] image = HostFile.Read(kernel, "--kernel", KernelImage.LargestUnpackedSize, "is larger than any kernel; name the kernel itself.");
         byte[] disk = ramdisk is null

@@ -141,7 +141,7 @@ public sealed class RunningDomain : IAsyncDisposable
         await _inputTurn.WaitAsync(cancellation).ConfigureAwait(false);
         try
         {
-            return !_inputClosed && await Console.WriteAsync(input, cancellation).ConfigureAwait(false);
+            return !_inputClosed && !Stopped.IsCompleted && await Console.WriteAsync(input, cancellation).ConfigureAwait(false);
         }
         finally
         {

@@ -1,5 +1,6 @@
 // Plain descriptors for tests: pipes, reads and writes.
 
+using System.Text;
 using Tmds.Linux;
 
 namespace XenSharp.Cli.Tests.Terminal;
@@ -32,6 +33,13 @@ internal static unsafe class Descriptors
         byte[] bytes = new byte[4096];
         fixed (byte* start = bytes)
             return bytes[..Math.Max(0, (int)(nint)LibC.read(descriptor, start, bytes.Length))];
+    }
+
+    /// <summary>chmod(2).</summary>
+    internal static int ChangeMode(string path, int mode)
+    {
+        fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))
+            return LibC.chmod(name, (mode_t)(ushort)mode);
     }
 
     internal static void Close(int descriptor) => _ = LibC.close(descriptor);

@@ -1,0 +1,172 @@
+// Stock Debian kernels, by the command's own demonstration: to the shell, through it, and out of it.
+
+using System.Text.RegularExpressions;
+using XenSharp.Cli.Tests;
+using XenSharp.Cli.Tests.Terminal;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+
+namespace XenSharp.Boot.Tests;
+
+/// <summary>Needs the network at its first run, for some 70 MB.</summary>
+[TestFixture]
+[Category("Debian")]
+[CancelAfter(300_000)]
+public sealed partial class DebianTests : KvmFixture
+{
+    private string _release = null!;
+
+    /// <summary>What in a kernel's log says that something went wrong in it.</summary>
+    [GeneratedRegex("WARNING|BUG|Call Trace|Oops|general protection|nable to handle")]
+    private static partial Regex Trouble { get; }
+
+    [OneTimeSetUp]
+    public async Task FetchAsync()
+    {
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        try
+        {
+            _release = (await cache.GetKernelAsync(DebianKernelFlavour.Amd64)).Release;
+            _ = await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64);
+            _ = await cache.GetBusyboxAsync();
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+        }
+    }
+
+    [Test]
+    public async Task Piped_commands_are_run_and_their_end_powers_off()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("uname -a\n", ["demo"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(end.Output, Does.Contain($"Linux xensharp {_release} "));
+        Assert.That(end.Error, Does.Contain($"Booting Debian's Linux {_release} into a busybox shell with 512 MiB of memory."));
+    }
+
+    [TestCase(128)]
+    [TestCase(1024)]
+    [TestCase(8192, Category = "Long")]
+    public async Task The_kernel_finds_nothing_wrong(int memory)
+    {
+        if (memory > Cli.Hosting.HostMachine.MemoryMiB / 2)
+            Assert.Ignore($"this machine has too little memory for a domain of {memory} MiB.");
+        CommandEnd end = await CommandProcess.RunAsync(
+            "echo \"[dmesg]\"; dmesg; echo \"[cpuinfo]\"; cat /proc/cpuinfo; echo \"[meminfo]\"; cat /proc/meminfo; echo \"[end]\"\n",
+            ["demo", "--memory", $"{memory}"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        string log = Section(end.Output, "[dmesg]", "[cpuinfo]");
+        Assert.That(log, Does.Contain("Hypervisor detected: Xen PV"));
+        Assert.That(log.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
+        Assert.That(Section(end.Output, "[cpuinfo]", "[meminfo]"), Does.Contain("model name").And.Contain("flags"));
+
+        // Of a domain's memory the kernel keeps a part for itself.
+        Match total = Regex.Match(Section(end.Output, "[meminfo]", "[end]"), @"MemTotal:\s+(\d+) kB");
+        Assert.That(int.Parse(total.Groups[1].Value) >> 10, Is.InRange(memory * 3 / 4 - 32, memory));
+    }
+
+    [Test]
+    public async Task The_cloud_kernel_boots_as_well()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("dmesg\nuname -r\n", ["demo", "--cloud"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(end.Output, Does.Contain("-cloud-amd64\r\n"));
+        Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
+    }
+
+    [TestCase("poweroff", 0)]
+    [TestCase("reboot", 3)]
+    public async Task What_the_shell_is_told_becomes_the_status(string command, int status)
+    {
+        CommandEnd end = await CommandProcess.RunAsync($"{command}\nsleep 60\n", ["demo"]);
+        Assert.That(end.Status, Is.EqualTo(status), end.Error + end.Output);
+    }
+
+    [Test]
+    public async Task A_kernel_that_panics_is_a_crash()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("echo c >/proc/sysrq-trigger\nsleep 60\n", ["demo"]);
+        Assert.That(end.Status, Is.EqualTo(1), end.Error + end.Output);
+        Assert.That(end.Error, Does.Contain("reported that it has crashed"));
+        Assert.That(end.Output, Does.Contain("Kernel panic"));
+    }
+
+    [Test]
+    public async Task At_a_terminal_there_is_a_shell_and_the_detach_key_leaves()
+    {
+        using var terminal = new PseudoTerminal();
+        string before = terminal.Mode;
+        using CommandProcess process = CommandProcess.StartAt(terminal.Name, "demo");
+        var screen = new Screen(terminal);
+        screen.WaitFor("/root # ");
+        terminal.Type("echo $((6*7))x\r"u8);
+        screen.WaitFor("42x\r\n");
+        screen.WaitFor("/root # ");
+        terminal.Type("sleep 1000\r"u8);
+        screen.WaitFor("sleep 1000");
+        terminal.Type([0x1d]);
+        Assert.That(await process.WaitAsync(), Is.Zero);
+        Assert.That(terminal.Mode, Is.EqualTo(before));
+    }
+
+    [Test]
+    public async Task A_signal_while_the_kernel_boots_destroys_the_domain_and_restores_the_terminal()
+    {
+        using var terminal = new PseudoTerminal();
+        string before = terminal.Mode;
+        using CommandProcess process = CommandProcess.StartAt(terminal.Name, "demo");
+        Assert.That(SpinWait.SpinUntil(() => terminal.IsRaw, TimeSpan.FromSeconds(60)));
+        await Task.Delay(500);
+        process.Send(15);
+        Assert.That(await process.WaitAsync(), Is.EqualTo(143));
+        Assert.That(terminal.Mode, Is.EqualTo(before));
+    }
+
+    [Test]
+    public async Task Ten_reboots_in_one_process()
+    {
+        // A script that reboots at once, in a domain that is booted again each time.
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        string folder = Directory.CreateTempSubdirectory("xensharp-boot-test-").FullName;
+        try
+        {
+            string ramdisk = Path.Combine(folder, "ramdisk");
+            await File.WriteAllBytesAsync(ramdisk, await BusyboxInitramfs.BuildAsync(
+                await cache.GetBusyboxAsync(), new BusyboxInitramfsOptions { Banner = "it booted", InitScript = "reboot -f\n" }));
+            string kernel = (await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64)).Image;
+            using CommandProcess process = CommandProcess.Start(
+                "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "128", "--on-reboot", "restart");
+            using var reader = new StreamReader(process.Output);
+            int boots = 0;
+            while (boots < 10 && await reader.ReadLineAsync() is { } line)
+                boots += line.Contains("it booted") ? 1 : 0;
+            if (boots < 10)
+                Assert.Fail($"{boots} boots, then status {await process.WaitAsync()}: {process.Error}");
+            process.Send(2);
+            _ = reader.ReadToEndAsync();
+            Assert.That(await process.WaitAsync(), Is.EqualTo(130));
+        }
+        finally
+        {
+            Directory.Delete(folder, recursive: true);
+        }
+    }
+
+    [Test]
+    public async Task Memory_that_is_too_small_for_the_kernel_gets_a_sentence()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("demo", "--memory", "16");
+        Assert.That(end.Status, Is.EqualTo(2));
+        Assert.That(end.Error, Does.Contain("16 MiB of memory are too few").And.Contain("--memory"));
+    }
+
+    /// <summary>What the guest printed between two lines.</summary>
+    private static string Section(string output, string from, string to)
+    {
+        int start = output.LastIndexOf(from + "\r\n", StringComparison.Ordinal);
+        int end = output.LastIndexOf(to + "\r\n", StringComparison.Ordinal);
+        Assert.That(start >= 0 && end > start, $"no section {from}: {output}");
+        return output[start..end];
+    }
+}

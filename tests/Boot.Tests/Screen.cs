@@ -1,0 +1,47 @@
+// What a pseudo-terminal has been sent, read as it comes, so that a test waits for a text and not for ever.
+
+using System.Text;
+using XenSharp.Cli.Tests.Terminal;
+
+namespace XenSharp.Boot.Tests;
+
+internal sealed class Screen
+{
+    private readonly StringBuilder _text = new();
+
+    internal Screen(PseudoTerminal terminal)
+    {
+        var reader = new Thread(() =>
+        {
+            byte[] bytes;
+            while ((bytes = terminal.ReadScreen()).Length > 0)
+            {
+                lock (_text)
+                    _text.Append(Encoding.Latin1.GetString(bytes));
+            }
+        })
+        {
+            IsBackground = true,
+        };
+        reader.Start();
+    }
+
+    /// <summary>Waits for a text, and takes all up to its end.</summary>
+    internal void WaitFor(string text)
+    {
+        bool found = SpinWait.SpinUntil(
+            () =>
+            {
+                lock (_text)
+                {
+                    int at = _text.ToString().IndexOf(text, StringComparison.Ordinal);
+                    if (at >= 0)
+                        _text.Remove(0, at + text.Length);
+                    return at >= 0;
+                }
+            },
+            TimeSpan.FromSeconds(60));
+        if (!found)
+            Assert.Fail($"\"{text}\" did not appear; there was: {_text}");
+    }
+}

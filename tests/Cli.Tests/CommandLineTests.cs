@@ -1,0 +1,174 @@
+// What the command says to bad input, and to questions that need no KVM.
+
+using System.Text.Json;
+
+namespace XenSharp.Cli.Tests;
+
+[TestFixture]
+[CancelAfter(120_000)]
+[Parallelizable(ParallelScope.Children)]
+public sealed class CommandLineTests
+{
+    private const string NoKvm = "/nonexistent/kvm";
+
+    private string _folder = null!;
+
+    [OneTimeSetUp]
+    public void MakeFolder()
+    {
+        _folder = Directory.CreateTempSubdirectory("xensharp-cli-test-").FullName;
+        File.WriteAllText(PathOf("text"), "This is no kernel.\n");
+        File.WriteAllBytes(PathOf("empty"), []);
+        File.WriteAllBytes(PathOf("tiny"), Guests.TinyGuest.Build());
+        using FileStream large = File.Create(PathOf("large"));
+        large.SetLength((8L << 20) + 1);
+        using FileStream huge = File.Create(PathOf("huge"));
+        huge.SetLength((1L << 30) + 1);
+    }
+
+    [OneTimeTearDown]
+    public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
+
+    [TestCase("run", "Option '--kernel' is required")]
+    [TestCase("run --kernal x", "does not know \"--kernal\"")]
+    [TestCase("run --kernel", "--kernel")]
+    [TestCase("frob", "does not know \"frob\"")]
+    [TestCase("run --kernel text --memory", "--memory")]
+    [TestCase("run --kernel text --memory 1G", "\"1G\" is none")]
+    [TestCase("run --kernel text --memory 1.5", "\"1.5\" is none")]
+    [TestCase("run --kernel text --memory 0", "--memory 0 is too little")]
+    [TestCase("run --kernel text --memory -1", "--memory -1 is too little")]
+    [TestCase("run --kernel text --memory 3", "--memory 3 is too little")]
+    [TestCase("run --kernel text --memory 1000000000", "is more than this machine's")]
+    [TestCase("run --kernel text --memory 9223372036854775807", "is more than this machine's")]
+    [TestCase("run --kernel text --memory 9223372036854775808", "is none")]
+    [TestCase("run --kernel text --on-reboot explode", "\"explode\" is neither")]
+    [TestCase("run --kernel text --name a/b", "\"a/b\" is not such a name")]
+    [TestCase("demo --tiny --cloud", "two different guests")]
+    [TestCase("demo --memory 2", "--memory 2 is too little")]
+    [TestCase("run --kernel missing", "There is no file")]
+    [TestCase("run --kernel missing/kernel", "There is no file")]
+    [TestCase("run --kernel .", "is a folder")]
+    [TestCase("run --kernel empty", "is empty")]
+    [TestCase("run --kernel text", "is not a kernel")]
+    [TestCase("run --kernel huge", "is larger than any kernel")]
+    [TestCase("run --kernel /dev/zero", "is larger than any kernel")]
+    [TestCase("run --kernel tiny --ramdisk missing", "There is no file")]
+    [TestCase("run --kernel tiny --ramdisk .", "is a folder")]
+    [TestCase("run --kernel tiny --ramdisk large --memory 8", "does not fit into the domain's 8 MiB")]
+    [TestCase("run --kernel tiny", "/nonexistent/kvm does not exist")]
+    [TestCase("run --kernel tiny --kvm-device text", "text")]
+    [TestCase("run --kernel tiny --kvm-device .", "Cannot open .")]
+    [TestCase("demo --tiny", "/nonexistent/kvm does not exist")]
+    public async Task What_cannot_be_done_gets_one_sentence_and_status_2(string arguments, string sentence)
+    {
+        CommandEnd end = await RunAsync(arguments.Split(' '));
+        TestContext.Out.Write(end.Error);
+        Assert.Multiple(() =>
+        {
+            Assert.That(end.Status, Is.EqualTo(2));
+            Assert.That(end.Error, Does.Contain(sentence));
+            Assert.That(end.Error, Does.StartWith("xensharp: "));
+            Assert.That(end.Error, Does.EndWith(".\n").Or.EndWith("--help.\n"));
+            Assert.That(end.Error.Count(character => character == '\n'), Is.EqualTo(1), "one line");
+            Assert.That(end.Error, Does.Not.Contain("   at "), "a stack trace");
+            Assert.That(end.Output, Is.Empty);
+        });
+    }
+
+    [Test]
+    public async Task An_argument_that_begins_with_an_at_sign_is_no_response_file()
+    {
+        CommandEnd end = await RunAsync("run", "--kernel", "@text");
+        Assert.That(end.Error, Does.Contain("There is no file @text"));
+        Assert.That(end.Status, Is.EqualTo(2));
+    }
+
+    [Test]
+    public async Task A_kernel_that_may_not_be_read_gets_a_sentence()
+    {
+        if (Environment.UserName == "root")
+            Assert.Ignore("root may read every file; run the tests as another user.");
+        string secret = PathOf("secret");
+        await File.WriteAllTextAsync(secret, "x");
+        Assert.That(Terminal.Descriptors.ChangeMode(secret, 0), Is.Zero);
+        CommandEnd end = await RunAsync("run", "--kernel", secret);
+        Assert.That(end.Error, Does.Contain("no permission to read"));
+        Assert.That(end.Status, Is.EqualTo(2));
+    }
+
+    [Test]
+    public async Task A_kernel_can_come_through_a_pipe()
+    {
+        using CommandProcess process = CommandProcess.StartInShell(
+            $"cat '{PathOf("tiny")}' | \"$0\" \"$@\"", "run", "--kernel", "/dev/stdin", "--kvm-device", NoKvm);
+        CommandEnd end = await process.FinishAsync();
+        Assert.That(end.Error, Does.Contain(NoKvm + " does not exist"), "it was read and found good");
+    }
+
+    [Test]
+    public async Task Info_prints_JSON_also_without_a_KVM()
+    {
+        CommandEnd end = await RunAsync("info", "--json");
+        using JsonDocument report = JsonDocument.Parse(end.Output);
+        JsonElement root = report.RootElement;
+        Assert.Multiple(() =>
+        {
+            Assert.That(end.Status, Is.EqualTo(2));
+            Assert.That(end.Error, Does.Contain("/nonexistent/kvm does not exist"));
+            Assert.That(root.GetProperty("xenAbi").GetString(), Is.EqualTo("4.17"));
+            Assert.That(root.GetProperty("kernel").GetString(), Is.EqualTo(File.ReadAllText("/proc/sys/kernel/osrelease").Trim()));
+            Assert.That(root.GetProperty("memoryMiB").GetInt32(), Is.GreaterThan(0));
+            Assert.That(root.GetProperty("kvm").ValueKind, Is.EqualTo(JsonValueKind.Null));
+            Assert.That(root.GetProperty("kvmError").GetString(), Does.StartWith("/nonexistent/kvm does not exist"));
+        });
+    }
+
+    [Test]
+    public async Task Info_prints_a_table_also_without_a_KVM()
+    {
+        CommandEnd end = await RunAsync("info");
+        Assert.That(end.Status, Is.EqualTo(2));
+        Assert.That(end.Output, Does.Contain(File.ReadAllText("/proc/sys/kernel/osrelease").Trim()));
+        Assert.That(end.Output, Does.Contain("Not usable."));
+        Assert.That(end.Error, Does.Contain("/nonexistent/kvm does not exist"));
+    }
+
+    [TestCase("--help", "demo")]
+    [TestCase("run --help", "--console-log")]
+    [TestCase("demo --help", "--cloud")]
+    [TestCase("info --help", "--json")]
+    public async Task Help_needs_no_KVM(string arguments, string mentions)
+    {
+        CommandEnd end = await RunAsync(arguments.Split(' '));
+        Assert.That(end.Status, Is.Zero);
+        Assert.That(end.Output, Does.Contain(mentions));
+        Assert.That(end.Output, Does.Not.Contain("--kvm-device"), "an option for tests");
+        Assert.That(end.Error, Is.Empty);
+    }
+
+    [Test]
+    public async Task The_version_is_a_number()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("--version");
+        Assert.That(end.Status, Is.Zero);
+        Assert.That(Version.TryParse(end.Output.Trim(), out _), end.Output);
+    }
+
+    [Test]
+    public async Task Without_a_command_the_commands_are_shown()
+    {
+        CommandEnd end = await CommandProcess.RunAsync();
+        Assert.That(end.Status, Is.EqualTo(2));
+        Assert.That(end.Output, Does.Contain("demo"));
+    }
+
+    /// <summary>With names of the folder's files made absolute, and no KVM unless another device is named.</summary>
+    private Task<CommandEnd> RunAsync(params string[] arguments)
+    {
+        IEnumerable<string> full = arguments.Select(argument => File.Exists(PathOf(argument)) || argument == "missing" ? PathOf(argument) : argument);
+        return CommandProcess.RunAsync(arguments.Contains("--kvm-device") ? full : ["--kvm-device", NoKvm, .. full]);
+    }
+
+    private string PathOf(string name) => Path.Combine(_folder, name);
+}

@@ -35,7 +35,7 @@ public abstract class KvmFixture
         {
             Name = "tiny",
             MemoryMiB = memoryMiB,
-            Kernel = KernelImage.Parse(TinyGuest.Build(
-                new TinyGuestOptions { Behaviour = behaviour, Address = address, Message = message, FloodBytes = floodBytes })),
+            Image = new DomainImage(KernelImage.Parse(TinyGuest.Build(
+                new TinyGuestOptions { Behaviour = behaviour, Address = address, Message = message, FloodBytes = floodBytes }))),
         };
 }

@@ -188,7 +188,10 @@ public sealed class RunningDomainTests : KvmFixture
     [Test]
     public void Memory_that_is_too_small_for_the_kernel_gets_a_sentence()
     {
-        DomainSpecification specification = Tiny(TinyGuestBehaviour.PowerOff, memoryMiB: 16) with { Ramdisk = new byte[20 << 20] };
+        DomainSpecification specification = Tiny(TinyGuestBehaviour.PowerOff, memoryMiB: 16) with
+        {
+            Image = new DomainImage(KernelImage.Parse(TinyGuest.Build()), new byte[20 << 20]),
+        };
         Assert.That(() => RunningDomain.Create(Host, specification), Throws.InstanceOf<DomainBuildException>()
             .With.Message.Contains("16 MiB of memory are too few").And.Message.Contains("--memory"));
     }

@@ -62,8 +62,7 @@ internal static class RunCommand
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
-<<<<<<< HEAD
-            RebootAction action = parsed.GetValue(onReboot) == "restart" ? RebootAction.Restart : RebootAction.Exit;
+            RebootAction action = parsed.GetValue(onReboot);
             int memoryMiB = parsed.GetValue(memory);
             var specification = new DomainSpecification
             {
@@ -74,19 +73,12 @@ internal static class RunCommand
                 KernelFile = parsed.GetRequiredValue(kernel),
                 RamdiskFile = parsed.GetValue(ramdisk),
             };
-=======
-            DomainSpecification specification = Specify(
-                parsed.GetRequiredValue(kernel), parsed.GetValue(ramdisk), parsed.GetValue(memory), parsed.GetValue(commandLine)!, parsed.GetValue(name)!);
->>>>>>> cli
             return await services.GetRequiredService<ForegroundRun>()
-                .RunAsync(specification, specification.KernelFile, parsed.GetValue(onReboot), parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
+                .RunAsync(specification, specification.KernelFile, action, parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
         });
         return command;
     }
 
-<<<<<<< HEAD
-    private static DomainImage Load(string kernel, string? ramdisk, int memory, bool reusable)
-=======
     private static RebootAction ParseRebootAction(ArgumentResult result)
     {
         string text = result.Tokens[0].Value;
@@ -95,8 +87,7 @@ internal static class RunCommand
         return text == "restart" ? RebootAction.Restart : RebootAction.Exit;
     }
 
-    private static DomainSpecification Specify(string kernel, string? ramdisk, int memory, string commandLine, string name)
->>>>>>> cli
+    private static DomainImage Load(string kernel, string? ramdisk, int memory, bool reusable)
     {
         byte[] image = HostFile.Read(kernel, "--kernel", KernelImage.LargestUnpackedSize, "is larger than any kernel; name the kernel itself.");
         byte[] disk = ramdisk is null

@@ -84,6 +84,23 @@ public static class BenchmarkGuest
         return builder.Build();
     }
 
+    /// <summary>A guest that makes a number of xen_version hypercalls and powers off: for counting what serving them takes.</summary>
+    public static byte[] BuildHypercallLoop(int count)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegativeOrZero(count);
+        var guest = new PvAssembler();
+        guest.Code.mov(r12d, count);
+        Label loop = guest.Code.CreateLabel();
+        guest.Code.Label(ref loop);
+        guest.Code.xor(edi, edi);
+        guest.Code.xor(esi, esi);
+        guest.Hypercall(GuestHypercall.XenVersion);
+        guest.Code.dec(r12d);
+        guest.Code.jnz(loop);
+        guest.Shutdown(GuestShutdownReason.PowerOff);
+        return guest.Build(new GuestIdentity("xensharp-hypercalls"));
+    }
+
     private static int Calls(BenchmarkFigure figure, int iterations) => figure switch
     {
         BenchmarkFigure.MmuUpdate32 or BenchmarkFigure.MmuUpdateUnused32 => Even(iterations / 8),

@@ -1,1 +1,5 @@
-return 2;
+// xensharp: Xen PV guests on KVM, from the command line.
+
+using XenSharp.Cli.Commands;
+
+return await Tool.RunAsync(args).ConfigureAwait(false);

@@ -20,6 +20,7 @@ public sealed unsafe class Domain : IDisposable
     private readonly List<Thread> _threads = [];
     private readonly byte* _handle;
     private DomainExit? _exit;
+    private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
     private int _stopping;
     private bool _disposed;
@@ -103,6 +104,9 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
+    /// <summary>Bytes of managed memory that serving the guest took on the vCPU's thread; known once the domain has stopped.</summary>
+    public long AllocatedBytes { get; private set; }
+
     /// <summary>Hypercalls that the guest has made.</summary>
     public ulong HypercallCount => _vcpus[0].History.Count;
 
@@ -136,6 +140,14 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
+
+    /// <summary>Ends the domain from outside with a report of where it is, for a guest that seems to hang.</summary>
+    /// <param name="why">A sentence for the report.</param>
+    public void Crash(string why)
+    {
+        _ = Interlocked.CompareExchange(ref _crashRequest, why, null);
+        Stop(new DomainExit(ShutdownReason.Crash));
+    }
 
     public void Dispose()
     {
@@ -186,7 +198,9 @@ public sealed unsafe class Domain : IDisposable
         try
         {
             BeforeFirstEntry?.Invoke();
+            long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
+            AllocatedBytes = GC.GetAllocatedBytesForCurrentThread() - before;
         }
         catch (Exception exception)
         {
@@ -194,7 +208,10 @@ public sealed unsafe class Domain : IDisposable
             Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
         }
 
-        _ = _completion.TrySetResult(_exit ?? new DomainExit(ShutdownReason.PowerOff));
+        DomainExit exit = _exit!;
+        if (_crashRequest is { } why && exit is { Reason: ShutdownReason.Crash, Report: null })
+            exit = exit with { Report = CrashReport.Write(vcpu, why) };
+        _ = _completion.TrySetResult(exit);
     }
 }
 

@@ -11,7 +11,7 @@ namespace XenSharp.Domains;
 internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
 {
     private readonly VcpuContext* _vcpu = vcpu;
-    private readonly InstructionWindow _window = new(vcpu);
+    private readonly InstructionDecoder _decoder = new(vcpu);
 
     /// <summary>Performs the load that faulted.</summary>
     /// <returns>False when it is no load of a whole entry or half of one from the table: the fault is the guest's own.</returns>
@@ -25,20 +25,20 @@ internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
             return false;
         }
 
-        if (!_window.TryDecode(out Instruction instruction) || instruction.Mnemonic != Mnemonic.Mov
+        if (!_decoder.TryDecode(out Instruction instruction) || instruction.Mnemonic != Mnemonic.Mov
             || instruction.Op0Kind != OpKind.Register || instruction.Op1Kind != OpKind.Memory
-            || !InstructionWindow.IsGeneralPurpose(instruction.Op0Register))
+            || !InstructionDecoder.IsGeneralPurpose(instruction.Op0Register))
         {
             return false;
         }
 
-        ulong from = _window.MemoryAddress(instruction);
+        ulong from = _decoder.MemoryAddress(instruction);
         uint size = (uint)instruction.Op0Register.GetSize();
         if (from != address.Value || (from & (size - 1)) != 0)
             return false;
         var frame = new Mfn(offset / sizeof(ulong));
         ulong entry = domain->Memory.Contains(frame) ? domain->MachineToPhys[domain->Memory.IndexOf(frame)] : Mfn.Invalid.Value;
-        _window.WriteRegister(instruction.Op0Register, entry >> (int)((offset & 7) * 8));
+        _decoder.WriteRegister(instruction.Op0Register, entry >> (int)((offset & 7) * 8));
         _vcpu->Registers->Rip = instruction.NextIP;
         return true;
     }

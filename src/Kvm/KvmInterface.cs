@@ -27,6 +27,7 @@ internal static class KvmRequest
     public const int SetMsrs = 0x4008AE89;
     public const int SetSignalMask = 0x4004AE8B;
     public const int SetCpuid2 = 0x4008AE90;
+    public const int GetVcpuEvents = unchecked((int)0x8040AE9F);
     public const int SetDebugRegs = 0x4080AEA2;
     public const int GetTscKhz = 0xAEA3;
     public const int SetXcrs = 0x4188AEA7;
@@ -189,6 +190,16 @@ internal struct KvmMsrEntry
     public uint Index;
     private uint _reserved;
     public ulong Data;
+}
+
+/// <summary>The head of struct kvm_vcpu_events (64 bytes): an exception that KVM has yet to deliver.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 64)]
+internal struct KvmVcpuEvents
+{
+    public byte ExceptionInjected;
+    public byte ExceptionVector;
+    public byte ExceptionHasErrorCode;
+    public byte ExceptionPending;
 }
 
 /// <summary>struct kvm_debugregs.</summary>

@@ -108,18 +108,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public void Dispose()
     {
+        // The domain disposes its vCPUs, and the VM all that it has left.
+        int file = Interlocked.Exchange(ref _file, -1);
+        if (file < 0)
+            return;
         if (_timer >= 0)
             Libc.DeleteKickTimer(_timer);
-        _timer = -1;
         if (_run != null)
             _ = LibC.munmap(_run, _machine.System.RunSize);
-        if (_file >= 0)
-        {
-            _ = LibC.close(_file);
-            NativeMemory.Free(_state);
-        }
-
-        _file = -1;
+        _ = LibC.close(file);
+        NativeMemory.Free(_state);
     }
 
     public void Kick()
@@ -202,10 +200,19 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_writes->Overflowed != 0)
             _machine.DropShadowPages();
         PrepareEntry();
-        int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
-        if (result == 0 && _run->ExitReason == KvmExitReason.Io)
-            return TakeIoExit();
-        return result == 0 ? TakeOtherExit() : TakeInterruption(LibC.errno);
+        while (true)
+        {
+            int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+            if (result == 0 && _run->ExitReason == KvmExitReason.Io)
+                return TakeIoExit();
+            if (result == 0 && _run->ExitReason != KvmExitReason.Interrupted)
+                return TakeOtherExit();
+            if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN)
+                return TakeFailure(error);
+            TakeKick();
+            if (!IsLeaving())
+                return TakeInterruption();
+        }
     }
 
     /// <summary>Makes this the thread that kicks go to, with the kick signal blocked outside KVM_RUN.</summary>
@@ -547,21 +554,39 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
     }
 
-    /// <summary>
-    /// KVM_RUN came back with an error: usually a kick, which can find the vCPU in the guest, in a monitor entry that has not
-    /// reached its <c>out</c>, in the chain of an entry, or before anything was taken over.
-    /// </summary>
-    private VcpuExit TakeInterruption(int errno)
+    private static VcpuExit TakeFailure(int errno)
     {
-        if (errno != LibC.EINTR && errno != LibC.EAGAIN)
-        {
-            string why = errno == LibC.EFAULT
-                ? "The guest used memory that the host could not provide (out of memory, or a page taken away)."
-                : $"KVM_RUN failed: {Marshal.GetPInvokeErrorMessage(errno)}.";
-            return new VcpuExit(VcpuExitKind.Failed, Failure: why);
-        }
+        string why = errno == LibC.EFAULT
+            ? "The guest used memory that the host could not provide (out of memory, or a page taken away)."
+            : $"KVM_RUN failed: {Marshal.GetPInvokeErrorMessage(errno)}.";
+        return new VcpuExit(VcpuExitKind.Failed, Failure: why);
+    }
 
-        TakeKick();
+    /// <summary>
+    /// Whether the interrupted vCPU is on its way out already: in one of the monitor's entries, or with an exception that KVM
+    /// has yet to deliver. Run on as it is, it comes to the entry's <c>out</c> at once; to change its registers now would let
+    /// the exception hit whatever they then say.
+    /// </summary>
+    private bool IsLeaving()
+    {
+        if (_run->DirtyRegs != KvmSyncRegs.None)
+            return false;
+        ulong rip = _run->Regs.Rip;
+        bool inEntry = _sregs->Ss.Dpl == 0
+            ? rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize || rip == _machine.SyscallEntry
+            : rip == _machine.SyscallEntry;
+        if (inEntry)
+            return true;
+        KvmVcpuEvents events;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
+        return events.ExceptionInjected != 0 || events.ExceptionPending != 0;
+    }
+
+    /// <summary>
+    /// A kick found the vCPU in the guest, in the chain of an entry, or before anything was taken over.
+    /// </summary>
+    private VcpuExit TakeInterruption()
+    {
         if (_run->DirtyRegs != KvmSyncRegs.None)
         {
             // Not taken over, and the shared page may hold either state: set everything anew.
@@ -569,27 +594,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return RestoreIntended();
         }
 
+        if (_sregs->Ss.Dpl == 0)
+            return RestoreIntended();
+        EntryDone();
         TakeSegments();
-        ulong rip = _run->Regs.Rip;
-        if (rip == _machine.SyscallEntry && (_sregs->Ss.Dpl == 0 || _machine.Capabilities.SyscallEntryLevel == 3))
-        {
-            EntryDone();
-            return TakeSyscall();
-        }
-
-        if (_sregs->Ss.Dpl == 3)
-        {
-            EntryDone();
-            return new VcpuExit(VcpuExitKind.Kicked);
-        }
-
-        if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
-        {
-            EntryDone();
-            return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
-        }
-
-        return RestoreIntended();
+        return new VcpuExit(VcpuExitKind.Kicked);
     }
 
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>
@@ -601,8 +610,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     private VcpuExit TakeOtherExit()
     {
-        if (_run->ExitReason is KvmExitReason.Interrupted)
-            return TakeInterruption(LibC.EINTR);
         ulong rip = _run->Regs.Rip;
         string why = _run->ExitReason switch
         {

@@ -9,7 +9,7 @@ namespace XenSharp.Mmu;
 public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
 {
     private readonly VcpuContext* _vcpu = vcpu;
-    private readonly InstructionWindow _window = new(vcpu);
+    private readonly InstructionDecoder _decoder = new(vcpu);
 
     /// <summary>Tries to perform the store that raised a write-protection fault in kernel mode.</summary>
     /// <param name="fault">CR2.</param>
@@ -20,7 +20,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     {
         if (!fault.IsGuest || !FindTable(fault, out Mfn table))
             return false;
-        if (!_window.TryDecode(out Instruction instruction) || !IsStore(instruction, out int size))
+        if (!_decoder.TryDecode(out Instruction instruction) || !IsStore(instruction, out int size))
             return false;
         ulong address = DestinationAddress(instruction);
         if (((address ^ fault.Value) & ~Paging.PageOffsetMask) != 0 || (address & ((ulong)size - 1)) != 0)
@@ -92,7 +92,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     {
         if (instruction.IsStringInstruction)
             return _vcpu->Registers->Rdi;
-        ulong address = _window.MemoryAddress(instruction);
+        ulong address = _decoder.MemoryAddress(instruction);
 
         // A bit offset in a register reaches beyond the operand.
         if (instruction.Mnemonic is Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc && instruction.Op1Kind == OpKind.Register)
@@ -100,9 +100,9 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             int size = instruction.MemorySize.GetSize();
             long bit = size switch
             {
-                2 => (short)_window.ReadRegister(instruction.Op1Register),
-                4 => (int)_window.ReadRegister(instruction.Op1Register),
-                _ => (long)_window.ReadRegister(instruction.Op1Register),
+                2 => (short)_decoder.ReadRegister(instruction.Op1Register),
+                4 => (int)_decoder.ReadRegister(instruction.Op1Register),
+                _ => (long)_decoder.ReadRegister(instruction.Op1Register),
             };
             address += (ulong)((bit >> (BitOperations.Log2((uint)size) + 3)) * size);
         }
@@ -112,7 +112,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
 
     private ulong Source(in Instruction instruction, int operand) => instruction.GetOpKind(operand) switch
     {
-        OpKind.Register when InstructionWindow.IsGeneralPurpose(instruction.GetOpRegister(operand)) => _window.ReadRegister(instruction.GetOpRegister(operand)),
+        OpKind.Register when InstructionDecoder.IsGeneralPurpose(instruction.GetOpRegister(operand)) => _decoder.ReadRegister(instruction.GetOpRegister(operand)),
         OpKind.Register => 0,
         _ => instruction.GetImmediate(operand),
     };
@@ -156,14 +156,14 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             if (result == StoreResult.Refused)
                 return false;
             if (instruction.Mnemonic is Mnemonic.Xchg or Mnemonic.Xadd)
-                _window.WriteRegister(instruction.Op0Kind == OpKind.Register ? instruction.Op0Register : instruction.Op1Register, before);
+                _decoder.WriteRegister(instruction.Op0Kind == OpKind.Register ? instruction.Op0Register : instruction.Op1Register, before);
             _vcpu->Registers->Rflags = flags;
             return true;
         }
     }
 
     private static bool HasPlainSource(in Instruction instruction)
-        => instruction.Op1Kind != OpKind.Register || InstructionWindow.IsGeneralPurpose(instruction.Op1Register);
+        => instruction.Op1Kind != OpKind.Register || InstructionDecoder.IsGeneralPurpose(instruction.Op1Register);
 
     private bool TryCompute(in Instruction instruction, int size, ulong value, ref ulong flags, out ulong result)
     {
@@ -229,7 +229,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     private bool WriteFromMemory(in Instruction instruction, PageTableEntry* entry, in Store store)
     {
         ulong value = 0;
-        ulong from = _vcpu->Registers->Rsi + _window.SegmentBase(instruction.MemorySegment);
+        ulong from = _vcpu->Registers->Rsi + _decoder.SegmentBase(instruction.MemorySegment);
         return GuestAccess.CopyFrom(_vcpu, from, &value, (ulong)store.Size)
             && Write(entry, store, value)
             && AdvanceString(instruction, store.Size, moves: true);
@@ -257,7 +257,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             4 => Register.EAX,
             _ => Register.RAX,
         };
-        ulong expected = _window.ReadRegister(accumulator);
+        ulong expected = _decoder.ReadRegister(accumulator);
         while (true)
         {
             var old = new PageTableEntry(Volatile.Read(ref *(ulong*)entry));
@@ -266,12 +266,12 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             _ = Arithmetic.Subtract(expected, found, store.Size * 8, ref flags);
             if (found != expected)
             {
-                _window.WriteRegister(accumulator, found);
+                _decoder.WriteRegister(accumulator, found);
                 _vcpu->Registers->Rflags = flags;
                 return true;
             }
 
-            StoreResult result = Replace(entry, store, old, store.Insert(old, _window.ReadRegister(instruction.Op1Register)));
+            StoreResult result = Replace(entry, store, old, store.Insert(old, _decoder.ReadRegister(instruction.Op1Register)));
             if (result == StoreResult.Changed)
                 continue;
             if (result == StoreResult.Done)

@@ -1,6 +1,7 @@
 // mov to and from control and debug registers, CLTS, XSETBV, RDTSC.
 using Iced.Intel;
 using XenSharp.Core;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Emulation;
 

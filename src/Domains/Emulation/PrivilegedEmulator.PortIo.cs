@@ -1,6 +1,7 @@
 // IN, OUT, INS and OUTS.
 using Iced.Intel;
 using XenSharp.Core;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Emulation;
 

@@ -1,6 +1,7 @@
 // Segment-register loads of Xen's flat selectors, and addresses of memory operands.
 using Iced.Intel;
 using XenSharp.Core;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Emulation;
 

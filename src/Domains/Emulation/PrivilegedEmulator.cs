@@ -2,6 +2,7 @@
 using System.Runtime.CompilerServices;
 using Iced.Intel;
 using XenSharp.Core;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Emulation;
 

@@ -3,10 +3,10 @@ using System.Runtime.CompilerServices;
 using Iced.Intel;
 using XenSharp.Core;
 
-namespace XenSharp.Domains.Emulation;
+namespace XenSharp.Mmu;
 
 /// <summary>Reads and writes <see cref="CpuRegisters"/> by <see cref="Register"/>, with the rules for partial registers.</summary>
-internal static unsafe class RegisterFile
+public static unsafe class RegisterFile
 {
     // CpuRegisters is in KVM's order, the decoder's numbers are in the instruction encoding's: RAX RCX RDX RBX RSP RBP RSI RDI.
     private static ReadOnlySpan<byte> Index => [0, 2, 3, 1, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15];

@@ -1,0 +1,88 @@
+// xensharp bench: what the ABI costs on this host.
+using System.CommandLine;
+using System.Globalization;
+using System.Text.Json;
+using Microsoft.Extensions.DependencyInjection;
+using Spectre.Console;
+using XenSharp.Cli.Commands;
+using XenSharp.Cli.Hosting;
+
+namespace XenSharp.Cli.Bench;
+
+/// <summary>Measures and prints; every time is also given as a ratio to a bare KVM exit taken in the same run.</summary>
+internal static class BenchCommand
+{
+    internal static Command Create(IServiceProvider services)
+    {
+        var rounds = new Option<int>("--rounds") { Description = "Times that each figure is taken; medians are shown.", DefaultValueFactory = static _ => 5 };
+        var iterations = new Option<int>("--iterations") { Description = "Operations of a figure in one round.", DefaultValueFactory = static _ => 3000 };
+        var hypercalls = new Option<int>("--hypercalls") { Description = "Hypercalls over which allocations are counted.", DefaultValueFactory = static _ => 1_000_000 };
+        var noDebian = new Option<bool>("--no-debian") { Description = "Leave the Debian guest out; nothing is downloaded." };
+        var json = new Option<bool>("--json") { Description = "Print JSON, for programs." };
+        AtLeast(rounds, 1);
+        AtLeast(iterations, 64);
+        AtLeast(hypercalls, 1);
+        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, json };
+        command.SetAction(async (parsed, _) =>
+        {
+            using var signals = new EndingSignals();
+            try
+            {
+                var plan = new BenchmarkPlan(
+                    parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian));
+                var benchmark = new Benchmark(
+                    services.GetRequiredService<KvmHost>(), plan, static stage => Console.Error.WriteLine($"{Tool.Name}: {stage}"));
+                BenchResult result = await benchmark.RunAsync(signals.Token).ConfigureAwait(false);
+                if (parsed.GetValue(json))
+                    Console.Out.WriteLine(JsonSerializer.Serialize(result, BenchJson.Default.BenchResult));
+                else
+                    Print(result);
+                return ExitStatus.Success;
+            }
+            catch (OperationCanceledException) when (signals.Received != 0)
+            {
+                return ExitStatus.OfSignal + signals.Received;
+            }
+        });
+        return command;
+    }
+
+    private static void AtLeast(Option<int> option, int minimum) => option.Validators.Add(result =>
+    {
+        if (result.GetValueOrDefault<int>() < minimum)
+            result.AddError($"{option.Name} must be at least {minimum}.");
+    });
+
+    private static void Print(BenchResult result)
+    {
+        IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Out) });
+        if (Console.IsOutputRedirected)
+            console.Profile.Width = 160;
+        var times = new Table { Border = TableBorder.Simple };
+        times.AddColumn("figure");
+        foreach (string name in (ReadOnlySpan<string>)["µs", "× floor", "lowest", "highest", "at most"])
+            times.AddColumn(new TableColumn(name).RightAligned());
+        times.AddRow("raw KVM exit from CPL 3 (the floor)", Microseconds(result.FloorNanoseconds), "1", string.Empty, string.Empty, string.Empty);
+        foreach (BenchFigure figure in result.Figures)
+        {
+            times.AddRow(
+                figure.Name,
+                Microseconds(figure.Nanoseconds),
+                Ratio(figure.Ratio),
+                Ratio(figure.LowestRatio),
+                Ratio(figure.HighestRatio),
+                figure.Required is { } limit ? $"{Ratio(limit)}{(figure.IsMet ? string.Empty : " MISSED")}" : string.Empty);
+        }
+
+        console.Write(times);
+        foreach (BenchCount count in result.Counts)
+        {
+            string limit = count.Required is { } required ? $" (at most {required.ToString(CultureInfo.InvariantCulture)}{(count.IsMet ? string.Empty : ": MISSED")})" : string.Empty;
+            console.WriteLine($"{count.Name}: {count.Value.ToString("N1", CultureInfo.InvariantCulture)} {count.Unit}{limit}");
+        }
+    }
+
+    private static string Microseconds(double nanoseconds) => (nanoseconds / 1000).ToString(nanoseconds < 1e7 ? "N2" : "N0", CultureInfo.InvariantCulture);
+
+    private static string Ratio(double ratio) => ratio.ToString(ratio < 100 ? "N2" : "N0", CultureInfo.InvariantCulture);
+}

@@ -1,0 +1,39 @@
+// What a benchmark run found, as people and programs get to see it.
+using System.Text.Json.Serialization;
+
+namespace XenSharp.Cli.Bench;
+
+/// <summary>One figure.</summary>
+/// <param name="Name">What was measured.</param>
+/// <param name="Nanoseconds">The median of all rounds, for one operation.</param>
+/// <param name="Ratio">The median of the rounds' ratios to the floor taken around each of them.</param>
+/// <param name="LowestRatio">The lowest of them.</param>
+/// <param name="HighestRatio">The highest of them.</param>
+/// <param name="Required">The ratio that is promised not to be exceeded, if there is one.</param>
+public sealed record BenchFigure(string Name, double Nanoseconds, double Ratio, double LowestRatio, double HighestRatio, double? Required = null)
+{
+    /// <summary>Whether the promise holds; true where there is none.</summary>
+    public bool IsMet => Required is not { } limit || Ratio <= limit;
+}
+
+/// <summary>A count or size that is not a time.</summary>
+/// <param name="Name">What was counted.</param>
+/// <param name="Value">The number.</param>
+/// <param name="Unit">Its unit.</param>
+/// <param name="Required">The number that is promised not to be exceeded, if there is one.</param>
+public sealed record BenchCount(string Name, double Value, string Unit, double? Required = null)
+{
+    /// <summary>Whether the promise holds; true where there is none.</summary>
+    public bool IsMet => Required is not { } limit || Value <= limit;
+}
+
+/// <summary>A whole run.</summary>
+/// <param name="FloorNanoseconds">The median of the bare exit loop over the run.</param>
+/// <param name="Figures">Times, as ratios to the floor.</param>
+/// <param name="Counts">The rest.</param>
+public sealed record BenchResult(double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts);
+
+/// <summary>JSON without reflection.</summary>
+[JsonSerializable(typeof(BenchResult))]
+[JsonSourceGenerationOptions(WriteIndented = true, PropertyNamingPolicy = JsonKnownNamingPolicy.CamelCase)]
+internal sealed partial class BenchJson : JsonSerializerContext;

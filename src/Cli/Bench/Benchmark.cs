@@ -1,0 +1,233 @@
+// The measurements of xensharp bench.
+using System.Buffers.Binary;
+using System.Diagnostics;
+using System.Text;
+using XenSharp.Cli.Hosting;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests.Benchmark;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+using XenSharp.Kvm;
+
+namespace XenSharp.Cli.Bench;
+
+/// <summary>How long to measure.</summary>
+/// <param name="Rounds">Times that each figure is taken.</param>
+/// <param name="Iterations">Operations of a figure in one round.</param>
+/// <param name="Hypercalls">Hypercalls over which allocations are counted.</param>
+/// <param name="Debian">Whether the Debian guest is measured as well.</param>
+internal sealed record BenchmarkPlan(int Rounds, int Iterations, int Hypercalls, bool Debian);
+
+/// <summary>
+/// Measures the ABI and puts every time in proportion to the floor, a bare KVM exit, which is taken before and after each
+/// measurement: hosts are noisy, and their speed changes from minute to minute.
+/// </summary>
+internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string> progress)
+{
+    private const int FloorExits = 4000;
+    private const int GuestMemoryMiB = 64;
+    private const int DebianMemoryMiB = 512;
+    private const int Forks = 200;
+    private const string Init = "@init";
+    private const string ForkStart = "@fork";
+    private const string ForkEnd = "@forked";
+    private const string PipeEnd = "@piped";
+
+    private readonly List<double> _floors = [];
+    private readonly Dictionary<string, List<(double Nanoseconds, double Ratio)>> _samples = [];
+    private readonly Dictionary<string, double> _required = new()
+    {
+        [NameOf(BenchmarkFigure.NullHypercall)] = 1.15,
+        [DebianBoot] = 220_000,
+    };
+
+    private const string DomainCreate = "domain create to first guest instruction";
+    private const string DebianBoot = "Debian boot to init, 512 MiB";
+    private const string ForkExec = "Debian: fork + exec of busybox";
+    private const string Pipe = "Debian: 64 MiB through a pipe";
+
+    private readonly List<BenchCount> _counts = [];
+
+    /// <summary>Runs everything.</summary>
+    public async Task<BenchResult> RunAsync(CancellationToken cancellation)
+    {
+        using var floor = new RawExitLoop(host.Kvm, host.Capabilities);
+        _ = floor.Measure(FloorExits);
+        KernelImage guest = KernelImage.Parse(BenchmarkGuest.Build(plan.Iterations));
+        for (int round = 1; round <= plan.Rounds; round++)
+        {
+            progress($"hypercalls, faults and events: round {round} of {plan.Rounds}");
+            await MeasureGuestAsync(floor, guest, cancellation).ConfigureAwait(false);
+        }
+
+        progress($"allocations over {plan.Hypercalls:N0} hypercalls");
+        await CountAllocationsAsync(cancellation).ConfigureAwait(false);
+        if (plan.Debian)
+            await MeasureDebianAsync(floor, cancellation).ConfigureAwait(false);
+        return new BenchResult(
+            Median(_floors),
+            [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
+            _counts);
+    }
+
+    private static string NameOf(BenchmarkFigure figure) => figure switch
+    {
+        BenchmarkFigure.NullHypercall => "null hypercall (xen_version)",
+        BenchmarkFigure.UserSystemCall => "user system call, bounced, and iret",
+        BenchmarkFigure.PageFault => "page fault, bounced, and iret",
+        BenchmarkFigure.MmuUpdate1 => "mmu_update, batch of 1, an entry",
+        BenchmarkFigure.MmuUpdate32 => "mmu_update, batch of 32, an entry",
+        BenchmarkFigure.MmuUpdate512 => "mmu_update, batch of 512, an entry",
+        BenchmarkFigure.MmuUpdateUnused32 => "mmu_update, batch of 32, an unused entry",
+        BenchmarkFigure.EventToSelf => "event to self, upcall, and iret",
+        _ => figure.ToString(),
+    };
+
+    private static double Median(List<double> values)
+    {
+        double[] sorted = [.. values.Order()];
+        int middle = sorted.Length / 2;
+        return sorted.Length % 2 == 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+    }
+
+    private BenchFigure Summarise(string name, List<(double Nanoseconds, double Ratio)> samples) => new(
+        name,
+        Median([.. samples.Select(static sample => sample.Nanoseconds)]),
+        Median([.. samples.Select(static sample => sample.Ratio)]),
+        samples.Min(static sample => sample.Ratio),
+        samples.Max(static sample => sample.Ratio),
+        _required.TryGetValue(name, out double limit) ? limit : null);
+
+    private double MeasureFloor(RawExitLoop floor)
+    {
+        double nanoseconds = floor.Measure(FloorExits);
+        _floors.Add(nanoseconds);
+        return nanoseconds;
+    }
+
+    private void Add(string name, double nanoseconds, double floor)
+    {
+        if (!_samples.TryGetValue(name, out List<(double, double)>? samples))
+            _samples[name] = samples = [];
+        samples.Add((nanoseconds, nanoseconds / floor));
+    }
+
+    private async Task MeasureGuestAsync(RawExitLoop floor, KernelImage guest, CancellationToken cancellation)
+    {
+        double before = MeasureFloor(floor);
+        var sink = new MarkerSink();
+        double created = await RunToEndAsync(guest, sink, cancellation).ConfigureAwait(false);
+        double mean = (before + MeasureFloor(floor)) / 2;
+        Add(DomainCreate, created, mean);
+        byte[] output = sink.Bytes;
+        int results = output.AsSpan().IndexOf(Encoding.ASCII.GetBytes(BenchmarkGuest.Marker)) + BenchmarkGuest.Marker.Length;
+        double kiloHertz = host.Capabilities.TimeStampCounter.KiloHertz;
+        foreach (BenchmarkFigure figure in Enum.GetValues<BenchmarkFigure>())
+        {
+            ulong ticks = BinaryPrimitives.ReadUInt64LittleEndian(output.AsSpan(results + ((int)figure * sizeof(ulong))));
+            Add(NameOf(figure), ticks / kiloHertz * 1e6 / BenchmarkGuest.Operations(figure, plan.Iterations), mean);
+        }
+    }
+
+    /// <summary>Runs a guest until it powers off.</summary>
+    /// <returns>Nanoseconds from the start of making the domain to its first instruction.</returns>
+    private async Task<double> RunToEndAsync(KernelImage kernel, MarkerSink sink, CancellationToken cancellation)
+    {
+        long first = 0;
+        long start = Stopwatch.GetTimestamp();
+        await using RunningDomain running = RunningDomain.Create(
+            host, new DomainSpecification { Name = "benchmark", Kernel = kernel, MemoryMiB = GuestMemoryMiB }, sink);
+        running.Domain.BeforeFirstEntry = () => first = Stopwatch.GetTimestamp();
+        running.Start();
+        Expect(await running.Completion.WaitAsync(cancellation).ConfigureAwait(false));
+        return Stopwatch.GetElapsedTime(start, first).TotalNanoseconds;
+    }
+
+    private static void Expect(DomainExit exit)
+    {
+        if (exit.Reason != ShutdownReason.PowerOff)
+            throw new InvalidOperationException($"A guest of the benchmark ended by {exit.Reason}. {exit.Report}");
+    }
+
+    private async Task CountAllocationsAsync(CancellationToken cancellation)
+    {
+        KernelImage kernel = KernelImage.Parse(BenchmarkGuest.BuildHypercallLoop(plan.Hypercalls));
+        await using RunningDomain running = RunningDomain.Create(
+            host, new DomainSpecification { Name = "benchmark", Kernel = kernel, MemoryMiB = GuestMemoryMiB }, new MarkerSink());
+        int collectionsBefore = GC.CollectionCount(0);
+        running.Start();
+        Expect(await running.Completion.WaitAsync(cancellation).ConfigureAwait(false));
+        _counts.Add(new BenchCount($"managed bytes allocated on the vCPU thread over {plan.Hypercalls:N0} hypercalls", running.Domain.AllocatedBytes, "bytes"));
+        _counts.Add(new BenchCount("garbage collections meanwhile", GC.CollectionCount(0) - collectionsBefore, "collections", 0));
+    }
+
+    private async Task MeasureDebianAsync(RawExitLoop floor, CancellationToken cancellation)
+    {
+        progress("fetching the Debian guest, if it is not cached");
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, cancellation).ConfigureAwait(false);
+        string busybox = await cache.GetBusyboxAsync(null, cancellation).ConfigureAwait(false);
+        string script = $"""
+            #!/bin/sh
+            echo {Init}
+            echo {ForkStart}
+            i=0; while [ $i -lt {Forks} ]; do /bin/busybox true; i=$((i+1)); done
+            echo {ForkEnd}
+            dd if=/dev/zero bs=64k count=1024 2>/dev/null | cat >/dev/null
+            echo {PipeEnd}
+            poweroff -f
+            """;
+        byte[] ramdisk = await BusyboxInitramfs.BuildAsync(
+            busybox, new BusyboxInitramfsOptions { Banner = string.Empty, InitScript = script.ReplaceLineEndings("\n") }, cancellation).ConfigureAwait(false);
+        for (int round = 1; round <= Math.Min(3, plan.Rounds); round++)
+        {
+            progress($"Debian: boot {round} of {Math.Min(3, plan.Rounds)}");
+            await MeasureDebianBootAsync(floor, kernel.Image, ramdisk, round == 1, cancellation).ConfigureAwait(false);
+        }
+    }
+
+    private async Task MeasureDebianBootAsync(RawExitLoop floor, string kernelFile, byte[] ramdisk, bool measureMemory, CancellationToken cancellation)
+    {
+        double before = MeasureFloor(floor);
+        long first = 0;
+        long resident = 0;
+        var sink = new MarkerSink
+        {
+            Seen = marker =>
+            {
+                if (marker == Init)
+                    resident = ResidentMemory.BesideGuests();
+            },
+        };
+        KernelImage kernel = KernelImage.Parse(await File.ReadAllBytesAsync(kernelFile, cancellation).ConfigureAwait(false));
+        await using RunningDomain running = RunningDomain.Create(
+            host,
+            new DomainSpecification
+            {
+                Name = "benchmark",
+                Kernel = kernel,
+                Ramdisk = ramdisk,
+                MemoryMiB = DebianMemoryMiB,
+                CommandLine = "console=hvc0 quiet",
+            },
+            sink);
+        running.Domain.BeforeFirstEntry = () => first = Stopwatch.GetTimestamp();
+        running.Start();
+        Expect(await running.Completion.WaitAsync(cancellation).ConfigureAwait(false));
+        double mean = (before + MeasureFloor(floor)) / 2;
+        Add(DebianBoot, Between(first, sink.TimeOf(Init)), mean);
+        Add(ForkExec, Between(sink.TimeOf(ForkStart), sink.TimeOf(ForkEnd)) / Forks, mean);
+        Add(Pipe, Between(sink.TimeOf(ForkEnd), sink.TimeOf(PipeEnd)), mean);
+        if (measureMemory)
+            _counts.Add(new BenchCount("resident memory beside guest RAM, Debian at init", Math.Round(resident / 1048576.0, 1), "MiB", RuntimeLimit));
+    }
+
+    /// <summary>What is promised of the process's own memory: less where there is no JIT compiler.</summary>
+    private static double RuntimeLimit => File.ReadAllText("/proc/self/maps").Contains("libclrjit.so", StringComparison.Ordinal) ? 60 : 30;
+
+    private static double Between(long? start, long? end)
+        => start is { } from && end is { } to
+            ? Stopwatch.GetElapsedTime(from, to).TotalNanoseconds
+            : throw new InvalidOperationException("The Debian guest of the benchmark did not get as far as it should have.");
+}

@@ -1,0 +1,38 @@
+// Options that several commands share.
+
+using System.CommandLine;
+using System.CommandLine.Parsing;
+using System.Globalization;
+using XenSharp.Cli.Hosting;
+using XenSharp.Domains;
+
+namespace XenSharp.Cli.Commands;
+
+/// <summary>Makes the options by which a guest is described.</summary>
+internal static class GuestOptions
+{
+    /// <summary><c>--memory MiB</c>, checked against what a domain can have and this machine has.</summary>
+    internal static Option<int> Memory() => new("--memory", "-m")
+    {
+        Description = $"Memory of the domain in MiB, from {DomainOptions.MinMemoryMiB} on.",
+        HelpName = "MiB",
+        DefaultValueFactory = static _ => DomainSpecification.DefaultMemoryMiB,
+        CustomParser = ParseMemory,
+    };
+
+    private static int ParseMemory(ArgumentResult result)
+    {
+        string text = result.Tokens[0].Value;
+        if (!long.TryParse(text, NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture, out long memory))
+        {
+            result.AddError($"--memory takes a whole number of MiB, such as {DomainSpecification.DefaultMemoryMiB}; \"{text}\" is none.");
+            return 0;
+        }
+
+        if (memory < DomainOptions.MinMemoryMiB)
+            result.AddError($"--memory {memory} is too little: a domain has {DomainOptions.MinMemoryMiB} MiB at least, and a Linux kernel needs some 64.");
+        else if (memory > HostMachine.MemoryMiB)
+            result.AddError($"--memory {memory} is more than this machine's {HostMachine.MemoryMiB} MiB; give the domain less.");
+        return (int)Math.Clamp(memory, 0, int.MaxValue);
+    }
+}

@@ -1,0 +1,134 @@
+// What is known of this build and this host, as data for JSON and as rows for people.
+
+using System.Globalization;
+using System.Runtime.InteropServices;
+using System.Text.Json.Serialization;
+using XenSharp.Cli.Hosting;
+using XenSharp.Kvm;
+
+namespace XenSharp.Cli.Commands;
+
+/// <summary>One line for a person.</summary>
+/// <param name="Name">What it is about.</param>
+/// <param name="Value">What was found.</param>
+/// <param name="Meaning">What that means.</param>
+internal sealed record HostReportRow(string Name, string Value, string Meaning);
+
+/// <summary>What the probes found, see <see cref="HostCapabilities"/>.</summary>
+internal sealed record KvmReport(
+    bool ShadowPageTables,
+    int SyscallEntryLevel,
+    bool Slot256Usable,
+    string SoftwareInterruptVector,
+    bool CpuidPolicyApplies,
+    uint TscKiloHertz,
+    long TscOffset,
+    bool FlatSegmentLoads,
+    int MaxVcpus);
+
+/// <summary>Everything that <c>xensharp info</c> knows.</summary>
+internal sealed record HostReport
+{
+    /// <summary>The version of Xen whose ABI guests see.</summary>
+    private const string AbiVersion = "4.17";
+
+    /// <summary>XenSharp's version.</summary>
+    public required string XenSharp { get; init; }
+
+    /// <summary>The .NET runtime's name and version.</summary>
+    public required string Runtime { get; init; }
+
+    /// <summary>The host kernel's release.</summary>
+    public required string Kernel { get; init; }
+
+    /// <summary>The machine's memory in MiB.</summary>
+    public required int MemoryMiB { get; init; }
+
+    /// <summary>The version of Xen's ABI.</summary>
+    public required string XenAbi { get; init; }
+
+    /// <summary>Path of the KVM device.</summary>
+    public required string KvmDevice { get; init; }
+
+    /// <summary>What the probes found; <see langword="null"/> if there is no KVM to probe.</summary>
+    public required KvmReport? Kvm { get; init; }
+
+    /// <summary>Why there is none, as a sentence that says what to do.</summary>
+    public required string? KvmError { get; init; }
+
+    internal static HostReport Make(KvmHost host)
+    {
+        KvmReport? kvm = null;
+        string? error = null;
+        try
+        {
+            kvm = Report(host.Capabilities);
+        }
+        catch (Exception failure) when (FailureSentence.Of(failure) is { } sentence)
+        {
+            error = sentence;
+        }
+
+        return new HostReport
+        {
+            XenSharp = Tool.Version,
+            Runtime = RuntimeInformation.FrameworkDescription,
+            Kernel = HostMachine.KernelRelease,
+            MemoryMiB = HostMachine.MemoryMiB,
+            XenAbi = AbiVersion,
+            KvmDevice = host.Device,
+            Kvm = kvm,
+            KvmError = error,
+        };
+    }
+
+    internal IEnumerable<HostReportRow> Rows()
+    {
+        yield return new("XenSharp", XenSharp, "");
+        yield return new("Runtime", Runtime, "");
+        yield return new("Host kernel", Kernel, "");
+        yield return new("Host memory", $"{MemoryMiB} MiB", "The most that a domain can be given.");
+        yield return new("Xen ABI", XenAbi, "The version of Xen that guests see.");
+        yield return new("KVM device", KvmDevice, Kvm is null ? "Not usable." : "Usable.");
+        if (Kvm is not { } kvm)
+            yield break;
+
+        yield return new("Page tables", kvm.ShadowPageTables ? "shadowed" : "two-dimensional", kvm.ShadowPageTables
+            ? "KVM walks copies of the guest's page tables, so each change is repeated inside the VM: slower."
+            : "The processor walks the guest's page tables itself: changes need no exit from the VM.");
+        yield return new("SYSCALL entry", $"CPL {kvm.SyscallEntryLevel}", kvm.SyscallEntryLevel == 0
+            ? "Hypercalls enter the monitor in ring 0, as on hardware."
+            : "This KVM's SYSCALL stays in ring 3; the monitor's entry page is open to it, with the one port it needs.");
+        yield return new("L4 slot 256", kvm.Slot256Usable ? "usable" : "not usable", kvm.Slot256Usable
+            ? "The machine-to-physical table is where Xen has it."
+            : "The machine-to-physical table is in slot 257, and reads at Xen's classic address are emulated.");
+        yield return new("INT 0x80", kvm.SoftwareInterruptVector, kvm.SoftwareInterruptVector == nameof(Core.ExceptionVector.GeneralProtection)
+            ? "Software interrupts of guests arrive as on hardware."
+            : "Software interrupts of guests arrive as another exception, and are recognised by decoding.");
+        yield return new("CPUID", kvm.CpuidPolicyApplies ? "filtered" : "not filtered", kvm.CpuidPolicyApplies
+            ? "A plain CPUID shows the domain's policy."
+            : "A plain CPUID shows the host's processor; the form that PV kernels use shows the domain's policy.");
+        yield return new("Time-stamp counter", string.Create(CultureInfo.InvariantCulture, $"{kvm.TscKiloHertz / 1000.0:0.000} MHz"),
+            kvm.TscOffset == 0 ? "Guests read the host's counter." : "Guests read the host's counter plus an offset.");
+        yield return new("Flat segment loads", kvm.FlatSegmentLoads ? "native" : "emulated", kvm.FlatSegmentLoads
+            ? "Guests load Xen's flat selectors without leaving the VM."
+            : "Loads of Xen's flat selectors fault and are emulated.");
+        yield return new("Virtual CPUs", kvm.MaxVcpus.ToString(CultureInfo.InvariantCulture), "The most that one VM can have.");
+    }
+
+    private static KvmReport Report(HostCapabilities capabilities) => new(
+        capabilities.ShadowPageTables,
+        capabilities.SyscallEntryLevel,
+        capabilities.Slot256Usable,
+        capabilities.SoftwareInterruptVector.ToString(),
+        capabilities.CpuidPolicyApplies,
+        capabilities.TimeStampCounter.KiloHertz,
+        capabilities.TimeStampCounter.Offset,
+        capabilities.FlatSegmentLoads,
+        capabilities.MaxVcpus);
+}
+
+/// <summary>The JSON form, made at compile time: NativeAOT has no reflection to make it with.</summary>
+[JsonSourceGenerationOptions(PropertyNamingPolicy = JsonKnownNamingPolicy.CamelCase, WriteIndented = true)]
+[JsonSerializable(typeof(HostReport))]
+internal sealed partial class HostReportJson : JsonSerializerContext;

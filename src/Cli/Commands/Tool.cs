@@ -1,0 +1,97 @@
+// The command's own name and version, and the one entry that every invocation takes.
+
+using System.CommandLine;
+using System.CommandLine.Help;
+using System.Reflection;
+using Microsoft.Extensions.DependencyInjection;
+using XenSharp.Cli.Bench;
+using XenSharp.Cli.Hosting;
+
+namespace XenSharp.Cli.Commands;
+
+/// <summary>The <c>xensharp</c> command.</summary>
+public static class Tool
+{
+    /// <summary>What it is called.</summary>
+    public const string Name = "xensharp";
+
+    /// <summary>Its version, without what the build knows about the sources.</summary>
+    public static string Version { get; } = (typeof(Tool).Assembly.GetCustomAttribute<AssemblyInformationalVersionAttribute>()?
+        .InformationalVersion ?? "unknown").Split('+')[0];
+
+    /// <summary>Does what the arguments say.</summary>
+    /// <returns>The exit status.</returns>
+    public static async Task<int> RunAsync(IReadOnlyList<string> arguments)
+    {
+        // Parsing comes before composing, and the commands need the composition: so it takes the option's value when asked.
+        var device = new Option<string>("--kvm-device")
+        {
+            Description = "The KVM device.",
+            Hidden = true,
+            Recursive = true,
+            DefaultValueFactory = static _ => KvmHost.DefaultDevice,
+        };
+        ParseResult? parsed = null;
+        await using ServiceProvider services = Compose(() => parsed!.GetValue(device)!);
+        RootCommand root = CreateRoot(services, device);
+        parsed = root.Parse(arguments, new ParserConfiguration { ResponseFileTokenReplacer = null });
+        if (parsed.Errors.Count > 0)
+            return Complain(Describe(parsed));
+        try
+        {
+            // Signals and exceptions are this command's own affair.
+            var configuration = new InvocationConfiguration { EnableDefaultExceptionHandler = false, ProcessTerminationTimeout = null };
+            return await parsed.InvokeAsync(configuration).ConfigureAwait(false);
+        }
+        catch (Exception failure) when (FailureSentence.Of(failure) is { } sentence)
+        {
+            return Complain(sentence);
+        }
+        catch (Exception defect)
+        {
+            await Console.Error.WriteLineAsync($"{Name}: This is a defect of XenSharp's; please report it with what follows.\n{defect}")
+                .ConfigureAwait(false);
+            return ExitStatus.Defect;
+        }
+    }
+
+    private static ServiceProvider Compose(Func<string> kvmDevice) => new ServiceCollection()
+        .AddSingleton(_ => new KvmHost(kvmDevice()))
+        .AddSingleton(services => new ForegroundRun(services.GetRequiredService<KvmHost>()))
+        .BuildServiceProvider();
+
+    private static RootCommand CreateRoot(IServiceProvider services, Option<string> device)
+    {
+        var root = new RootCommand("Runs unmodified Xen PV guests on Linux's KVM, without Xen.")
+        {
+            RunCommand.Create(services),
+            DemoCommand.Create(services),
+            InfoCommand.Create(services),
+            BenchCommand.Create(services),
+        };
+        root.Add(device);
+        root.SetAction(parsed =>
+        {
+            _ = new HelpAction().Invoke(parsed);
+            return ExitStatus.Error;
+        });
+        return root;
+    }
+
+    private static int Complain(string sentence)
+    {
+        Console.Error.WriteLine($"{Name}: {sentence}");
+        return ExitStatus.Error;
+    }
+
+    /// <summary>One sentence for what is wrong with the command line: a word that means nothing first, since all else may
+    /// follow from it.</summary>
+    private static string Describe(ParseResult parsed)
+    {
+        string command = parsed.CommandResult.Command is RootCommand ? Name : $"{Name} {parsed.CommandResult.Command.Name}";
+        string what = parsed.UnmatchedTokens.Count > 0
+            ? $"{command} does not know \"{parsed.UnmatchedTokens[0]}\"."
+            : parsed.Errors[0].Message;
+        return $"{what} See {command} --help.";
+    }
+}

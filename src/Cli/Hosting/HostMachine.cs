@@ -1,0 +1,32 @@
+// What the command wants to know of the machine beside its KVM.
+
+using System.Globalization;
+
+namespace XenSharp.Cli.Hosting;
+
+/// <summary>Facts about this machine from proc(5).</summary>
+internal static class HostMachine
+{
+    /// <summary>The machine's memory in MiB.</summary>
+    /// <exception cref="IOException">/proc is not mounted, or not Linux's.</exception>
+    internal static int MemoryMiB
+    {
+        get
+        {
+            const string Key = "MemTotal:";
+            foreach (string line in File.ReadLines("/proc/meminfo"))
+            {
+                // "MemTotal:       24684208 kB"
+                if (line.StartsWith(Key, StringComparison.Ordinal)
+                    && long.TryParse(line.AsSpan(Key.Length).Trim().TrimEnd("kB").Trim(), CultureInfo.InvariantCulture, out long kiB))
+                {
+                    return (int)Math.Min(kiB >> 10, int.MaxValue);
+                }
+            }
+            throw new IOException("/proc/meminfo does not say how much memory this machine has; XenSharp runs on Linux only.");
+        }
+    }
+
+    /// <summary>What <c>uname -r</c> says.</summary>
+    internal static string KernelRelease => File.ReadAllText("/proc/sys/kernel/osrelease").Trim();
+}

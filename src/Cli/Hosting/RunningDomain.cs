@@ -1,0 +1,275 @@
+// A domain with all that it needs around it: VM, console, xenstore. Put together, run, and taken apart in the right order.
+
+using XenSharp.Core;
+using XenSharp.Devices.Console;
+using XenSharp.Devices.Xenstore;
+using XenSharp.Domains;
+using XenSharp.Kvm;
+
+namespace XenSharp.Cli.Hosting;
+
+/// <summary>
+/// One domain in this process, from before its first instruction to after its last trace. Members may be called by any thread.
+/// </summary>
+/// <remarks>
+/// The order of the end is that of who may still touch what: first the vCPUs stop, then the console has nobody left to print
+/// for it, then the store lets go of its ring page, then the domain's memory goes, then the VM that mapped it.
+/// </remarks>
+public sealed class RunningDomain : IAsyncDisposable
+{
+    /// <summary>Frames beside the domain's own memory: its shared_info page lies there.</summary>
+    private const ulong HypervisorFrames = 16;
+
+    private readonly KvmVirtualMachine _machine;
+    private readonly IConsoleSink? _sink;
+    private readonly IConsoleSink? _emergencySink;
+
+    /// <summary>Signalled when nobody waits for the console's output any more.</summary>
+    private readonly CancellationTokenSource _abandon = new();
+
+    /// <summary>Signalled when the vCPUs are to stop, whatever they wait for.</summary>
+    private readonly CancellationTokenSource _stop = new();
+
+    private readonly SemaphoreSlim _inputTurn = new(1, 1);
+    private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly Lock _lock = new();
+    private Task? _disposal;
+    private bool _started;
+    private bool _inputClosed;
+
+    private RunningDomain(KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+    {
+        _sink = sink;
+        _emergencySink = emergencySink;
+        Specification = specification;
+        _machine = new KvmVirtualMachine(
+            host.Kvm, host.Capabilities, ((ulong)specification.MemoryMiB << 20) + (HypervisorFrames << Paging.PageShift));
+        try
+        {
+            Domain = new Domain(
+                new DomainOptions
+                {
+                    Name = specification.Name,
+                    Kernel = specification.Kernel,
+                    Ramdisk = specification.Ramdisk,
+                    MemoryMiB = specification.MemoryMiB,
+                    CommandLine = specification.CommandLine,
+                    Uuid = specification.Uuid,
+                    HostTsc = static () => HostClock.TimeStampCounter,
+                    ShadowPageTables = host.Capabilities.ShadowPageTables,
+                },
+                _machine)
+            {
+                EmergencyOutput = WriteEmergencyOutput,
+            };
+            Console = ConsoleOf(Domain);
+            Store = new XenstoreServer();
+        }
+        catch
+        {
+            Domain?.Dispose();
+            _machine.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>What the domain was made from.</summary>
+    public DomainSpecification Specification { get; }
+
+    /// <summary>The domain itself.</summary>
+    public Domain Domain { get; }
+
+    /// <summary>The back end of its console. Where the domain was made without a sink it has no reader, and can be given one;
+    /// a run must have ended before the domain is disposed, or end by itself when the domain does.</summary>
+    public ConsoleBackend Console { get; }
+
+    /// <summary>The xenstore it is connected to, which is its own.</summary>
+    public XenstoreServer Store { get; }
+
+    /// <summary>Completes when the domain's vCPUs have stopped for good.</summary>
+    public Task<DomainExit> Stopped => Domain.Completion;
+
+    /// <summary>Completes when the domain has stopped and the sink has been given all that it printed.</summary>
+    public Task<DomainExit> Completion => _completion.Task;
+
+    /// <summary>Whether <see cref="Destroy"/> was called, so that <see cref="Stopped"/> may be no doing of the guest's.</summary>
+    public bool Destroyed { get; private set; }
+
+    /// <summary>Makes a domain that is ready to start.</summary>
+    /// <param name="host">The KVM to run it with.</param>
+    /// <param name="specification">What to make.</param>
+    /// <param name="sink">Takes what the guest prints; stays the caller's. <see langword="null"/> if <see cref="Console"/> is
+    /// to get its reader otherwise.</param>
+    /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall, on the vCPU's own thread, which
+    /// waits for it; stays the caller's. <see langword="null"/> to drop it.</param>
+    /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
+    /// <exception cref="Domains.Builder.DomainBuildException">What was asked for cannot be built; a sentence says why.</exception>
+    public static RunningDomain Create(
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
+    {
+        ArgumentNullException.ThrowIfNull(host);
+        ArgumentNullException.ThrowIfNull(specification);
+        var domain = new RunningDomain(host, specification, sink, emergencySink);
+        try
+        {
+            domain.ConnectStore();
+            return domain;
+        }
+        catch
+        {
+            domain.DisposeAsync().AsTask().GetAwaiter().GetResult();
+            throw;
+        }
+    }
+
+    /// <summary>Runs the guest.</summary>
+    /// <exception cref="InvalidOperationException">It was started before.</exception>
+    public void Start()
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposal is not null, this);
+            if (_started)
+                throw new InvalidOperationException("The domain was started before; make another from the same specification.");
+            _started = true;
+            Task showing = _sink is null ? Task.CompletedTask : Console.RunAsync(_sink, _abandon.Token);
+            Domain.Start();
+            _ = FollowAsync(showing);
+        }
+    }
+
+    /// <summary>Types to the guest, waiting for room in the ring as often as it takes.</summary>
+    /// <returns><see langword="false"/> if the guest will read no more.</returns>
+    /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled; a part of the input may be
+    /// in the ring.</exception>
+    public async ValueTask<bool> WriteInputAsync(ReadOnlyMemory<byte> input, CancellationToken cancellation = default)
+    {
+        await _inputTurn.WaitAsync(cancellation).ConfigureAwait(false);
+        try
+        {
+            return !_inputClosed && await Console.WriteAsync(input, cancellation).ConfigureAwait(false);
+        }
+        finally
+        {
+            _inputTurn.Release();
+        }
+    }
+
+    /// <summary>Ends the domain at once, as <c>xl destroy</c> does. <see cref="Stopped"/> says when.</summary>
+    public void Destroy()
+    {
+        Destroyed = true;
+        Stop();
+    }
+
+    /// <summary>
+    /// Ends the domain if it still runs, and frees all that it held. What the sink has not taken by then is dropped: await
+    /// <see cref="Completion"/> first to have it all.
+    /// </summary>
+    public ValueTask DisposeAsync()
+    {
+        lock (_lock)
+            _disposal ??= DisposeCoreAsync();
+        return new ValueTask(_disposal);
+    }
+
+    private async Task DisposeCoreAsync()
+    {
+        await Task.Yield();
+        await _abandon.CancelAsync().ConfigureAwait(false);
+        Stop();
+        await Domain.Completion.ConfigureAwait(false);
+        if (_started)
+            await Task.WhenAny(_completion.Task).ConfigureAwait(false);
+
+        // From here on a call of WriteInputAsync ends without looking at the ring, and the one that has the turn soon.
+        await Console.CompleteAsync().ConfigureAwait(false);
+        await _inputTurn.WaitAsync().ConfigureAwait(false);
+        _inputClosed = true;
+        _inputTurn.Release();
+
+        _ = await Store.ReleaseDomainAsync(Domain.Id.Value).ConfigureAwait(false);
+        await Store.DisposeAsync().ConfigureAwait(false);
+        Domain.Dispose();
+        _machine.Dispose();
+        _abandon.Dispose();
+        _stop.Dispose();
+    }
+
+    private void Stop()
+    {
+        _stop.Cancel();
+        Domain.Destroy();
+    }
+
+    private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);
+
+    private static unsafe XenstoreRing StoreRingOf(Domain domain) => new(domain.StorePage, domain.StoreChannel);
+
+    private void ConnectStore()
+    {
+        ulong memoryKiB = (ulong)Specification.MemoryMiB << 10;
+        XenstoreDomainTree.WriteDomain0(Store.Domain0);
+        XenstoreDomainTree.Create(
+            Store.Domain0,
+            new XenstoreDomainDescription
+            {
+                DomainId = Domain.Id.Value,
+                Name = Specification.Name,
+                Uuid = Specification.Uuid,
+                MaximumMemoryKiB = memoryKiB,
+                TargetMemoryKiB = memoryKiB,
+                MaximumVcpus = 1,
+                OnlineVcpus = 1,
+                ConsolePort = Domain.ConsolePort,
+                ConsoleFrame = Domain.Layout.Console.Value,
+                StorePort = Domain.StorePort,
+                StoreFrame = Domain.Layout.Store.Value,
+                Kernel = Specification.KernelFile,
+                Ramdisk = Specification.RamdiskFile,
+                CommandLine = Specification.CommandLine,
+                StartTime = DateTimeOffset.UtcNow,
+            });
+        _ = Store.IntroduceDomain(Domain.Id.Value, StoreRingOf(Domain));
+    }
+
+    private async Task FollowAsync(Task showing)
+    {
+        DomainExit exit = await Domain.Completion.ConfigureAwait(false);
+        Store.AnnounceShutdown(Domain.Id.Value);
+        try
+        {
+            if (_sink is not null)
+                await Console.CompleteAsync().ConfigureAwait(false);
+            await showing.ConfigureAwait(false);
+            _completion.SetResult(exit);
+        }
+        catch (OperationCanceledException) when (_abandon.IsCancellationRequested)
+        {
+            _completion.SetResult(exit);
+        }
+        catch (Exception failure)
+        {
+            // A sink that throws, against its contract: the one who awaits the domain gets to know.
+            _completion.SetException(failure);
+        }
+    }
+
+    private void WriteEmergencyOutput(ReadOnlySpan<byte> text)
+    {
+        try
+        {
+            while (_emergencySink is not null && !text.IsEmpty)
+            {
+                int taken = _emergencySink.Write(text, _stop.Token);
+                if (taken == 0)
+                    return;
+                text = text[taken..];
+            }
+        }
+        catch (OperationCanceledException)
+        {
+            // The domain is on its way out, and so is what it says.
+        }
+    }
+}

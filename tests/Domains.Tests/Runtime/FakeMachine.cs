@@ -224,7 +224,7 @@ internal sealed unsafe class FakeDomain : IDisposable
     /// <param name="memoryMiB">Memory.</param>
     /// <param name="change">Changes the options.</param>
     /// <param name="spareFrames">Frames of the machine that are not the domain's.</param>
-    public FakeDomain(int memoryMiB = 16, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8)
+    public FakeDomain(int memoryMiB = 8, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8)
     {
         var options = new DomainOptions
         {

@@ -19,8 +19,8 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
         _memory = (byte*)NativeMemory.AlignedAlloc((nuint)(frames << 12), 4096);
         _machineToPhys = (ulong*)NativeMemory.Alloc((nuint)(frames * 8));
 
-        // What a fresh frame holds is nobody's promise.
-        NativeMemory.Fill(_memory, (nuint)(frames << 12), 0);
+        // As a memfd: nothing but zeroes, so that the builder may rely on that.
+        NativeMemory.Clear(_memory, (nuint)(frames << 12));
         Memory = new MachineMemory(_memory, new Mfn(FirstFrame), frames);
         TimeStampCounter = counter;
     }
@@ -259,10 +259,11 @@ internal sealed unsafe class FakeDomain : IDisposable
 
     public StartInfo* StartInfo => (StartInfo*)Machine.Memory.Page(Domain.Layout.StartInfo);
 
-    public static KernelImage Kernel(ulong size = KernelSize, ulong virtualBase = Base, ulong? hypercallPage = null, ulong? initP2M = null, bool modStartPfn = false)
+    public static KernelImage Kernel(ulong size = KernelSize, ulong virtualBase = Base, ulong? hypercallPage = null, ulong? initP2M = null, bool modStartPfn = false,
+        KernelSegment[]? segments = null)
         => new()
         {
-            Segments = [new KernelSegment(0, virtualBase, new byte[] { 0x90, 0x91, 0x92 }, size)],
+            Segments = [.. segments ?? [new KernelSegment(0, virtualBase, new byte[] { 0x90, 0x91, 0x92 }, size)]],
             VirtualBase = virtualBase,
             VirtualKernelStart = virtualBase,
             VirtualKernelEnd = virtualBase + size,

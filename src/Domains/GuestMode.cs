@@ -26,7 +26,7 @@ public static unsafe class GuestMode
         public ulong Rax, R11, Rcx, Flags, Rip, Cs, Rflags, Rsp, Ss;
     }
 
-    /// <summary>VGCF_in_syscall: RCX and R11 are not restored.</summary>
+    /// <summary>VGCF_in_syscall: return as SYSRET does, RCX and R11 are not restored.</summary>
     private const ulong InSyscall = 1 << 8;
 
     /// <summary>Switches to the other mode, as SWAPGS and a CR3 load would (toggle_guest_mode).</summary>
@@ -119,6 +119,14 @@ public static unsafe class GuestMode
         {
             registers->R11 = saved.R11;
             registers->Rcx = saved.Rcx;
+        }
+        else
+        {
+            // The way back is SYSRET's: it takes RIP and RFLAGS from these, and its own flat segments.
+            registers->R11 = registers->Rflags;
+            registers->Rcx = saved.Rip;
+            vcpu->Segments->Cs = vcpu->Segments->Cs == FlatSelectors.Ring3Cs32 ? FlatSelectors.Ring3Cs32 : FlatSelectors.Ring3Cs64;
+            vcpu->Segments->Ss = FlatSelectors.Ring3Data;
         }
 
         Volatile.Write(ref vcpu->Info->EvtchnUpcallMask, (saved.Rflags & (ulong)Rflags.InterruptEnable) != 0 ? (byte)0 : (byte)1);

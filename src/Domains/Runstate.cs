@@ -26,19 +26,20 @@ internal sealed unsafe class Runstate(Vcpu vcpu)
     /// <summary>Goes to another state.</summary>
     public void Change(RunstateKind state)
     {
-        _info = Snapshot();
+        ulong now = (ulong)_vcpu.Domain.Time.SystemTime;
+        _info = UpTo(now);
         _info.State = (int)state;
-        _info.StateEntryTime = (ulong)_vcpu.Domain.Time.SystemTime;
+        _info.StateEntryTime = now;
         Publish();
     }
 
-    /// <summary>The times up to now.</summary>
-    public VcpuRunstateInfo Snapshot()
+    /// <summary>The times up to now; the state was entered when it was.</summary>
+    public VcpuRunstateInfo Snapshot() => UpTo((ulong)_vcpu.Domain.Time.SystemTime);
+
+    private VcpuRunstateInfo UpTo(ulong now)
     {
         VcpuRunstateInfo info = _info;
-        ulong now = (ulong)_vcpu.Domain.Time.SystemTime;
         info.Time[info.State] += now - info.StateEntryTime;
-        info.StateEntryTime = now;
         return info;
     }
 

@@ -14,34 +14,62 @@ public sealed class Timekeeping
     /// <summary>Nanoseconds between two corrections of the TSC rate.</summary>
     public const long CalibrationPeriod = 1_000_000_000;
 
-    private const uint MaxCorrectionPerMillion = 500;
+    /// <summary>The first correction comes after this, and corrections are as far apart as the domain is old until then.</summary>
+    private const long ShortestPeriod = 20_000_000;
+
+    /// <summary>Reading both clocks takes longer than a rate measured over less can bear.</summary>
+    private const long ShortestMeasurement = 10_000_000;
+
+    private const double MaxCorrection = 500e-6;
+
+    /// <summary>How far a measured rate may be from the one that the host says: more is a host that was suspended.</summary>
+    private const double MaxRateError = 0.01;
 
     private readonly TimeStampCounter _counter;
     private readonly Func<ulong> _hostTsc;
+    private readonly Func<long> _monotonic;
     private readonly long _bootTime;
-    private readonly double _nominalNanosecondsPerTick;
+    private readonly double _nominalRate;
     private ulong _anchorTsc;
     private ulong _anchorSystemTime;
+    private double _anchorFraction;
     private double _nanosecondsPerTick;
+    private double _rate;
+    private ulong _measuredTsc;
+    private long _measuredTime;
 
     /// <param name="counter">The guest-visible TSC.</param>
     /// <param name="hostTsc">Reads the host's TSC.</param>
     public Timekeeping(TimeStampCounter counter, Func<ulong> hostTsc)
+        : this(counter, hostTsc, Stopwatch.GetTimestamp, DateTime.UtcNow)
+    {
+    }
+
+    /// <param name="counter">The guest-visible TSC.</param>
+    /// <param name="hostTsc">Reads the host's TSC.</param>
+    /// <param name="monotonic">Reads CLOCK_MONOTONIC in nanoseconds.</param>
+    /// <param name="utc">What the time is.</param>
+    internal Timekeeping(TimeStampCounter counter, Func<ulong> hostTsc, Func<long> monotonic, DateTime utc)
     {
         _counter = counter;
         _hostTsc = hostTsc;
-        _bootTime = Stopwatch.GetTimestamp();
-        BootUtc = DateTime.UtcNow;
-        _nominalNanosecondsPerTick = _nanosecondsPerTick = 1_000_000.0 / counter.KiloHertz;
-        _anchorTsc = GuestTsc;
+        _monotonic = monotonic;
+        _bootTime = monotonic();
+        BootUtc = utc;
+        _nominalRate = _rate = _nanosecondsPerTick = 1_000_000.0 / counter.KiloHertz;
+        _anchorTsc = _measuredTsc = GuestTsc;
         _anchorSystemTime = (ulong)SystemTime;
+        _measuredTime = (long)_anchorSystemTime;
     }
+
+    /// <summary>Nanoseconds until <see cref="Calibrate"/> should be called again.</summary>
+    public long Period { get; private set; } = ShortestPeriod;
 
     /// <summary>UTC at system time 0.</summary>
     public DateTime BootUtc { get; }
 
     /// <summary>Nanoseconds since the domain was made.</summary>
-    public long SystemTime => Stopwatch.GetTimestamp() - _bootTime;
+    public long SystemTime => _monotonic() - _bootTime;
 
     /// <summary>CLOCK_MONOTONIC at a system time; saturates.</summary>
     public long ToMonotonic(long systemTime) => systemTime > long.MaxValue - _bootTime ? long.MaxValue : systemTime + _bootTime;
@@ -58,12 +86,28 @@ public sealed class Timekeeping
         ulong before = GuestTsc;
         long now = SystemTime;
         ulong tsc = before + ((GuestTsc - before) / 2);
-        double seen = _anchorSystemTime + ((tsc - _anchorTsc) * _nanosecondsPerTick);
-        double correction = (now - seen) / CalibrationPeriod;
-        double limit = MaxCorrectionPerMillion / 1e6;
+        MeasureRate(tsc, now);
+
+        // The guest is given whole nanoseconds; what is left of one must not be lost each time.
+        double elapsed = _anchorFraction + ((tsc - _anchorTsc) * _nanosecondsPerTick);
+        Period = Math.Clamp(now, ShortestPeriod, CalibrationPeriod);
+        double correction = (now - (long)_anchorSystemTime - elapsed) / Period;
         _anchorTsc = tsc;
-        _anchorSystemTime = (ulong)seen;
-        _nanosecondsPerTick = _nominalNanosecondsPerTick * (1 + Math.Clamp(correction, -limit, limit));
+        _anchorSystemTime += (ulong)elapsed;
+        _anchorFraction = elapsed - Math.Floor(elapsed);
+        _nanosecondsPerTick = _rate * (1 + Math.Clamp(correction, -MaxCorrection, MaxCorrection));
+    }
+
+    /// <summary>The true length of a tick over the last period: what the host says of it may be some hundred millionths wrong.</summary>
+    private void MeasureRate(ulong tsc, long now)
+    {
+        long time = now - _measuredTime;
+        if (time < ShortestMeasurement)
+            return;
+        double rate = time / (double)(tsc - _measuredTsc);
+        _rate = Math.Abs((rate / _nominalRate) - 1) < MaxRateError ? rate : _nominalRate;
+        _measuredTsc = tsc;
+        _measuredTime = now;
     }
 
     /// <summary>Stores the current parameters under the version protocol.</summary>

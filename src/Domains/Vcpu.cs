@@ -13,6 +13,7 @@ namespace XenSharp.Domains;
 internal sealed unsafe class Vcpu : IDisposable
 {
     private const int MaxRepeatedFaults = 16;
+    private const ulong SyscallLength = 2;
 
     /// <summary>x87 and SSE state, which every 64-bit processor has.</summary>
     private const ulong InitialXcr0 = 3;
@@ -116,7 +117,7 @@ internal sealed unsafe class Vcpu : IDisposable
             WriteAsKernel(TimeArea, copy);
         }
 
-        _nextCalibration = now + Timekeeping.CalibrationPeriod;
+        _nextCalibration = now + Domain.Time.Period;
     }
 
     /// <summary>
@@ -152,12 +153,15 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void DeliverEvents()
     {
-        if (Context->State->NmiPending != 0 && Context->State->NmiMasked == 0 && Context->State->Traps[(int)ExceptionVector.Nmi].Address != 0)
+        if (Context->State->NmiPending != 0 && Context->State->NmiMasked == 0)
         {
+            // Without a handler it is lost. With one that leaves events unmasked, they come on top of it.
             Context->State->NmiPending = 0;
-            Context->State->NmiMasked = 1;
-            InjectTrap(ExceptionVector.Nmi, null);
-            return;
+            if (Context->State->Traps[(int)ExceptionVector.Nmi].Address != 0)
+            {
+                Context->State->NmiMasked = 1;
+                InjectTrap(ExceptionVector.Nmi, null);
+            }
         }
 
         if (!Context->UpcallDue)
@@ -236,9 +240,23 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void BounceSyscall()
     {
-        bool masks = (Context->State->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
-        if (!GuestMode.Bounce(Context, new TrapBounce(Context->State->SyscallCallback, masks)))
-            Domain.Crash(this, "A user process made a system call, and the guest has no syscall callback or no kernel stack to take it on.");
+        // 32-bit code has a callback of its own, but not a flag.
+        VcpuState* state = Context->State;
+        ulong callback = Context->Segments->Cs == FlatSelectors.Ring3Cs32 ? state->Syscall32Callback : state->SyscallCallback;
+        if (callback == 0)
+        {
+            // As on a processor without the instruction.
+            Context->Registers->Rip -= SyscallLength;
+            InjectTrap(ExceptionVector.InvalidOpcode, null);
+            return;
+        }
+
+        bool masks = (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
+        if (!GuestMode.Bounce(Context, new TrapBounce(callback, masks)))
+            Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
+
+        // The mask of the guest's virtual SYSCALL clears this flag and no other.
+        Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
     }
 
     private void HandleException(ExceptionVector vector, uint errorCode)
@@ -298,8 +316,9 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         VirtualAddress address = Cpu.FaultAddress;
         var error = (PageFaultError)errorCode;
-        if (Context->State->KernelMode != 0 && (error & (PageFaultError.Present | PageFaultError.Write)) == (PageFaultError.Present | PageFaultError.Write)
-            && _readOnlyPageFault.TryEmulate(address))
+        const PageFaultError considered = PageFaultError.Present | PageFaultError.Write | PageFaultError.ReservedBit | PageFaultError.InstructionFetch;
+        if (Context->State->KernelMode != 0 && (error & considered) == (PageFaultError.Present | PageFaultError.Write)
+            && Domain.Context->State->Has(VmAssist.WritablePageTables) && _readOnlyPageFault.TryEmulate(address))
         {
             return;
         }

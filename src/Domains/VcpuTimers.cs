@@ -5,6 +5,7 @@ internal sealed class VcpuTimers
 {
     private long _singleshot = long.MaxValue;
     private long _periodicNext = long.MaxValue;
+    private long _periodicLast = long.MinValue;
     private long _poll = long.MaxValue;
 
     /// <summary>The earliest of all.</summary>
@@ -39,11 +40,11 @@ internal sealed class VcpuTimers
     /// <summary>Whether <see cref="Poll"/> has passed since it was set.</summary>
     public bool PollExpired { get; private set; }
 
-    /// <summary>Starts or stops the periodic timer.</summary>
+    /// <summary>Starts or stops the periodic timer. It ticks at once unless it did within the last period.</summary>
     public void SetPeriodic(long period, long now)
     {
         Period = period;
-        _periodicNext = period == 0 ? long.MaxValue : now + period;
+        _periodicNext = period == 0 ? long.MaxValue : _periodicLast > now - period ? _periodicLast + period : now;
         Rearm();
     }
 
@@ -60,7 +61,8 @@ internal sealed class VcpuTimers
 
         if (now >= _periodicNext)
         {
-            _periodicNext += ((now - _periodicNext) / Period * Period) + Period;
+            _periodicLast = now;
+            _periodicNext = now + Period;
             virq = true;
         }
 

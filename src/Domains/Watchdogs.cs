@@ -8,6 +8,9 @@ internal sealed class Watchdogs : IDisposable
     /// <summary>NR_DOMAIN_WATCHDOG_TIMERS.</summary>
     private const int Count = 2;
 
+    /// <summary>What a timer can count to, 49 days; the guest may name 136 years.</summary>
+    private const uint MaxSeconds = (uint.MaxValue - 1) / 1000;
+
     private readonly Timer?[] _timers = new Timer?[Count];
     private readonly Action _expired;
 
@@ -15,7 +18,7 @@ internal sealed class Watchdogs : IDisposable
 
     /// <summary>Arms, re-arms or disarms one.</summary>
     /// <param name="id">1-based; 0 takes a free one.</param>
-    /// <param name="seconds">Time to run; 0 disarms.</param>
+    /// <param name="seconds">Time to run; 0 disarms one that was taken, and lets a new one run out at once.</param>
     /// <returns>0, the id taken, or a negative errno.</returns>
     public long Set(uint id, uint seconds)
     {
@@ -23,8 +26,6 @@ internal sealed class Watchdogs : IDisposable
             return -(long)Errno.EINVAL;
         if (id == 0)
         {
-            if (seconds == 0)
-                return -(long)Errno.EINVAL;
             int free = Array.IndexOf(_timers, null);
             if (free < 0)
                 return -(long)Errno.ENOSPC;
@@ -49,5 +50,6 @@ internal sealed class Watchdogs : IDisposable
     }
 
     private void Start(int index, uint seconds)
-        => _timers[index] = new Timer(static self => ((Watchdogs)self!)._expired(), this, TimeSpan.FromSeconds(seconds), Timeout.InfiniteTimeSpan);
+        => _timers[index] = new Timer(
+            static self => ((Watchdogs)self!)._expired(), this, TimeSpan.FromSeconds(Math.Min(seconds, MaxSeconds)), Timeout.InfiniteTimeSpan);
 }

@@ -8,29 +8,29 @@ internal static class Arithmetic
 {
     private const ulong Status = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Overflow);
 
-    /// <summary>ADD of operands of the given width in bits.</summary>
-    public static ulong Add(ulong left, ulong right, int bits, ref ulong flags)
+    /// <summary>ADD of operands of the given width in bits; ADC with a carry.</summary>
+    public static ulong Add(ulong left, ulong right, int bits, ref ulong flags, bool carry = false)
     {
         ulong mask = Mask(bits);
         left &= mask;
         right &= mask;
-        ulong result = (left + right) & mask;
+        ulong result = (left + right + (carry ? 1UL : 0)) & mask;
         SetFlags(result, bits, ref flags);
-        Set(ref flags, Rflags.Carry, result < left);
+        Set(ref flags, Rflags.Carry, result < left || (carry && result == left));
         Set(ref flags, Rflags.Adjust, ((left ^ right ^ result) & 0x10) != 0);
         Set(ref flags, Rflags.Overflow, ((~(left ^ right) & (left ^ result)) >> (bits - 1) & 1) != 0);
         return result;
     }
 
-    /// <summary>SUB, and the comparison of CMPXCHG.</summary>
-    public static ulong Subtract(ulong left, ulong right, int bits, ref ulong flags)
+    /// <summary>SUB, and the comparison of CMPXCHG; SBB with a borrow.</summary>
+    public static ulong Subtract(ulong left, ulong right, int bits, ref ulong flags, bool borrow = false)
     {
         ulong mask = Mask(bits);
         left &= mask;
         right &= mask;
-        ulong result = (left - right) & mask;
+        ulong result = (left - right - (borrow ? 1UL : 0)) & mask;
         SetFlags(result, bits, ref flags);
-        Set(ref flags, Rflags.Carry, left < right);
+        Set(ref flags, Rflags.Carry, left < right || (borrow && left == right));
         Set(ref flags, Rflags.Adjust, ((left ^ right ^ result) & 0x10) != 0);
         Set(ref flags, Rflags.Overflow, (((left ^ right) & (left ^ result)) >> (bits - 1) & 1) != 0);
         return result;

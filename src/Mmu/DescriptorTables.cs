@@ -121,7 +121,6 @@ public static unsafe class DescriptorTables
     {
         if ((descriptor & PresentBit) == 0)
             return true;
-        ulong privilege = (descriptor >> PrivilegeShift) & 3;
         if ((descriptor & SegmentBit) != 0)
         {
             descriptor |= 3UL << PrivilegeShift;
@@ -137,9 +136,10 @@ public static unsafe class DescriptorTables
         ulong selector = (descriptor >> 16) & 0xffff;
         if (!IsGuestCodeSelector(selector) || (descriptor & (0xffUL << 32)) != 0)
             return false;
-        privilege = privilege == 0 ? 3 : privilege;
         descriptor &= ~(3UL << PrivilegeShift);
-        descriptor = (descriptor & ~(3UL << 16)) | (privilege << 16);
+
+        // The gate's privilege, 3 as that of everything of the guest's, is remembered in the selector.
+        descriptor |= 3UL << 16;
         return true;
     }
 

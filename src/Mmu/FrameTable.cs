@@ -54,7 +54,12 @@ public struct FrameInfo
 
     /// <summary>All references; the frame is free at 0. A type reference always comes with one of these.</summary>
     public uint ReferenceCount;
-    private uint _reserved;
+
+    /// <summary>
+    /// Of a page table above L1: entries of it that name another table of its own level (positive), or such entries of others
+    /// that name it (negative). Never both, so that linear tables cannot be chained (linear_pt_count).
+    /// </summary>
+    public int LinearCount;
 
     public readonly bool IsPageTable => Type is >= PageType.L1PageTable and <= PageType.L4PageTable;
 

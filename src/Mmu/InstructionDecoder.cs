@@ -62,13 +62,16 @@ public sealed unsafe class InstructionDecoder
                 address = (uint)address;
         }
 
-        return address + instruction.MemorySegment switch
-        {
-            Register.FS => _vcpu->Segments->FsBase,
-            Register.GS => _vcpu->Segments->GsBase,
-            _ => 0UL,
-        };
+        return address + SegmentBase(instruction.MemorySegment);
     }
+
+    /// <summary>What a segment register adds to an address in 64-bit mode.</summary>
+    public ulong SegmentBase(Register segment) => segment switch
+    {
+        Register.FS => _vcpu->Segments->FsBase,
+        Register.GS => _vcpu->Segments->GsBase,
+        _ => 0UL,
+    };
 
     /// <summary>A general-purpose register of any width, zero-extended.</summary>
     public ulong ReadRegister(Register register) => RegisterFile.Read(_vcpu->Registers, register);

@@ -10,6 +10,16 @@ public static unsafe class MemoryOp
     /// <summary>The command is in the low bits, the extents done by an earlier part of the call above them.</summary>
     private const int ExtentShift = 6;
 
+    /// <summary>More extents than this cannot be encoded in a continuation.</summary>
+    private const ulong MaxExtents = uint.MaxValue >> ExtentShift;
+
+    /// <summary>XENMEMF_populate_on_demand: for domains with a translated physmap, and not on oneself.</summary>
+    private const uint PopulateOnDemand = 1 << 16;
+
+    /// <summary>Map spaces of XENMEM_add_to_physmap that need the other form of the call.</summary>
+    private const uint RangeSpace = 3;
+    private const uint ForeignSpace = 4;
+
     /// <summary>Largest extent that an unprivileged domain may ask for (CONFIG_DOMU_MAX_ORDER).</summary>
     private const uint MaxOrder = 9;
 
@@ -78,10 +88,44 @@ public static unsafe class MemoryOp
         public ulong MaxMfn;
     }
 
+    /// <summary>struct xen_add_to_physmap and xen_add_to_physmap_batch, as far as they are looked at.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct PhysmapChange
+    {
+        public ushort Domain;
+        public ushort Size;
+
+        /// <summary>Of the first; in the batch it is the 16 bits behind the domain.</summary>
+        public uint Space;
+    }
+
+    /// <summary>struct xen_vnuma_topology_info.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 48)]
+    private struct VirtualNumaTopology
+    {
+        [FieldOffset(0)] public ushort Domain;
+        [FieldOffset(2)] public ushort Padding;
+    }
+
+    /// <summary>struct xen_reserved_device_memory_map.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 24)]
+    private struct ReservedDeviceMemoryMap
+    {
+        /// <summary>XENMEM_RDM_ALL (1): those of every device.</summary>
+        [FieldOffset(0)] public uint Flags;
+        [FieldOffset(4)] public uint EntryCount;
+        [FieldOffset(8)] public ulong Buffer;
+    }
+
+    /// <summary>Offset of the domain id in struct xen_pod_target.</summary>
+    private const ulong PodTargetDomain = 32;
+
     /// <summary>memory_op(command, argument).</summary>
     public static long Execute(VcpuContext* vcpu, in HypercallArguments arguments)
     {
-        var command = (Command)((uint)arguments.A0 & ((1u << ExtentShift) - 1));
+        var command = (Command)(arguments.A0 & ((1u << ExtentShift) - 1));
+        ulong done = arguments.A0 >> ExtentShift;
+        ulong pointer = arguments.A1;
         DomainState* domain = vcpu->Domain->State;
         switch (command)
         {
@@ -89,52 +133,136 @@ public static unsafe class MemoryOp
             case Command.DecreaseReservation:
             case Command.PopulatePhysmap:
                 return ChangeReservation(vcpu, command, arguments);
-            case Command.MaximumRamPage:
-                return (long)vcpu->Domain->Memory.EndFrame.Value - 1;
-            case Command.CurrentReservation:
-                return OfDomain(vcpu, arguments.A1, domain->OwnedPages);
-            case Command.MaximumReservation:
-                return OfDomain(vcpu, arguments.A1, domain->MaxPages);
-            case Command.MaximumGpfn:
-                return OfDomain(vcpu, arguments.A1, *(ulong*)(vcpu->Domain->SharedInfo + SharedInfoLayout.MaxPfn));
-            case Command.MemoryMap:
-                return GetMemoryMap(vcpu, arguments.A1);
-            case Command.MachphysMapping:
-                return GetMachphysMapping(vcpu, arguments.A1);
-
-            // For domains whose physmap the hypervisor translates; a PV domain's is its own.
             case Command.AddToPhysmap:
             case Command.AddToPhysmapBatch:
+                return -(long)(done > ushort.MaxValue ? Errno.EDOM : RefusePhysmapChange(vcpu, command, pointer));
+            case Command.MaximumRamPage:
+            case Command.CurrentReservation:
+            case Command.MaximumReservation:
+            case Command.MaximumGpfn:
             case Command.RemoveFromPhysmap:
-            case Command.MachineMemoryMap:
-            case Command.SetMemoryMap:
+            case Command.ClaimPages:
+            case Command.GetVnumainfo:
+            case Command.ReservedDeviceMemoryMap:
+                // None of these is ever continued, nor is any of the rest.
+                if (done != 0)
+                    return -(long)Errno.EINVAL;
+                break;
+            default:
+                if (done != 0)
+                    return -(long)Errno.ENOSYS;
+                break;
+        }
+
+        switch (command)
+        {
+            case Command.MemoryMap:
+                return GetMemoryMap(vcpu, pointer);
+            case Command.MachphysMapping:
+                return GetMachphysMapping(vcpu, pointer);
+            case Command.MaximumRamPage:
+                return (long)vcpu->Domain->Memory.EndFrame.Value;
+            case Command.CurrentReservation:
+                return OfDomain(vcpu, pointer, domain->OwnedPages);
+            case Command.MaximumReservation:
+                return OfDomain(vcpu, pointer, domain->MaxPages);
+            case Command.MaximumGpfn:
+                // A PV guest says how many pfns there are, not which is the last.
+                return OfDomain(vcpu, pointer, Math.Max(*(ulong*)(vcpu->Domain->SharedInfo + SharedInfoLayout.MaxPfn), 1) - 1);
+            case Command.RemoveFromPhysmap:
+                return -(long)RefusePhysmapChange(vcpu, command, pointer);
+            case Command.ClaimPages:
+                return -(long)RefuseClaim(vcpu, pointer);
+            case Command.GetVnumainfo:
+                return -(long)GetVnumainfo(vcpu, pointer);
+            case Command.ReservedDeviceMemoryMap:
+                return -(long)GetReservedDeviceMemory(vcpu, pointer);
             case Command.SetPodTarget:
             case Command.GetPodTarget:
-            case Command.ClaimPages:
+                if (!GuestAccess.Read(vcpu, pointer + PodTargetDomain, out ushort target))
+                    return -(long)Errno.EFAULT;
+                return -(long)(IsOwn(vcpu, target, out Errno error) ? Errno.EINVAL : error == Errno.EPERM ? Errno.EINVAL : error);
+
+            // For the privileged domain.
+            case Command.MachineMemoryMap:
+            case Command.SetMemoryMap:
                 return -(long)Errno.EPERM;
-            case Command.GetVnumainfo:
-                return -(long)Errno.EOPNOTSUPP;
             default:
                 return -(long)Errno.ENOSYS;
         }
+    }
+
+    /// <summary>
+    /// Whether an id names the caller (rcu_lock_domain_by_any_id, and the right to look): by DOMID_SELF or by number.
+    /// </summary>
+    private static bool IsOwn(VcpuContext* vcpu, ushort domain, out Errno error)
+    {
+        error = domain == DomainId.Self.Value || domain == vcpu->Domain->State->Id ? Errno.None
+            : domain == 0 ? Errno.EPERM : Errno.ESRCH;
+        return error == Errno.None;
     }
 
     private static long OfDomain(VcpuContext* vcpu, ulong pointer, ulong value)
     {
         if (!GuestAccess.Read(vcpu, pointer, out ushort domain))
             return -(long)Errno.EFAULT;
-        return domain == DomainId.Self.Value || domain == vcpu->Domain->State->Id ? (long)value : -(long)Errno.ESRCH;
+        return IsOwn(vcpu, domain, out Errno error) ? (long)value : -(long)error;
     }
 
+    /// <summary>The physmap of a PV domain is its own: nothing is added to it or removed from it.</summary>
+    private static Errno RefusePhysmapChange(VcpuContext* vcpu, Command command, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out PhysmapChange change))
+            return Errno.EFAULT;
+        if (command == Command.AddToPhysmap && change.Space == ForeignSpace)
+            return Errno.ENOSYS;
+        if (command == Command.AddToPhysmapBatch && change.Size == RangeSpace)
+            return Errno.EOPNOTSUPP;
+        return IsOwn(vcpu, change.Domain, out Errno error) || error == Errno.EPERM ? Errno.EACCES : error;
+    }
+
+    private static Errno RefuseClaim(VcpuContext* vcpu, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out Reservation claim))
+            return Errno.EFAULT;
+
+        // DOMID_SELF names nobody here.
+        bool valid = claim.ExtentStart == 0 && claim.ExtentOrder == 0 && claim.Flags == 0
+            && (claim.Domain == 0 || claim.Domain == vcpu->Domain->State->Id);
+        return valid ? Errno.EPERM : Errno.EINVAL;
+    }
+
+    private static Errno GetVnumainfo(VcpuContext* vcpu, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out VirtualNumaTopology topology))
+            return Errno.EFAULT;
+        if (topology.Padding != 0)
+            return Errno.EINVAL;
+        return IsOwn(vcpu, topology.Domain, out Errno error) ? Errno.EOPNOTSUPP : error;
+    }
+
+    /// <summary>There is no device, so no memory is reserved for one.</summary>
+    private static Errno GetReservedDeviceMemory(VcpuContext* vcpu, ulong pointer)
+    {
+        const uint all = 1;
+        if (!GuestAccess.Read(vcpu, pointer, out ReservedDeviceMemoryMap map) || !new VirtualAddress(map.Buffer).IsGuest)
+            return Errno.EFAULT;
+        if ((map.Flags & ~all) != 0)
+            return Errno.EINVAL;
+        map.EntryCount = 0;
+        return GuestAccess.Write(vcpu, pointer, map) ? Errno.None : Errno.EFAULT;
+    }
+
+    /// <summary>As many entries as the guest has room for, of the one that there is.</summary>
     private static long GetMemoryMap(VcpuContext* vcpu, ulong pointer)
     {
         if (!GuestAccess.Read(vcpu, pointer, out MemoryMap map))
             return -(long)Errno.EFAULT;
-        if (map.EntryCount < 1)
-            return -(long)Errno.EINVAL;
         var entry = new E820Entry { Size = vcpu->Domain->State->MaxPages << Paging.PageShift, Type = (uint)RamType };
-        map.EntryCount = 1;
-        return GuestAccess.Write(vcpu, map.Buffer, entry) && GuestAccess.Write(vcpu, pointer, map) ? 0 : -(long)Errno.EFAULT;
+        map.EntryCount = Math.Min(map.EntryCount, 1);
+        if (map.EntryCount != 0 && !GuestAccess.Write(vcpu, map.Buffer, entry))
+            return -(long)Errno.EFAULT;
+        return GuestAccess.Write(vcpu, pointer, map) ? 0 : -(long)Errno.EFAULT;
     }
 
     private static long GetMachphysMapping(VcpuContext* vcpu, ulong pointer)
@@ -148,12 +276,14 @@ public static unsafe class MemoryOp
     /// <summary>Extents done so far, always: a caller learns of a failure by getting fewer than it asked for.</summary>
     private static long ChangeReservation(VcpuContext* vcpu, Command command, in HypercallArguments arguments)
     {
-        ulong done = (uint)arguments.A0 >> ExtentShift;
+        ulong done = arguments.A0 >> ExtentShift;
         if (!GuestAccess.Read(vcpu, arguments.A1, out Reservation reservation))
             return (long)done;
-        if (reservation.ExtentCount > ulong.MaxValue >> ExtentShift || done >= reservation.ExtentCount || reservation.ExtentOrder > MaxOrder)
+        if (reservation.ExtentCount > MaxExtents || done >= reservation.ExtentCount || reservation.ExtentOrder > MaxOrder)
             return (long)done;
-        if (reservation.Domain != DomainId.Self.Value && reservation.Domain != vcpu->Domain->State->Id)
+        if (!IsOwn(vcpu, reservation.Domain, out _))
+            return (long)done;
+        if (command == Command.PopulatePhysmap && (reservation.Flags & PopulateOnDemand) != 0)
             return (long)done;
         for (ulong first = done; done < reservation.ExtentCount; done++)
         {
@@ -206,6 +336,9 @@ public static unsafe class MemoryOp
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         if (!frames->TryAllocate(FrameFlags.None, order, out Mfn frame))
             return false;
+
+        // A translation to the frame may be left from its earlier life, and the frame remembers no type to flush for.
+        TlbFlush.OnThisVcpu(vcpu);
         for (ulong i = 0; i < 1UL << order; i++)
         {
             frames->Clear(frame + i);

@@ -11,7 +11,6 @@ public static unsafe class MmuUpdate
     public const uint Preempted = 1u << 31;
 
     private const ulong NormalPageTableUpdate = 0;
-    private const ulong MachphysUpdate = 1;
     private const ulong PreserveAccessedDirty = 2;
     private const ulong NoTranslate = 3;
     private const ulong CommandMask = 7;
@@ -37,14 +36,23 @@ public static unsafe class MmuUpdate
                 _ = GuestAccess.Read(vcpu, donePointer, out done);
         }
 
+        if (!new VirtualAddress(requests).IsGuest)
+            return -(long)Errno.EFAULT;
         uint tableDomain = (uint)arguments.A3 >> 16;
-        if (tableDomain != 0 && tableDomain - 1 != vcpu->Domain->State->Id)
+        bool tableIsOwn = tableDomain == 0 || tableDomain - 1 == vcpu->Domain->State->Id;
+        if (!tableIsOwn && tableDomain - 1 != 0)
             return -(long)Errno.ESRCH;
-        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error))
-            return -(long)error;
-
+        Errno error = Errno.None;
         uint i = 0;
-        error = Errno.None;
+        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno refusal) && refusal == Errno.ESRCH)
+        {
+            StoreDone(vcpu, donePointer, done);
+            return -(long)refusal;
+        }
+
+        // A domain that is known but not the caller's to change is refused request by request.
+        if (!tableIsOwn)
+            refusal = Errno.EPERM;
         for (; i < count; i++)
         {
             if (i != 0 && vcpu->PreemptionDue)
@@ -65,10 +73,11 @@ public static unsafe class MmuUpdate
             ulong command = request.Pointer & CommandMask;
             error = command switch
             {
+                > NoTranslate => Errno.ENOSYS,
+                _ when refusal != Errno.None => refusal,
                 NormalPageTableUpdate or PreserveAccessedDirty or NoTranslate => UpdateEntry(
                     vcpu, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value), command == PreserveAccessedDirty),
-                MachphysUpdate => UpdateMachineToPhys(vcpu, new MachineAddress(request.Pointer).Frame, request.Value),
-                _ => Errno.ENOSYS,
+                _ => UpdateMachineToPhys(vcpu, new MachineAddress(request.Pointer).Frame, request.Value),
             };
             if (error != Errno.None)
                 break;

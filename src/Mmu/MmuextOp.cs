@@ -60,6 +60,8 @@ public static unsafe class MmuextOp
                 _ = GuestAccess.Read(vcpu, donePointer, out done);
         }
 
+        if (!new VirtualAddress(requests).IsGuest)
+            return -(long)Errno.EFAULT;
         if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error))
             return -(long)error;
         uint i = 0;

@@ -126,12 +126,12 @@ public static unsafe class PageTables
             value = Adjust(level, value);
             if (old.IsPresent && ((old.Value ^ value.Value) & ~FastPathFlags) == 0)
                 return Update(vcpu, entry, address, old, value, preserveAccessedDirty) ? Errno.None : Errno.EBUSY;
-            Errno error = Reference(vcpu, level, value);
+            Errno error = Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
             if (!Update(vcpu, entry, address, old, value, preserveAccessedDirty))
             {
-                Release(vcpu, level, value);
+                Release(vcpu, address.Frame, level, value);
                 return Errno.EBUSY;
             }
         }
@@ -141,7 +141,7 @@ public static unsafe class PageTables
         }
 
         if (old.IsPresent)
-            Release(vcpu, level, old);
+            Release(vcpu, address.Frame, level, old);
 
         // Above L1 a TLB may hold parts of walks that went through the old entry.
         if (level > 1 && old.IsPresent && vcpu->PageTableWrites->InGuest == 0)
@@ -158,14 +158,14 @@ public static unsafe class PageTables
         if ((value.Value & Disallowed(1)) != 0)
             return Errno.EINVAL;
         value = Adjust(1, value);
-        return Reference(vcpu, 1, value);
+        return ReferencePage(vcpu, value);
     }
 
     /// <summary>Gives back the references of a present L1 entry that is no longer stored.</summary>
     public static void ReleaseL1(VcpuContext* vcpu, PageTableEntry value)
     {
         if (value.IsPresent)
-            Release(vcpu, 1, value);
+            Release(vcpu, default, 1, value);
     }
 
     private static PageTableEntry Read(PageTableEntry* entry) => new(Volatile.Read(ref *(ulong*)entry));
@@ -178,7 +178,7 @@ public static unsafe class PageTables
     private static PageTableEntry Adjust(int level, PageTableEntry value)
     {
         if (level > 1)
-            return value.With(PageFlags.User);
+            return value.With(level == 4 ? PageFlags.User | PageFlags.Accessed : PageFlags.User);
         if (!value.Has(PageFlags.User))
             value = value.With(PageFlags.GuestKernel | PageFlags.User);
         return value.Has(PageFlags.GuestKernel) ? value : value.With(PageFlags.Global | PageFlags.User);
@@ -208,11 +208,18 @@ public static unsafe class PageTables
         }
     }
 
-    /// <summary>Takes the references that a present entry needs (get_page_from_lNe).</summary>
-    private static Errno Reference(VcpuContext* vcpu, int level, PageTableEntry value)
+    /// <summary>Takes the references that a present entry of a table needs (get_page_from_lNe).</summary>
+    private static Errno Reference(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
     {
-        if (level > 1)
-            return GetPageAndType(vcpu, value.Frame, TypeOfLevel(level - 1), out _);
+        if (level == 1)
+            return ReferencePage(vcpu, value);
+        Errno error = GetPageAndType(vcpu, value.Frame, TypeOfLevel(level - 1), out _);
+        return error == Errno.EINVAL && ReferenceLinear(vcpu, table, level, value) ? Errno.None : error;
+    }
+
+    /// <summary>What an L1 entry maps (get_page_from_l1e).</summary>
+    private static Errno ReferencePage(VcpuContext* vcpu, PageTableEntry value)
+    {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
         if (info == null)
@@ -225,13 +232,48 @@ public static unsafe class PageTables
         return Errno.EBUSY;
     }
 
-    /// <summary>Drops the references of a present entry (put_page_from_lNe).</summary>
-    private static void Release(VcpuContext* vcpu, int level, PageTableEntry value)
+    /// <summary>
+    /// A linear page table: an entry that names a table of the entry's own level, so that the guest reads its tables as one
+    /// array (get_lN_linear_pagetable). It must be read-only, or the guest could write its own entries. Naming the table that
+    /// it is in takes no reference; naming another takes one of a table that is validated and has no linear entries itself.
+    /// </summary>
+    private static bool ReferenceLinear(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
+    {
+        if (value.IsWritable)
+            return false;
+        if (value.Frame == table)
+            return true;
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
+        FrameInfo* from = frames->Find(table);
+        FrameInfo* to = frames->GetPage(value.Frame, vcpu->Domain->State->Id);
+        if (to == null)
+            return false;
+        if (from->LinearCount >= 0 && from->LinearCount < short.MaxValue && to->LinearCount <= 0 && to->LinearCount > short.MinValue
+            && to->Type == TypeOfLevel(level) && to->TypeCount is > 0 and < uint.MaxValue && to->Has(FrameFlags.Validated))
+        {
+            from->LinearCount++;
+            to->LinearCount--;
+            to->TypeCount++;
+            return true;
+        }
+
+        frames->PutPage(to);
+        return false;
+    }
+
+    /// <summary>Drops the references of a present entry of a table (put_page_from_lNe).</summary>
+    private static void Release(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
-        if (info == null)
+        if (info == null || (level > 1 && value.Frame == table))
             return;
+        if (level > 1 && info->Type == TypeOfLevel(level))
+        {
+            frames->Find(table)->LinearCount--;
+            info->LinearCount++;
+        }
+
         if (level > 1 || value.IsWritable)
             PutType(vcpu, value.Frame, info);
         frames->PutPage(info);
@@ -249,7 +291,7 @@ public static unsafe class PageTables
             PageTableEntry value = Read(table + i);
             if (!value.IsPresent)
                 continue;
-            Errno error = (value.Value & Disallowed(level)) != 0 ? Errno.EINVAL : Reference(vcpu, level, value);
+            Errno error = (value.Value & Disallowed(level)) != 0 ? Errno.EINVAL : Reference(vcpu, frame, level, value);
             if (error != Errno.None)
             {
                 InvalidateTable(vcpu, frame, level, i);
@@ -281,7 +323,7 @@ public static unsafe class PageTables
                 continue;
             PageTableEntry value = Read(table + i);
             if (value.IsPresent)
-                Release(vcpu, level, value);
+                Release(vcpu, frame, level, value);
         }
     }
 }

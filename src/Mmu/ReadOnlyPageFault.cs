@@ -28,7 +28,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         var store = new Store { Table = table, Offset = (int)(address & Paging.PageOffsetMask), Size = size };
         if (!Perform(instruction, store))
             return false;
-        if (!instruction.HasRepPrefix || _vcpu->Registers->Rcx == 0)
+        if (!IsRepeated(instruction) || _vcpu->Registers->Rcx == 0)
             _vcpu->Registers->Rip = instruction.NextIP;
         _vcpu->Registers->Rflags &= ~(ulong)Rflags.Resume;
         return true;
@@ -80,8 +80,13 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             _ => instruction.Op0Kind == OpKind.Memory ? instruction.MemorySize.GetSize()
                 : instruction.Mnemonic == Mnemonic.Xchg && instruction.Op1Kind == OpKind.Memory ? instruction.MemorySize.GetSize() : 0,
         };
-        return size is 1 or 2 or 4 or 8;
+        return size is 1 or 2 or 4 or 8
+            && (!instruction.IsStringInstruction || instruction.Op0Kind == OpKind.MemoryESRDI);
     }
+
+    /// <summary>Both repeat prefixes mean the same for stores.</summary>
+    private static bool IsRepeated(in Instruction instruction)
+        => instruction.IsStringInstruction && (instruction.HasRepPrefix || instruction.HasRepnePrefix);
 
     private ulong DestinationAddress(in Instruction instruction)
     {
@@ -116,6 +121,10 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     {
         PageTableEntry* entry = _vcpu->Domain->Memory.Table(store.Table) + (store.Offset / sizeof(ulong));
         ulong flags = _vcpu->Registers->Rflags;
+
+        // Repeated no times it stores nothing, and cannot have faulted: the code was changed under the processor's feet.
+        if (IsRepeated(instruction) && _vcpu->Registers->Rcx == 0)
+            return false;
         switch (instruction.Mnemonic)
         {
             case Mnemonic.Mov:
@@ -174,6 +183,12 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             case Mnemonic.Sub:
                 result = Arithmetic.Subtract(value, source, bits, ref flags);
                 return true;
+            case Mnemonic.Adc:
+                result = Arithmetic.Add(value, source, bits, ref flags, (flags & (ulong)Rflags.Carry) != 0);
+                return true;
+            case Mnemonic.Sbb:
+                result = Arithmetic.Subtract(value, source, bits, ref flags, (flags & (ulong)Rflags.Carry) != 0);
+                return true;
             case Mnemonic.And:
                 result = Arithmetic.Logic(value & source, bits, ref flags);
                 return true;
@@ -214,7 +229,8 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     private bool WriteFromMemory(in Instruction instruction, PageTableEntry* entry, in Store store)
     {
         ulong value = 0;
-        return GuestAccess.CopyFrom(_vcpu, _vcpu->Registers->Rsi, &value, (ulong)store.Size)
+        ulong from = _vcpu->Registers->Rsi + _decoder.SegmentBase(instruction.MemorySegment);
+        return GuestAccess.CopyFrom(_vcpu, from, &value, (ulong)store.Size)
             && Write(entry, store, value)
             && AdvanceString(instruction, store.Size, moves: true);
     }
@@ -227,7 +243,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         registers->Rdi += step;
         if (moves)
             registers->Rsi += step;
-        if (instruction.HasRepPrefix)
+        if (IsRepeated(instruction))
             registers->Rcx--;
         return true;
     }

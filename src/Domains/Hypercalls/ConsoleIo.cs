@@ -11,7 +11,6 @@ internal static unsafe class ConsoleIo
     private enum Command : uint
     {
         Write = 0,
-        Read = 1,
     }
 
     /// <summary>console_io(command, count, buffer).</summary>
@@ -21,20 +20,18 @@ internal static unsafe class ConsoleIo
         {
             case Command.Write:
                 return Write(vcpu, arguments.A2, (uint)arguments.A1);
-            case Command.Read:
-                // Input is the hardware domain's.
-                return -(long)Errno.EPERM;
             default:
-                return -(long)Errno.ENOSYS;
+                // Input, and whatever else there may come to be, is the hardware domain's.
+                return -(long)Errno.EPERM;
         }
     }
 
     private static long Write(Vcpu vcpu, ulong buffer, uint count)
     {
         byte* chunk = stackalloc byte[ChunkSize];
-        while (count > 0)
+        for (bool first = true; count > 0; first = false)
         {
-            if (vcpu.Context->PreemptionDue)
+            if (!first && vcpu.Context->PreemptionDue)
                 return Continuation.Create(vcpu.Context, new HypercallArguments { A0 = (ulong)Command.Write, A1 = count, A2 = buffer });
             uint length = Math.Min(count, ChunkSize);
             if (!GuestAccess.CopyFrom(vcpu.Context, buffer, chunk, length))

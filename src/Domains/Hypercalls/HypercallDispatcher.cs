@@ -35,12 +35,21 @@ internal static unsafe class HypercallDispatcher
         ref HypercallArguments rest = ref vcpu.Context->Continuation.Arguments;
         registers->Rip = rip - SyscallLength;
         registers->Rax = number;
-        registers->Rdi = rest.A0;
-        registers->Rsi = rest.A1;
-        registers->Rdx = rest.A2;
-        registers->R10 = rest.A3;
-        registers->R8 = rest.A4;
-        registers->R9 = rest.A5;
+
+        // Only the registers that carry arguments of this hypercall are its own to change.
+        int count = HypercallTable.Find(number).ArgumentCount;
+        if (count > 0)
+            registers->Rdi = rest.A0;
+        if (count > 1)
+            registers->Rsi = rest.A1;
+        if (count > 2)
+            registers->Rdx = rest.A2;
+        if (count > 3)
+            registers->R10 = rest.A3;
+        if (count > 4)
+            registers->R8 = rest.A4;
+        if (count > 5)
+            registers->R9 = rest.A5;
     }
 
     /// <summary>Serves one hypercall by number; a multicall comes here for each of its entries.</summary>

@@ -10,7 +10,7 @@ internal readonly unsafe struct HypercallEntry(delegate*<Vcpu, in HypercallArgum
     /// <summary>Serves the hypercall; null for none.</summary>
     public readonly delegate*<Vcpu, in HypercallArguments, long> Function = function;
 
-    /// <summary>Arguments that it takes, for traces and reports.</summary>
+    /// <summary>Arguments that it takes, from the first on.</summary>
     public readonly int ArgumentCount = argumentCount;
 }
 
@@ -44,6 +44,7 @@ internal static unsafe class HypercallTable
         Row(HypercallNumber.Iret, 0, &ProcessorState.Iret);
         Row(HypercallNumber.VmAssist, 2, &VmAssistOp.Execute);
         Row(HypercallNumber.PhysdevOp, 2, &PhysdevOp.Execute);
+        Row(HypercallNumber.PhysdevOpCompat, 1, &PhysdevOp.ExecuteCompat);
 
         // Memory, owned by Mmu.
         Row(HypercallNumber.MmuUpdate, 4, &OnContext.MmuUpdate);

@@ -43,7 +43,9 @@ internal static unsafe class Multicall
             entry.Result = HypercallDispatcher.Call(vcpu, entry.Number, entry.Arguments);
             if (entry.Number == (ulong)HypercallNumber.Iret)
             {
-                // The guest is elsewhere now: its RAX is the result, and the rest of the list is not looked at.
+                // The guest is elsewhere now: its RAX is the result, and the rest of the list is not looked at. The entry may be
+                // out of reach from there.
+                _ = GuestAccess.Write(context, address + ResultOffset, entry.Result);
                 return entry.Result;
             }
 

@@ -48,6 +48,18 @@ internal static unsafe class PhysdevOp
         public uint PortCount;
     }
 
+    /// <summary>physdev_op_compat(struct physdev_op): the older commands, with the argument 8 bytes behind the command.</summary>
+    public static long ExecuteCompat(Vcpu vcpu, in HypercallArguments arguments)
+    {
+        const ulong argumentOffset = 8;
+        if (!GuestAccess.Read(vcpu.Context, arguments.A0, out uint command))
+            return -(long)Errno.EFAULT;
+        return (Command)command is Command.IrqStatusQuery or Command.SetIopl or Command.SetIobitmap
+            or Command.ApicRead or Command.ApicWrite or Command.AllocIrqVector
+            ? Execute(vcpu, new HypercallArguments { A0 = command, A1 = arguments.A0 + argumentOffset })
+            : -(long)Errno.EINVAL;
+    }
+
     /// <summary>physdev_op(command, argument).</summary>
     public static long Execute(Vcpu vcpu, in HypercallArguments arguments)
     {
@@ -74,7 +86,8 @@ internal static unsafe class PhysdevOp
             case Command.Eoi:
             case Command.IrqStatusQuery:
             case Command.GetFreePirq:
-                return -(long)Errno.EINVAL;
+                return -(long)(GuestAccess.Read(context, arguments.A1, out uint _) ? Errno.EINVAL : Errno.EFAULT);
+            case Command.AllocIrqVector:
             case Command.ApicRead:
             case Command.ApicWrite:
             case Command.MapPirq:

@@ -68,7 +68,7 @@ internal static unsafe class ProcessorState
 
     /// <summary>get_debugreg(register).</summary>
     public static long GetDebugreg(Vcpu vcpu, in HypercallArguments arguments)
-        => DebugRegisters.TryGet(vcpu.Context->State, (int)arguments.A0, out ulong value) ? (long)value : -(long)Errno.EINVAL;
+        => DebugRegisters.TryGet(vcpu.Context->State, (int)arguments.A0, out ulong value) ? (long)value : -(long)Errno.ENODEV;
 
     /// <summary>iret().</summary>
     public static long Iret(Vcpu vcpu, in HypercallArguments arguments)

@@ -8,6 +8,8 @@ namespace XenSharp.Domains.Hypercalls;
 internal static unsafe class SchedOp
 {
     private const uint MaxPollPorts = 128;
+    private const long HugeTimeout = 1L << 50;
+    private const long InsteadOfHugeTimeout = 100_000_000;
 
     private enum Command : uint
     {
@@ -70,7 +72,7 @@ internal static unsafe class SchedOp
             case Command.RemoteShutdown:
                 if (!GuestAccess.Read(context, arguments.A1, out ushort domain))
                     return -(long)Errno.EFAULT;
-                return -(long)(domain == context->Domain->State->Id ? Errno.EPERM : Errno.ESRCH);
+                return -(long)(domain == context->Domain->State->Id || domain == 0 ? Errno.EPERM : Errno.ESRCH);
             case Command.Watchdog:
                 return GuestAccess.Read(context, arguments.A1, out WatchdogRequest watchdog)
                     ? vcpu.Domain.Watchdogs.Set(watchdog.Id, watchdog.Timeout)
@@ -98,11 +100,17 @@ internal static unsafe class SchedOp
         }
     }
 
-    /// <summary>set_timer_op(system time): 0 disarms.</summary>
+    /// <summary>
+    /// set_timer_op(system time): 0 disarms. A time that cannot be meant, negative or more than 13 days ahead, fires after 100 ms:
+    /// old Linux says so both where work is due and where none is.
+    /// </summary>
     public static long SetTimer(Vcpu vcpu, in HypercallArguments arguments)
     {
         long deadline = (long)arguments.A0;
-        vcpu.Timers.Singleshot = deadline <= 0 ? long.MaxValue : deadline;
+        long now = vcpu.Domain.Time.SystemTime;
+        vcpu.Timers.Singleshot = deadline == 0 ? long.MaxValue
+            : deadline < 0 || deadline - now >= HugeTimeout ? now + InsteadOfHugeTimeout
+            : deadline;
         return 0;
     }
 

@@ -9,7 +9,12 @@ namespace XenSharp.Domains.Hypercalls;
 internal static unsafe class VcpuOp
 {
     private const ulong MinPeriod = 1_000_000;
-    private const ulong MaxPeriod = long.MaxValue >> 2;
+    
+    /// <summary>STIME_DELTA_MAX.</summary>
+    private const ulong MaxPeriod = ulong.MaxValue >> 2;
+
+    /// <summary>Bytes of struct vcpu_guest_context.</summary>
+    private const int GuestContextSize = 5168;
 
     private enum Command : uint
     {
@@ -58,7 +63,7 @@ internal static unsafe class VcpuOp
         {
             case Command.Initialise:
                 // Every vCPU that exists so far was initialised by the domain builder.
-                return -(long)Errno.EEXIST;
+                return -(long)(IsReadable(context, argument, GuestContextSize) ? Errno.EEXIST : Errno.EFAULT);
             case Command.Up:
                 return 0;
             case Command.Down:
@@ -109,6 +114,8 @@ internal static unsafe class VcpuOp
                     ? -(long)RegisterVcpuInfo(caller, target, registration)
                     : -(long)Errno.EFAULT;
             case Command.SendNmi:
+                if (argument != 0)
+                    return -(long)Errno.EINVAL;
                 target.Context->State->NmiPending = 1;
                 return 0;
             case Command.GetPhysid:
@@ -116,6 +123,18 @@ internal static unsafe class VcpuOp
             default:
                 return -(long)Errno.ENOSYS;
         }
+    }
+
+    private static bool IsReadable(VcpuContext* context, ulong address, int length)
+    {
+        byte* chunk = stackalloc byte[256];
+        for (int done = 0; done < length; done += 256)
+        {
+            if (!GuestAccess.CopyFrom(context, address + (ulong)done, chunk, (ulong)Math.Min(256, length - done)))
+                return false;
+        }
+
+        return true;
     }
 
     /// <summary>guest_handle_okay: the range lies in the guest's part of the address space.</summary>
@@ -128,7 +147,7 @@ internal static unsafe class VcpuOp
     {
         VcpuContext* context = target.Context;
         if (registration.Offset > Paging.PageSize - (ulong)sizeof(VcpuInfo) || (registration.Offset & 7) != 0)
-            return Errno.EINVAL;
+            return Errno.ENXIO;
         if (context->State->VcpuInfoFrame != context->Domain->State->SharedInfoFrame)
             return Errno.EINVAL;
         var frame = new Mfn(registration.Frame);

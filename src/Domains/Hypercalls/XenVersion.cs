@@ -13,6 +13,9 @@ internal static unsafe class XenVersion
 
     private const string ExtraVersion = ".xensharp";
     private const string Changeset = "unavailable";
+
+    /// <summary>What a domain gets that may not know.</summary>
+    private const string Denied = "<denied>";
     private const string Capabilities = "xen-3.0-x86_64 ";
 
     private enum Command : uint
@@ -75,7 +78,7 @@ internal static unsafe class XenVersion
             case Command.GuestHandle:
                 return GuestAccess.CopyTo(context, argument, vcpu.Domain.Handle, 16) ? 0 : -(long)Errno.EFAULT;
             case Command.CommandLine:
-                return -(long)Errno.EPERM;
+                return CopyText(context, argument, Denied.Length + 1, Denied);
             case Command.BuildId:
                 return -(long)Errno.EPERM;
             default:

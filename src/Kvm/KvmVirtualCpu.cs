@@ -175,13 +175,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         sigset_t set = Libc.KickSet();
         while (Volatile.Read(ref *_kicked) == 0)
         {
-            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - Libc.MonotonicNow();
-            if (remaining <= 0)
+            long now = Libc.MonotonicNow();
+            if (deadline <= now)
                 return;
+            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - now;
             var wait = new timespec { tv_sec = remaining / 1_000_000_000, tv_nsec = (long_t)(remaining % 1_000_000_000) };
             int signal = LibC.sigtimedwait(&set, null, remaining == long.MaxValue ? null : &wait);
             if (signal < 0 && LibC.errno == LibC.EAGAIN)
                 return;
+            NoteTimer();
         }
 
         TakeKick();
@@ -209,9 +211,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 return TakeOtherExit();
             if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN)
                 return TakeFailure(error);
-            TakeKick();
+            DrainSignals();
             if (!IsLeaving())
+            {
+                _ = Interlocked.Exchange(ref *_kicked, 0);
                 return TakeInterruption();
+            }
+
+            // What this Run returns with is not "kicked", so the next one has to.
+            _ = Interlocked.Exchange(ref *_kicked, 1);
         }
     }
 
@@ -220,6 +228,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         if (_thread != 0)
             return;
+        Libc.IgnoreStrayKicks();
         sigset_t set = Libc.KickSet();
         _ = LibC.pthread_sigmask(LibC.SIG_BLOCK, &set, null);
         int thread = Libc.CurrentThread;
@@ -236,14 +245,31 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         Volatile.Write(ref _thread, thread);
     }
 
+    /// <summary>
+    /// Takes note of a kick. The exchange is a fence: what the kicking thread did before is looked at after it, never earlier.
+    /// </summary>
     private void TakeKick()
     {
-        Volatile.Write(ref *_kicked, 0);
+        _ = Interlocked.Exchange(ref *_kicked, 0);
+        DrainSignals();
+    }
+
+    private void DrainSignals()
+    {
         sigset_t set = Libc.KickSet();
         timespec none = default;
         while (LibC.sigtimedwait(&set, null, &none) > 0)
         {
         }
+
+        NoteTimer();
+    }
+
+    /// <summary>A timer whose moment has passed is disarmed, and may be set to the same moment again.</summary>
+    private void NoteTimer()
+    {
+        if (_timerDeadline <= Libc.MonotonicNow())
+            _timerDeadline = long.MaxValue;
     }
 
     private void SetUp()

@@ -26,6 +26,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     // What SYSCALL clears on the way in; the guest's own value is in R11.
     private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
 
+    private const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
+        | Rflags.Direction | Rflags.Overflow | Rflags.NestedTask | Rflags.Resume | Rflags.AlignmentCheck | Rflags.Id);
+
+    /// <summary>Bytes of a GDT window that <c>set_gdt</c> fills.</summary>
+    private const ulong GuestTableSize = MonitorLayout.ReservedGdtPage * Paging.PageSize;
+
     private const int RunsFrom = 6;
 
     /// <summary>What has to stay in one place beside the kvm_run page.</summary>
@@ -198,6 +204,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(VcpuExitKind.Kicked);
         }
 
+        _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
         if (_writes->Overflowed != 0)
             _machine.DropShadowPages();
@@ -534,11 +541,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private VcpuExit TakeSyscall()
     {
         _run->Regs.Rip = _run->Regs.Rcx;
-        _run->Regs.Rflags = _run->Regs.R11;
+
+        // Where the entry is reachable at CPL 3 a guest can also jump there, with any R11.
+        _run->Regs.Rflags = GuestFlags(_run->Regs.R11);
         _segments->Cs = FlatSelectors.Ring3Cs64;
         _segments->Ss = FlatSelectors.Ring3Data;
         return new VcpuExit(VcpuExitKind.Syscall);
     }
+
+    /// <summary>Flags as CPL 3 may have them: those it can set by itself, and interrupts on.</summary>
+    private static ulong GuestFlags(ulong flags) => (flags & UserFlags) | (ulong)(Rflags.Fixed | Rflags.InterruptEnable);
 
     private static bool PushesErrorCode(ExceptionVector vector)
         => vector is ExceptionVector.DoubleFault or (>= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault)
@@ -555,6 +567,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(
                 VcpuExitKind.Failed,
                 Failure: $"The monitor itself faulted: {vector} with error code {errorCode:x} at {frame[0]:x}, address {_sregs->Cr2:x}.");
+        }
+
+        if (vector is ExceptionVector.Breakpoint or ExceptionVector.Overflow)
+            ForgetException();
+        ulong inTable = _sregs->Cr2 - _pages.GdtStart;
+        if (vector == ExceptionVector.PageFault && inTable < GuestTableSize && (errorCode & (uint)PageFaultError.User) == 0)
+        {
+            // The guest named a descriptor past what set_gdt installed: for it that is a bad selector (Xen's
+            // handle_gdt_ldt_mapping_fault), and the address is the monitor's.
+            vector = ExceptionVector.GeneralProtection;
+            errorCode = (uint)inTable & ~7U;
         }
 
         _run->Regs.Rip = frame[0];
@@ -593,6 +616,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// has yet to deliver. Run on as it is, it comes to the entry's <c>out</c> at once; to change its registers now would let
     /// the exception hit whatever they then say.
     /// </summary>
+    /// <remarks>
+    /// KVM does not say whether an exception of INT3 or INTO is still to come, only which vector was last; as that is cleared
+    /// when one of the two arrives (<see cref="ForgetException"/>), finding one means that it is.
+    /// </remarks>
     private bool IsLeaving()
     {
         if (_run->DirtyRegs != KvmSyncRegs.None)
@@ -605,7 +632,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return true;
         KvmVcpuEvents events;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
-        return events.ExceptionInjected != 0 || events.ExceptionPending != 0;
+        return events.ExceptionInjected != 0 || events.ExceptionPending != 0
+            || (ExceptionVector)events.ExceptionVector is ExceptionVector.Breakpoint or ExceptionVector.Overflow;
+    }
+
+    private void ForgetException()
+    {
+        KvmVcpuEvents events;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
+        events.ExceptionVector = 0;
+        events.Flags = 0;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetVcpuEvents, &events), "KVM_SET_VCPU_EVENTS failed");
     }
 
     /// <summary>

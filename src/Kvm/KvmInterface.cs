@@ -185,6 +185,15 @@ internal struct KvmUserMemoryRegion
     public ulong UserspaceAddress;
 }
 
+/// <summary>struct kvm_translation.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 24)]
+internal struct KvmTranslation
+{
+    public ulong LinearAddress;
+    public ulong PhysicalAddress;
+    public byte Valid;
+}
+
 /// <summary>struct kvm_msr_entry.</summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct KvmMsrEntry

@@ -535,7 +535,51 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
         }
 
+        return TakeGuestIo();
+    }
+
+    /// <summary>
+    /// A guest used the port that is open for the SYSCALL entry. KVM has done with an OUT by now, and would do with an IN at the
+    /// next KVM_RUN, whatever registers that is given: so let it, and put back what was before.
+    /// </summary>
+    private VcpuExit TakeGuestIo()
+    {
+        bool isOutput = _run->Io.Direction == 1;
+        CpuRegisters found = _run->Regs;
+        _run->DirtyRegs = KvmSyncRegs.None;
+        _run->ImmediateExit = 1;
+        int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+        int error = LibC.errno;
+        _run->ImmediateExit = 0;
+        if (result == 0 || (error != LibC.EINTR && error != LibC.EAGAIN))
+            return new VcpuExit(VcpuExitKind.Failed, Failure: $"KVM could not complete the guest's I/O instruction at {found.Rip:x}.");
+
+        // An OUT that KVM's emulator executed is behind us already, but for a repeated one before its last time.
+        if (isOutput && _run->Regs.Rip == found.Rip)
+            found.Rip -= LengthOfOutput(found.Rip);
+        _run->Regs = found;
         return new VcpuExit(VcpuExitKind.GuestIo);
+    }
+
+    /// <summary>Bytes of the OUT or OUTS that ends at an address, its prefixes not counted; 0 if none does.</summary>
+    private ulong LengthOfOutput(ulong end)
+    {
+        const byte outputFromRegister = 0xee;
+        const byte outputString = 0x6e;
+        const byte outputImmediate = 0xe6;
+        byte last = Peek(end - 1);
+        if (last is outputFromRegister or outputString)
+            return 1;
+        return last == MonitorLayout.SyscallPort && Peek(end - 2) == outputImmediate ? 2UL : 0UL;
+    }
+
+    /// <summary>A byte of the code that the guest has just executed.</summary>
+    private byte Peek(ulong address)
+    {
+        var translation = new KvmTranslation { LinearAddress = address };
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.Translate, &translation), "KVM_TRANSLATE failed");
+        var physical = new MachineAddress(translation.PhysicalAddress);
+        return translation.Valid != 0 && _machine.Memory.Contains(physical.Frame) ? _machine.Memory.Page(physical.Frame)[physical.Offset] : (byte)0;
     }
 
     private VcpuExit TakeSyscall()

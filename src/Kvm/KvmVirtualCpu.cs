@@ -34,6 +34,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     private const int RunsFrom = 6;
 
+    /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
+    private const ulong MaxEntries = 4096;
+
+    /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
+    private const int MaxInterruptions = 3;
+
     /// <summary>What has to stay in one place beside the kvm_run page.</summary>
     private struct LocalState
     {
@@ -47,6 +53,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private readonly KvmVirtualMachine _machine;
     private readonly MonitorCode _code;
     private readonly VcpuPages _pages;
+    private readonly GuestSegments _guestSegments;
     private readonly KvmRun* _run;
     private readonly KvmSregs* _sregs;
     private readonly SegmentRegisters* _segments;
@@ -59,12 +66,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private ulong _root;
     private readonly int* _kicked;
     private KvmSyncRegs _forced;
+    private int _interruptions;
 
     internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
     {
         _machine = machine;
         _code = machine.Code;
         _pages = pages;
+        _guestSegments = new GuestSegments(machine, pages.GdtWindow);
         _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
         if (_file < 0)
             throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
@@ -206,9 +215,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
-        if (_writes->Overflowed != 0)
-            _machine.DropShadowPages();
-        PrepareEntry();
+        if (!PrepareEntry(out VcpuExit refusal))
+            return refusal;
         while (true)
         {
             int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
@@ -359,12 +367,30 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>Turns the intended guest state into what KVM_RUN starts from.</summary>
-    private void PrepareEntry()
+    /// <param name="refusal">The exception of a CS or SS that IRET would not load.</param>
+    /// <returns>False for a refusal: the guest is not to be entered.</returns>
+    private bool PrepareEntry(out VcpuExit refusal)
     {
         KvmSyncRegs dirty = KvmSyncRegs.Regs;
+        bool atMonitor = _sregs->Ss.Dpl == 0;
+        refusal = default;
+        bool reload = atMonitor || _sregs->Cs.Selector != _segments->Cs || _sregs->Ss.Selector != _segments->Ss;
+        KvmSegment code = default;
+        KvmSegment stack = default;
+        if (reload && (!_guestSegments.TryLoadCode(_segments->Cs, out code, out refusal)
+            || !_guestSegments.TryLoadStack(_segments->Ss, out stack, out refusal)))
+        {
+            return false;
+        }
+
+        if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))
+        {
+            _machine.DropShadowPages();
+            _writes->Count = 0;
+        }
+
         if (SynchronizeSegments())
             dirty |= KvmSyncRegs.Sregs;
-        bool atMonitor = _sregs->Ss.Dpl == 0;
         if (_sregs->Cr3 != _root)
         {
             _sregs->Cr3 = _root;
@@ -382,14 +408,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
             BuildChain();
         }
-        else if (atMonitor || _sregs->Cs.Selector != _segments->Cs)
+        else if (reload)
         {
-            SetCpl3(ref *_sregs);
+            _sregs->Cs = code;
+            _sregs->Ss = stack;
             dirty |= KvmSyncRegs.Sregs;
         }
 
         _run->DirtyRegs = dirty | _forced;
         _forced = KvmSyncRegs.None;
+        return true;
     }
 
     /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
@@ -398,9 +426,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         bool changed = false;
         Set(ref _sregs->Fs, _segments->Fs, _segments->FsBase, ref changed);
         Set(ref _sregs->Gs, _segments->Gs, _segments->GsBase, ref changed);
-        Set(ref _sregs->Ds, _segments->Ds, 0, ref changed);
-        Set(ref _sregs->Es, _segments->Es, 0, ref changed);
+        SetData(ref _sregs->Ds, _segments->Ds, ref changed);
+        SetData(ref _sregs->Es, _segments->Es, ref changed);
         return changed;
+    }
+
+    /// <summary>DS or ES: while the selector stays, so does what the guest's own load of it found.</summary>
+    private void SetData(ref KvmSegment segment, ushort selector, ref bool changed)
+    {
+        if (segment.Selector == selector)
+            return;
+        segment = _guestSegments.LoadData(selector);
+        changed = true;
     }
 
     private static void Set(ref KvmSegment segment, ushort selector, ulong address, ref bool changed)
@@ -447,7 +484,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong* top = PushIretFrame();
         *--top = _intended->Rcx;
         ulong gadget = PushStores(ref top);
-        gadget = PushRuns(ref top, gadget);
+
+        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
+        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
         if (_writes->FlushPending != 0)
         {
             *--top = gadget;
@@ -488,7 +527,35 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         return gadget;
     }
 
-    /// <summary>Gadgets that store runs of neighbours; each gives RDI and RSI back.</summary>
+    private ulong QueuedEntries()
+    {
+        ulong entries = 0;
+        for (int i = 0; i < _writes->Count; i++)
+            entries += (*_writes)[i].Count;
+        return entries;
+    }
+
+    /// <summary>Gadgets that store runs of neighbours entry by entry, each store locked.</summary>
+    private ulong PushLockedRuns(ref ulong* top, ulong gadget)
+    {
+        for (int i = 0; i < _writes->Count; i++)
+        {
+            ref PageTableWriteQueue.Run run = ref (*_writes)[i];
+            if (run.Count < RunsFrom)
+                continue;
+            for (ulong done = 0; done < run.Count; done += MonitorCode.MaxLockedRun)
+            {
+                *--top = gadget;
+                *--top = _code.LockedRun((int)Math.Min(run.Count - done, MonitorCode.MaxLockedRun));
+                *--top = MonitorLayout.DirectMap(new MachineAddress(run.Address + (done * sizeof(ulong))));
+                gadget = _code.PopAddress;
+            }
+        }
+
+        return gadget;
+    }
+
+    /// <summary>Gadgets that copy runs of neighbours over themselves; each gives RDI and RSI back.</summary>
     private ulong PushRuns(ref ulong* top, ulong gadget)
     {
         int inGadget = 0;
@@ -517,6 +584,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>What the entry did at CPL 0 has been done once the guest, or one of the monitor's entries, was reached.</summary>
     private void EntryDone()
     {
+        _interruptions = 0;
         _writes->Count = 0;
         _writes->FlushPending = 0;
         _writes->Overflowed = 0;
@@ -711,6 +779,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>
     private VcpuExit RestoreIntended()
     {
+        _interruptions++;
         _run->Regs = *_intended;
         return new VcpuExit(VcpuExitKind.Kicked);
     }

@@ -98,6 +98,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     internal ulong InterruptTable { get; private set; }
 
+    /// <summary>Host view of the descriptors behind the guest's, which every vCPU's table ends with.</summary>
+    internal ulong* ReservedDescriptors => (ulong*)Host(ReservedGdtPage);
+
+    /// <summary>More than one vCPU: page-table entries may be stored into by one while another's are being repeated.</summary>
+    internal bool HasSeveralVcpus { get; private set; }
+
     private ulong MonitorTableAddress { get; set; }
 
     private ulong ReservedGdtPage { get; set; }
@@ -119,6 +125,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             throw new ArgumentException($"vCPU {number} exists already.", nameof(number));
         var vcpu = new KvmVirtualCpu(this, number, BuildVcpuPages(number));
         _created[number] = true;
+        HasSeveralVcpus = _vcpus.Count > 0;
         _vcpus.Add(vcpu);
         return vcpu;
     }

@@ -29,8 +29,20 @@ public sealed record HostCapabilities
     /// <summary>Guest-visible time-stamp counter.</summary>
     public required TimeStampCounter TimeStampCounter { get; init; }
 
-    /// <summary>Loads of Xen's flat data selector succeed without emulation.</summary>
+    /// <summary>
+    /// Loads of Xen's flat data selector at CPL 3 need nothing of XenSharp. KVM may still be emulating them, in which case the
+    /// guest reads back 0 although the segment is loaded.
+    /// </summary>
     public required bool FlatSegmentLoads { get; init; }
+
+    /// <summary>CR0.TS has an effect: the next FPU instruction at CPL 3 raises #NM, which lazy FPU switching rests on.</summary>
+    public required bool TaskSwitchedTraps { get; init; }
+
+    /// <summary>CR4.TSD has an effect: RDTSC at CPL 3 raises #GP.</summary>
+    public required bool TimeStampDisableTraps { get; init; }
+
+    /// <summary>Breakpoints set in the debug registers raise #DB at CPL 3.</summary>
+    public required bool DebugRegistersWork { get; init; }
 
     /// <summary>KVM_CAP_MAX_VCPUS.</summary>
     public required int MaxVcpus { get; init; }
@@ -47,6 +59,9 @@ public sealed record HostCapabilities
         CpuidPolicyApplies = true,
         TimeStampCounter = new TimeStampCounter(0, 0),
         FlatSegmentLoads = false,
+        TaskSwitchedTraps = false,
+        TimeStampDisableTraps = false,
+        DebugRegistersWork = false,
         MaxVcpus = 1,
     };
 }

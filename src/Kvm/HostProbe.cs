@@ -36,6 +36,9 @@ public static unsafe class HostProbe
                     code.mov(ds, eax);
                 },
                 out _),
+            TaskSwitchedTraps = TaskSwitchedTraps(guest),
+            TimeStampDisableTraps = TimeStampDisableTraps(guest),
+            DebugRegistersWork = DebugRegistersWork(guest),
             TimeStampCounter = MeasureTsc(guest),
             MaxVcpus = Math.Min(KvmVirtualMachine.MaxVcpus, system.CheckExtension(KvmCapability.MaxVcpus)),
         };
@@ -94,6 +97,41 @@ public static unsafe class HostProbe
             },
             out _);
         return reached && (uint)guest.Vcpu.Registers->Rax == Mark;
+    }
+
+    private static bool TaskSwitchedTraps(ScratchGuest guest)
+    {
+        guest.Vcpu.SetTaskSwitched(true);
+        bool reached = ReachesSyscall(guest, code => code.movaps(xmm0, xmm0), out _);
+        guest.Vcpu.SetTaskSwitched(false);
+        return !reached;
+    }
+
+    private static bool TimeStampDisableTraps(ScratchGuest guest)
+    {
+        guest.Vcpu.SetTimeStampDisable(true);
+        bool reached = ReachesSyscall(guest, code => code.rdtsc(), out _);
+        guest.Vcpu.SetTimeStampDisable(false);
+        return !reached;
+    }
+
+    private static bool DebugRegistersWork(ScratchGuest guest)
+    {
+        // DR6 and DR7 as after reset, and DR7 with breakpoint 0 on execution.
+        const ulong status = 0xffff_0ff0;
+        const ulong off = 0x400;
+        const ulong on = off | 1;
+        guest.Vcpu.SetDebugRegisters([ScratchGuest.CodeAddress + 1, 0, 0, 0, 0, 0, status, on]);
+        bool reached = ReachesSyscall(
+            guest,
+            code =>
+            {
+                code.nop();
+                code.nop();
+            },
+            out _);
+        guest.Vcpu.SetDebugRegisters([0, 0, 0, 0, 0, 0, status, off]);
+        return !reached;
     }
 
     private static TimeStampCounter MeasureTsc(ScratchGuest guest)

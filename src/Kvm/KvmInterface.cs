@@ -28,6 +28,8 @@ internal static class KvmRequest
     public const int SetSignalMask = 0x4004AE8B;
     public const int SetCpuid2 = 0x4008AE90;
     public const int GetVcpuEvents = unchecked((int)0x8040AE9F);
+    public const int Translate = unchecked((int)0xC018AE85);
+    public const int SetVcpuEvents = 0x4040AEA0;
     public const int SetDebugRegs = 0x4080AEA2;
     public const int GetTscKhz = 0xAEA3;
     public const int SetXcrs = 0x4188AEA7;
@@ -183,6 +185,15 @@ internal struct KvmUserMemoryRegion
     public ulong UserspaceAddress;
 }
 
+/// <summary>struct kvm_translation.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 24)]
+internal struct KvmTranslation
+{
+    public ulong LinearAddress;
+    public ulong PhysicalAddress;
+    public byte Valid;
+}
+
 /// <summary>struct kvm_msr_entry.</summary>
 [StructLayout(LayoutKind.Sequential)]
 internal struct KvmMsrEntry
@@ -193,13 +204,16 @@ internal struct KvmMsrEntry
 }
 
 /// <summary>The head of struct kvm_vcpu_events (64 bytes): an exception that KVM has yet to deliver.</summary>
-[StructLayout(LayoutKind.Sequential, Size = 64)]
+[StructLayout(LayoutKind.Explicit, Size = 64)]
 internal struct KvmVcpuEvents
 {
-    public byte ExceptionInjected;
-    public byte ExceptionVector;
-    public byte ExceptionHasErrorCode;
-    public byte ExceptionPending;
+    [FieldOffset(0)] public byte ExceptionInjected;
+    [FieldOffset(1)] public byte ExceptionVector;
+    [FieldOffset(2)] public byte ExceptionHasErrorCode;
+    [FieldOffset(3)] public byte ExceptionPending;
+
+    /// <summary>Which of the further fields are to be taken over.</summary>
+    [FieldOffset(24)] public uint Flags;
 }
 
 /// <summary>struct kvm_debugregs.</summary>

@@ -53,6 +53,8 @@ public sealed unsafe class KvmSystem : IDisposable
         try
         {
             int version = LibC.ioctl(file, KvmRequest.GetApiVersion);
+            if (version < 0)
+                throw new KvmException($"{path} is not a KVM device: name the one that the kernel makes, usually /dev/kvm");
             if (version != ApiVersion)
                 throw new KvmException($"{path} speaks KVM API version {version}; XenSharp needs version {ApiVersion}");
             foreach (KvmCapability needed in (ReadOnlySpan<KvmCapability>)[KvmCapability.UserMemory, KvmCapability.ImmediateExit])

@@ -26,7 +26,19 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     // What SYSCALL clears on the way in; the guest's own value is in R11.
     private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
 
+    private const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
+        | Rflags.Direction | Rflags.Overflow | Rflags.NestedTask | Rflags.Resume | Rflags.AlignmentCheck | Rflags.Id);
+
+    /// <summary>Bytes of a GDT window that <c>set_gdt</c> fills.</summary>
+    private const ulong GuestTableSize = MonitorLayout.ReservedGdtPage * Paging.PageSize;
+
     private const int RunsFrom = 6;
+
+    /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
+    private const ulong MaxEntries = 4096;
+
+    /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
+    private const int MaxInterruptions = 3;
 
     /// <summary>What has to stay in one place beside the kvm_run page.</summary>
     private struct LocalState
@@ -41,6 +53,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private readonly KvmVirtualMachine _machine;
     private readonly MonitorCode _code;
     private readonly VcpuPages _pages;
+    private readonly GuestSegments _guestSegments;
     private readonly KvmRun* _run;
     private readonly KvmSregs* _sregs;
     private readonly SegmentRegisters* _segments;
@@ -53,12 +66,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private ulong _root;
     private readonly int* _kicked;
     private KvmSyncRegs _forced;
+    private int _interruptions;
 
     internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
     {
         _machine = machine;
         _code = machine.Code;
         _pages = pages;
+        _guestSegments = new GuestSegments(machine, pages.GdtWindow);
         _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
         if (_file < 0)
             throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
@@ -175,13 +190,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         sigset_t set = Libc.KickSet();
         while (Volatile.Read(ref *_kicked) == 0)
         {
-            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - Libc.MonotonicNow();
-            if (remaining <= 0)
+            long now = Libc.MonotonicNow();
+            if (deadline <= now)
                 return;
+            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - now;
             var wait = new timespec { tv_sec = remaining / 1_000_000_000, tv_nsec = (long_t)(remaining % 1_000_000_000) };
             int signal = LibC.sigtimedwait(&set, null, remaining == long.MaxValue ? null : &wait);
             if (signal < 0 && LibC.errno == LibC.EAGAIN)
                 return;
+            NoteTimer();
         }
 
         TakeKick();
@@ -196,10 +213,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(VcpuExitKind.Kicked);
         }
 
+        _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
-        if (_writes->Overflowed != 0)
-            _machine.DropShadowPages();
-        PrepareEntry();
+        if (!PrepareEntry(out VcpuExit refusal))
+            return refusal;
         while (true)
         {
             int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
@@ -209,9 +226,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 return TakeOtherExit();
             if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN)
                 return TakeFailure(error);
-            TakeKick();
+            DrainSignals();
             if (!IsLeaving())
+            {
+                _ = Interlocked.Exchange(ref *_kicked, 0);
                 return TakeInterruption();
+            }
+
+            // What this Run returns with is not "kicked", so the next one has to.
+            _ = Interlocked.Exchange(ref *_kicked, 1);
         }
     }
 
@@ -220,6 +243,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         if (_thread != 0)
             return;
+        Libc.IgnoreStrayKicks();
         sigset_t set = Libc.KickSet();
         _ = LibC.pthread_sigmask(LibC.SIG_BLOCK, &set, null);
         int thread = Libc.CurrentThread;
@@ -236,14 +260,31 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         Volatile.Write(ref _thread, thread);
     }
 
+    /// <summary>
+    /// Takes note of a kick. The exchange is a fence: what the kicking thread did before is looked at after it, never earlier.
+    /// </summary>
     private void TakeKick()
     {
-        Volatile.Write(ref *_kicked, 0);
+        _ = Interlocked.Exchange(ref *_kicked, 0);
+        DrainSignals();
+    }
+
+    private void DrainSignals()
+    {
         sigset_t set = Libc.KickSet();
         timespec none = default;
         while (LibC.sigtimedwait(&set, null, &none) > 0)
         {
         }
+
+        NoteTimer();
+    }
+
+    /// <summary>A timer whose moment has passed is disarmed, and may be set to the same moment again.</summary>
+    private void NoteTimer()
+    {
+        if (_timerDeadline <= Libc.MonotonicNow())
+            _timerDeadline = long.MaxValue;
     }
 
     private void SetUp()
@@ -326,12 +367,30 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>Turns the intended guest state into what KVM_RUN starts from.</summary>
-    private void PrepareEntry()
+    /// <param name="refusal">The exception of a CS or SS that IRET would not load.</param>
+    /// <returns>False for a refusal: the guest is not to be entered.</returns>
+    private bool PrepareEntry(out VcpuExit refusal)
     {
         KvmSyncRegs dirty = KvmSyncRegs.Regs;
+        bool atMonitor = _sregs->Ss.Dpl == 0;
+        refusal = default;
+        bool reload = atMonitor || _sregs->Cs.Selector != _segments->Cs || _sregs->Ss.Selector != _segments->Ss;
+        KvmSegment code = default;
+        KvmSegment stack = default;
+        if (reload && (!_guestSegments.TryLoadCode(_segments->Cs, out code, out refusal)
+            || !_guestSegments.TryLoadStack(_segments->Ss, out stack, out refusal)))
+        {
+            return false;
+        }
+
+        if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))
+        {
+            _machine.DropShadowPages();
+            _writes->Count = 0;
+        }
+
         if (SynchronizeSegments())
             dirty |= KvmSyncRegs.Sregs;
-        bool atMonitor = _sregs->Ss.Dpl == 0;
         if (_sregs->Cr3 != _root)
         {
             _sregs->Cr3 = _root;
@@ -349,14 +408,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
             BuildChain();
         }
-        else if (atMonitor || _sregs->Cs.Selector != _segments->Cs)
+        else if (reload)
         {
-            SetCpl3(ref *_sregs);
+            _sregs->Cs = code;
+            _sregs->Ss = stack;
             dirty |= KvmSyncRegs.Sregs;
         }
 
         _run->DirtyRegs = dirty | _forced;
         _forced = KvmSyncRegs.None;
+        return true;
     }
 
     /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
@@ -365,9 +426,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         bool changed = false;
         Set(ref _sregs->Fs, _segments->Fs, _segments->FsBase, ref changed);
         Set(ref _sregs->Gs, _segments->Gs, _segments->GsBase, ref changed);
-        Set(ref _sregs->Ds, _segments->Ds, 0, ref changed);
-        Set(ref _sregs->Es, _segments->Es, 0, ref changed);
+        SetData(ref _sregs->Ds, _segments->Ds, ref changed);
+        SetData(ref _sregs->Es, _segments->Es, ref changed);
         return changed;
+    }
+
+    /// <summary>DS or ES: while the selector stays, so does what the guest's own load of it found.</summary>
+    private void SetData(ref KvmSegment segment, ushort selector, ref bool changed)
+    {
+        if (segment.Selector == selector)
+            return;
+        segment = _guestSegments.LoadData(selector);
+        changed = true;
     }
 
     private static void Set(ref KvmSegment segment, ushort selector, ulong address, ref bool changed)
@@ -414,7 +484,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong* top = PushIretFrame();
         *--top = _intended->Rcx;
         ulong gadget = PushStores(ref top);
-        gadget = PushRuns(ref top, gadget);
+
+        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
+        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
         if (_writes->FlushPending != 0)
         {
             *--top = gadget;
@@ -455,7 +527,35 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         return gadget;
     }
 
-    /// <summary>Gadgets that store runs of neighbours; each gives RDI and RSI back.</summary>
+    private ulong QueuedEntries()
+    {
+        ulong entries = 0;
+        for (int i = 0; i < _writes->Count; i++)
+            entries += (*_writes)[i].Count;
+        return entries;
+    }
+
+    /// <summary>Gadgets that store runs of neighbours entry by entry, each store locked.</summary>
+    private ulong PushLockedRuns(ref ulong* top, ulong gadget)
+    {
+        for (int i = 0; i < _writes->Count; i++)
+        {
+            ref PageTableWriteQueue.Run run = ref (*_writes)[i];
+            if (run.Count < RunsFrom)
+                continue;
+            for (ulong done = 0; done < run.Count; done += MonitorCode.MaxLockedRun)
+            {
+                *--top = gadget;
+                *--top = _code.LockedRun((int)Math.Min(run.Count - done, MonitorCode.MaxLockedRun));
+                *--top = MonitorLayout.DirectMap(new MachineAddress(run.Address + (done * sizeof(ulong))));
+                gadget = _code.PopAddress;
+            }
+        }
+
+        return gadget;
+    }
+
+    /// <summary>Gadgets that copy runs of neighbours over themselves; each gives RDI and RSI back.</summary>
     private ulong PushRuns(ref ulong* top, ulong gadget)
     {
         int inGadget = 0;
@@ -484,6 +584,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>What the entry did at CPL 0 has been done once the guest, or one of the monitor's entries, was reached.</summary>
     private void EntryDone()
     {
+        _interruptions = 0;
         _writes->Count = 0;
         _writes->FlushPending = 0;
         _writes->Overflowed = 0;
@@ -502,17 +603,66 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
         }
 
+        return TakeGuestIo();
+    }
+
+    /// <summary>
+    /// A guest used the port that is open for the SYSCALL entry. KVM has done with an OUT by now, and would do with an IN at the
+    /// next KVM_RUN, whatever registers that is given: so let it, and put back what was before.
+    /// </summary>
+    private VcpuExit TakeGuestIo()
+    {
+        bool isOutput = _run->Io.Direction == 1;
+        CpuRegisters found = _run->Regs;
+        _run->DirtyRegs = KvmSyncRegs.None;
+        _run->ImmediateExit = 1;
+        int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+        int error = LibC.errno;
+        _run->ImmediateExit = 0;
+        if (result == 0 || (error != LibC.EINTR && error != LibC.EAGAIN))
+            return new VcpuExit(VcpuExitKind.Failed, Failure: $"KVM could not complete the guest's I/O instruction at {found.Rip:x}.");
+
+        // An OUT that KVM's emulator executed is behind us already, but for a repeated one before its last time.
+        if (isOutput && _run->Regs.Rip == found.Rip)
+            found.Rip -= LengthOfOutput(found.Rip);
+        _run->Regs = found;
         return new VcpuExit(VcpuExitKind.GuestIo);
+    }
+
+    /// <summary>Bytes of the OUT or OUTS that ends at an address, its prefixes not counted; 0 if none does.</summary>
+    private ulong LengthOfOutput(ulong end)
+    {
+        const byte outputFromRegister = 0xee;
+        const byte outputString = 0x6e;
+        const byte outputImmediate = 0xe6;
+        byte last = Peek(end - 1);
+        if (last is outputFromRegister or outputString)
+            return 1;
+        return last == MonitorLayout.SyscallPort && Peek(end - 2) == outputImmediate ? 2UL : 0UL;
+    }
+
+    /// <summary>A byte of the code that the guest has just executed.</summary>
+    private byte Peek(ulong address)
+    {
+        var translation = new KvmTranslation { LinearAddress = address };
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.Translate, &translation), "KVM_TRANSLATE failed");
+        var physical = new MachineAddress(translation.PhysicalAddress);
+        return translation.Valid != 0 && _machine.Memory.Contains(physical.Frame) ? _machine.Memory.Page(physical.Frame)[physical.Offset] : (byte)0;
     }
 
     private VcpuExit TakeSyscall()
     {
         _run->Regs.Rip = _run->Regs.Rcx;
-        _run->Regs.Rflags = _run->Regs.R11;
+
+        // Where the entry is reachable at CPL 3 a guest can also jump there, with any R11.
+        _run->Regs.Rflags = GuestFlags(_run->Regs.R11);
         _segments->Cs = FlatSelectors.Ring3Cs64;
         _segments->Ss = FlatSelectors.Ring3Data;
         return new VcpuExit(VcpuExitKind.Syscall);
     }
+
+    /// <summary>Flags as CPL 3 may have them: those it can set by itself, and interrupts on.</summary>
+    private static ulong GuestFlags(ulong flags) => (flags & UserFlags) | (ulong)(Rflags.Fixed | Rflags.InterruptEnable);
 
     private static bool PushesErrorCode(ExceptionVector vector)
         => vector is ExceptionVector.DoubleFault or (>= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault)
@@ -529,6 +679,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(
                 VcpuExitKind.Failed,
                 Failure: $"The monitor itself faulted: {vector} with error code {errorCode:x} at {frame[0]:x}, address {_sregs->Cr2:x}.");
+        }
+
+        if (vector is ExceptionVector.Breakpoint or ExceptionVector.Overflow)
+            ForgetException();
+        ulong inTable = _sregs->Cr2 - _pages.GdtStart;
+        if (vector == ExceptionVector.PageFault && inTable < GuestTableSize && (errorCode & (uint)PageFaultError.User) == 0)
+        {
+            // The guest named a descriptor past what set_gdt installed: for it that is a bad selector (Xen's
+            // handle_gdt_ldt_mapping_fault), and the address is the monitor's.
+            vector = ExceptionVector.GeneralProtection;
+            errorCode = (uint)inTable & ~7U;
         }
 
         _run->Regs.Rip = frame[0];
@@ -567,6 +728,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// has yet to deliver. Run on as it is, it comes to the entry's <c>out</c> at once; to change its registers now would let
     /// the exception hit whatever they then say.
     /// </summary>
+    /// <remarks>
+    /// KVM does not say whether an exception of INT3 or INTO is still to come, only which vector was last; as that is cleared
+    /// when one of the two arrives (<see cref="ForgetException"/>), finding one means that it is.
+    /// </remarks>
     private bool IsLeaving()
     {
         if (_run->DirtyRegs != KvmSyncRegs.None)
@@ -579,7 +744,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return true;
         KvmVcpuEvents events;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
-        return events.ExceptionInjected != 0 || events.ExceptionPending != 0;
+        return events.ExceptionInjected != 0 || events.ExceptionPending != 0
+            || (ExceptionVector)events.ExceptionVector is ExceptionVector.Breakpoint or ExceptionVector.Overflow;
+    }
+
+    private void ForgetException()
+    {
+        KvmVcpuEvents events;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
+        events.ExceptionVector = 0;
+        events.Flags = 0;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetVcpuEvents, &events), "KVM_SET_VCPU_EVENTS failed");
     }
 
     /// <summary>
@@ -604,6 +779,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>
     private VcpuExit RestoreIntended()
     {
+        _interruptions++;
         _run->Regs = *_intended;
         return new VcpuExit(VcpuExitKind.Kicked);
     }

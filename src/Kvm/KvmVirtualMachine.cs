@@ -24,6 +24,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private readonly bool[] _created = new bool[MaxVcpus];
     private ulong _nextRegionPage;
     private ulong _nextMonitorAddress = MonitorLayout.MonitorStart;
+    private ulong _dropSlotMoved;
     private int _file;
 
     /// <param name="system">The open device.</param>
@@ -34,6 +35,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     {
         ArgumentOutOfRangeException.ThrowIfZero(ramSize);
         ArgumentOutOfRangeException.ThrowIfNotEqual(ramSize & Paging.PageOffsetMask, 0UL);
+        if (ramSize > MonitorLayout.MaxRam)
+            throw new KvmException($"A domain can have {MonitorLayout.MaxRam >> 30} GiB of memory at most; give it less");
         _system = system;
         Capabilities = capabilities;
         ulong frames = ramSize >> Paging.PageShift;
@@ -56,6 +59,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Check(LibC.ioctl(_file, KvmRequest.SetIdentityMapAddress, &identityMap), "KVM_SET_IDENTITY_MAP_ADDR failed");
             SetSlot(0, MonitorLayout.RegionAddress, _region.Address, _region.Size);
             SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+            SetSlot(2, MonitorLayout.DropSlotAddress, _ram.Address, Paging.PageSize);
 
             // Shadow pages, where KVM has them: the default of 2 % of RAM makes fork-heavy guests thrash.
             _ = LibC.ioctl(_file, KvmRequest.SetNrMmuPages, (void*)Math.Max(16384, frames / 8));
@@ -94,6 +98,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     internal ulong InterruptTable { get; private set; }
 
+    /// <summary>Host view of the descriptors behind the guest's, which every vCPU's table ends with.</summary>
+    internal ulong* ReservedDescriptors => (ulong*)Host(ReservedGdtPage);
+
+    /// <summary>More than one vCPU: page-table entries may be stored into by one while another's are being repeated.</summary>
+    internal bool HasSeveralVcpus { get; private set; }
+
     private ulong MonitorTableAddress { get; set; }
 
     private ulong ReservedGdtPage { get; set; }
@@ -115,20 +125,22 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             throw new ArgumentException($"vCPU {number} exists already.", nameof(number));
         var vcpu = new KvmVirtualCpu(this, number, BuildVcpuPages(number));
         _created[number] = true;
+        HasSeveralVcpus = _vcpus.Count > 0;
         _vcpus.Add(vcpu);
         return vcpu;
     }
 
     /// <summary>
-    /// Makes KVM forget everything it derived from the guest's page tables, by taking the RAM slot away and giving it back:
-    /// the way out where more entries were stored than can be repeated one by one.
+    /// Makes KVM forget everything it derived from the guest's page tables: the way out where more entries were stored than can
+    /// be repeated one by one. KVM does so whenever any memory slot moves, so a slot that nobody uses is moved; to take RAM
+    /// itself away, if only for a moment, would fail the other vCPUs.
     /// </summary>
     internal void DropShadowPages()
     {
         lock (_slotLock)
         {
-            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, 0);
-            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+            _dropSlotMoved ^= 1;
+            SetSlot(2, MonitorLayout.DropSlotAddress + (_dropSlotMoved << Paging.PageShift), _ram.Address, Paging.PageSize);
         }
     }
 

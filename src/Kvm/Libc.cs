@@ -20,6 +20,7 @@ internal static unsafe class Libc
     private const int SysTimerDelete = 226;
     private const int SysTgkill = 234;
     private const int SysGettid = 186;
+    private const int SysSigaction = 13;
     private const int TimerAbsolute = 1;
     private const int SigevThreadId = 4;
     private const int ClockMonotonicId = 1;
@@ -32,6 +33,19 @@ internal static unsafe class Libc
 
     /// <summary>CLOCK_MONOTONIC in nanoseconds, which on Linux is what Stopwatch counts.</summary>
     public static long MonotonicNow() => Stopwatch.GetTimestamp();
+
+    /// <summary>
+    /// Makes a stray kick harmless: one that comes for a thread which has ended, and whose number another thread has by now.
+    /// Threads that block the signal still get it, as a blocked signal is never thrown away.
+    /// </summary>
+    public static void IgnoreStrayKicks()
+    {
+        // The kernel's struct sigaction: handler, flags, restorer, mask.
+        const ulong ignore = 1;
+        ulong* action = stackalloc ulong[4] { ignore, 0, 0, 0 };
+        if ((long)LibC.syscall(SysSigaction, KickSignal, action, (void*)null, sizeof(ulong)) != 0)
+            throw new KvmException("Cannot set up the signal that interrupts virtual processors", LibC.errno);
+    }
 
     /// <summary>Sends the kick signal to one thread of this process.</summary>
     public static void KickThread(int thread) => _ = LibC.syscall(SysTgkill, Environment.ProcessId, thread, KickSignal);

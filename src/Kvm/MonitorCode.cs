@@ -22,6 +22,9 @@ internal sealed class MonitorCode
     /// <summary>Most runs of neighbouring stores in one gadget.</summary>
     public const int MaxRuns = 32;
 
+    /// <summary>Most neighbouring entries in one locked run: a page table.</summary>
+    public const int MaxLockedRun = 512;
+
     private MonitorCode(byte[] bytes) => Bytes = bytes;
 
     /// <summary>The code page(s), to be placed at the address given to <see cref="Assemble"/>.</summary>
@@ -35,6 +38,13 @@ internal sealed class MonitorCode
 
     /// <summary>Pops a page-table root, loads CR3 with it, goes on.</summary>
     public ulong LoadRoot { get; private init; }
+
+    /// <summary>Pops the address for <see cref="LockedRun"/>, goes on.</summary>
+    public ulong PopAddress { get; private init; }
+
+    private ulong LockedRunEnd { get; init; }
+
+    private ulong LockedRunLength { get; init; }
 
     private ulong StoresEnd { get; init; }
 
@@ -56,6 +66,9 @@ internal sealed class MonitorCode
     /// Pops <paramref name="count"/> pairs of address and entry count, stores each run over itself, pops RDI and RSI, goes on.
     /// </summary>
     public ulong Runs(int count) => RunsEnd - ((ulong)count * RunLength);
+
+    /// <summary>Stores <paramref name="count"/> neighbouring entries from <see cref="PopAddress"/>'s on over themselves, goes on.</summary>
+    public ulong LockedRun(int count) => LockedRunEnd - ((ulong)count * LockedRunLength);
 
     /// <summary>The SYSCALL entry: a page of its own, because some KVMs enter it at CPL 3.</summary>
     public static byte[] AssembleSyscallEntry(ulong address)
@@ -113,20 +126,47 @@ internal sealed class MonitorCode
         code.pop(rsi);
         code.ret();
 
+        Label popAddress = Here();
+        code.pop(rcx);
+        code.ret();
+
+        // Backwards, so that any number of entries ends with the first.
+        Label lockedRun = Here();
+        for (int i = MaxLockedRun - 1; i >= 0; i--)
+            EmitLockedStore(code, i * sizeof(ulong));
+        Label lockedRunEnd = Here();
+        code.ret();
+
         byte[] bytes = Emit(code, address, out AssemblerResult result);
         ulong storesEndAt = result.GetLabelRIP(storesEnd);
+        ulong lockedRunEndAt = result.GetLabelRIP(lockedRunEnd);
         ulong runsEndAt = result.GetLabelRIP(runsEnd);
         return new MonitorCode(bytes)
         {
             ExceptionStubs = result.GetLabelRIP(stubs),
             LoadRoot = result.GetLabelRIP(loadRoot),
             RestoreAndIret = result.GetLabelRIP(restoreAndIret),
+            PopAddress = result.GetLabelRIP(popAddress),
+            LockedRunEnd = lockedRunEndAt,
+            LockedRunLength = (lockedRunEndAt - result.GetLabelRIP(lockedRun)) / MaxLockedRun,
             StoresEnd = storesEndAt,
             StoreLength = (storesEndAt - result.GetLabelRIP(stores)) / MaxStores,
             FinalStoresEnd = result.GetLabelRIP(restoreAndIret),
             RunsEnd = runsEndAt,
             RunLength = (runsEndAt - result.GetLabelRIP(runs)) / MaxRuns,
         };
+    }
+
+    /// <summary>
+    /// <c>lock or qword [rcx + offset], 0</c> with an offset of four bytes always, so that all are equally long.
+    /// </summary>
+    private static void EmitLockedStore(Assembler code, int offset)
+    {
+        const int offsetSize = 8; // Iced's name for the long form in 64-bit code
+        var entry = new MemoryOperand(Register.RCX, offset, offsetSize);
+        Instruction store = Instruction.Create(Iced.Intel.Code.Or_rm64_imm8, entry, 0);
+        store.HasLockPrefix = true;
+        code.AddInstruction(store);
     }
 
     private static void UnrollStores(Assembler code)

@@ -18,6 +18,12 @@ internal static class MonitorLayout
     /// <summary>One page that VMX wants for real mode.</summary>
     public const ulong IdentityMapAddress = 0xfffb_c000;
 
+    /// <summary>Two pages between which a memory slot is moved to and fro, see <see cref="KvmVirtualMachine.DropShadowPages"/>.</summary>
+    public const ulong DropSlotAddress = IdentityMapAddress - (2 * Paging.PageSize);
+
+    /// <summary>Most RAM of a domain: what <see cref="DirectMapStart"/>'s slot can show.</summary>
+    public const ulong MaxRam = SlotSize - RamAddress;
+
     private const ulong SlotSize = 1UL << 39;
 
     /// <summary>The classic place of the M2P table, slot 256.</summary>

@@ -17,7 +17,7 @@ internal sealed unsafe class ScratchGuest : IDisposable
     public const ulong StackTop = DataAddress + (2 << Paging.PageShift);
 
     private const ulong CodePages = 16;
-    private const int Frames = 64;
+    private const int Frames = 128;
     private const PageFlags UserPage = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed | PageFlags.Dirty;
 
     private readonly Mfn _root;

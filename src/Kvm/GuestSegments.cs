@@ -1,0 +1,135 @@
+// Segments as the processor would load them from a vCPU's descriptor table, for entries that load them without an instruction.
+using XenSharp.Core;
+
+namespace XenSharp.Kvm;
+
+/// <summary>
+/// Reads descriptors of one vCPU's GDT: the guest's frames in its window, and the reserved page behind them. The rules are
+/// those of IRET to CPL 3 (Intel SDM volume 2, IRET; volume 3, 5.8) and of data-segment loads at CPL 3.
+/// </summary>
+internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWindow window)
+{
+    private const int RequestedLevelMask = 3;
+    private const int LocalTable = 1 << 2;
+    private const int SelectorErrorMask = ~3;
+    private const int EntriesPerPage = (int)Paging.PageSize / sizeof(ulong);
+
+    private const ulong Present = 1UL << 47;
+    private const ulong LongCode = 1UL << 53;
+    private const ulong DefaultBig = 1UL << 54;
+    private const ulong Granular = 1UL << 55;
+
+    // Bits of a code or data descriptor's type.
+    private const int TypeAccessed = 1;
+    private const int TypeReadableOrWritable = 2;
+    private const int TypeConforming = 4;
+    private const int TypeCode = 8;
+
+    /// <summary>A code segment to be run at CPL 3.</summary>
+    /// <param name="selector">Its selector.</param>
+    /// <param name="segment">The segment.</param>
+    /// <param name="refusal">The exception that IRET would raise; its error code is the selector.</param>
+    public bool TryLoadCode(ushort selector, out KvmSegment segment, out VcpuExit refusal)
+    {
+        refusal = default;
+        segment = default;
+        if ((selector & RequestedLevelMask) != 3 || !TryRead(selector, out ulong descriptor)
+            || !IsCodeOrData(descriptor) || (Type(descriptor) & TypeCode) == 0
+            || (Level(descriptor) != 3 && (Type(descriptor) & TypeConforming) == 0)
+            || (descriptor & (LongCode | DefaultBig)) == (LongCode | DefaultBig))
+        {
+            refusal = Refuse(ExceptionVector.GeneralProtection, selector);
+            return false;
+        }
+
+        if ((descriptor & Present) == 0)
+        {
+            refusal = Refuse(ExceptionVector.SegmentNotPresent, selector);
+            return false;
+        }
+
+        segment = Unpack(selector, descriptor);
+        segment.Dpl = 3;
+        return true;
+    }
+
+    /// <summary>A stack segment for CPL 3.</summary>
+    /// <inheritdoc cref="TryLoadCode"/>
+    public bool TryLoadStack(ushort selector, out KvmSegment segment, out VcpuExit refusal)
+    {
+        refusal = default;
+        segment = default;
+        if ((selector & RequestedLevelMask) != 3 || !TryRead(selector, out ulong descriptor)
+            || !IsCodeOrData(descriptor) || Level(descriptor) != 3
+            || (Type(descriptor) & (TypeCode | TypeReadableOrWritable)) != TypeReadableOrWritable)
+        {
+            refusal = Refuse(ExceptionVector.GeneralProtection, selector);
+            return false;
+        }
+
+        if ((descriptor & Present) == 0)
+        {
+            refusal = Refuse(ExceptionVector.StackFault, selector);
+            return false;
+        }
+
+        segment = Unpack(selector, descriptor);
+        return true;
+    }
+
+    /// <summary>A data segment; one that CPL 3 cannot load is unusable, as after a null selector.</summary>
+    public KvmSegment LoadData(ushort selector)
+    {
+        bool usable = TryRead(selector, out ulong descriptor) && IsCodeOrData(descriptor) && Level(descriptor) == 3
+            && (descriptor & Present) != 0
+            && (Type(descriptor) & (TypeCode | TypeReadableOrWritable)) != TypeCode;
+        return usable ? Unpack(selector, descriptor) : Null(selector);
+    }
+
+    private static KvmSegment Null(ushort selector)
+        => new() { Limit = uint.MaxValue, Selector = selector, Type = 3, Present = 1, Dpl = 3, Db = 1, S = 1, G = 1, Unusable = 1 };
+
+    private static bool IsCodeOrData(ulong descriptor) => (descriptor & (1UL << 44)) != 0;
+
+    private static int Type(ulong descriptor) => (int)(descriptor >> 40) & 0xf;
+
+    private static int Level(ulong descriptor) => (int)(descriptor >> 45) & 3;
+
+    private static VcpuExit Refuse(ExceptionVector vector, ushort selector)
+        => new(VcpuExitKind.Exception, vector, (uint)(selector & SelectorErrorMask));
+
+    private static KvmSegment Unpack(ushort selector, ulong descriptor)
+    {
+        uint limit = (uint)((descriptor & 0xffff) | ((descriptor >> 32) & 0xf_0000));
+        bool granular = (descriptor & Granular) != 0;
+        return new KvmSegment
+        {
+            Base = ((descriptor >> 16) & 0xff_ffff) | ((descriptor >> 32) & 0xff00_0000),
+            Limit = granular ? (limit << Paging.PageShift) | (uint)Paging.PageOffsetMask : limit,
+            Selector = selector,
+            Type = (byte)(Type(descriptor) | TypeAccessed),
+            Present = 1,
+            Dpl = (byte)Level(descriptor),
+            Db = (byte)((descriptor & DefaultBig) != 0 ? 1 : 0),
+            S = 1,
+            L = (byte)((descriptor & LongCode) != 0 ? 1 : 0),
+            G = (byte)(granular ? 1 : 0),
+            Avl = (byte)((descriptor >> 52) & 1),
+        };
+    }
+
+    /// <summary>A descriptor of the global table; false for a null selector, a local one, and one past what set_gdt installed.</summary>
+    private bool TryRead(ushort selector, out ulong descriptor)
+    {
+        descriptor = 0;
+        if ((selector & ~RequestedLevelMask) == 0 || (selector & LocalTable) != 0)
+            return false;
+        int index = selector >> 3;
+        PageTableEntry entry = ((PageTableEntry*)window.Entries)[index / EntriesPerPage];
+        if (!entry.IsPresent)
+            return false;
+        ulong* page = machine.Memory.Contains(entry.Frame) ? (ulong*)machine.Memory.Page(entry.Frame) : machine.ReservedDescriptors;
+        descriptor = Volatile.Read(ref page[index % EntriesPerPage]);
+        return true;
+    }
+}

@@ -20,9 +20,11 @@ public static unsafe class HostProbe
         // The level comes first: everything else is asked in a VM whose SYSCALL entry is right.
         HostCapabilities assumed = HostCapabilities.Assumed with { SyscallEntryLevel = SyscallLevel(system) };
         using var guest = new ScratchGuest(system, assumed, (MarkedLeaf, Mark));
+        bool shadowed = !SeesHostStores(guest);
         return assumed with
         {
-            ShadowPageTables = !SeesHostStores(guest),
+            ShadowPageTables = shadowed,
+            StoresNeedFlush = shadowed && !SeesStoresAtOnce(system, assumed),
             Slot256Usable = ReachesSyscall(guest, code => code.mov(rax, __qword_ptr[MonitorLayout.ClassicMachineToPhys]), out _),
             SoftwareInterruptVector = ReachesSyscall(guest, code => code.@int(unchecked((sbyte)0x80)), out VcpuExit interrupt)
                 ? throw new KvmException("int 0x80 at CPL 3 raised nothing in a VM that has no gate for it")
@@ -74,6 +76,23 @@ public static unsafe class HostProbe
         guest.Vcpu.PageTableWrites->Flush();
         ulong after = ReadData(guest);
         return before == 1 && after == 2;
+    }
+
+    /// <summary>Has a translation changed from inside the VM, without a flush, and looks which page is read.</summary>
+    private static bool SeesStoresAtOnce(KvmSystem system, HostCapabilities assumed)
+    {
+        using var guest = new ScratchGuest(system, assumed with { StoresNeedFlush = false });
+        *(ulong*)guest.Machine.Memory.Page(guest.FirstDataFrame) = 1;
+        *(ulong*)guest.Machine.Memory.Page(guest.SecondDataFrame) = 2;
+        Mfn first = guest.FirstDataFrame;
+        Mfn second = guest.SecondDataFrame;
+
+        // Twice: it is from the first store on that a KVM may stop looking.
+        ulong before = ReadData(guest);
+        guest.Vcpu.PageTableWrites->Store(guest.DataEntry, guest.DataEntryAddress, new PageTableEntry(second, guest.DataEntry->Flags));
+        ulong after = ReadData(guest);
+        guest.Vcpu.PageTableWrites->Store(guest.DataEntry, guest.DataEntryAddress, new PageTableEntry(first, guest.DataEntry->Flags));
+        return before == 1 && after == 2 && ReadData(guest) == 1;
     }
 
     private static ulong ReadData(ScratchGuest guest)

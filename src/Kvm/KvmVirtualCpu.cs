@@ -358,6 +358,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             dirty |= KvmSyncRegs.Sregs;
         }
 
+        if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
+            _writes->Flush();
         if (_writes->Count != 0 || _writes->FlushPending != 0)
         {
             // At CPL 0: stores, flush, then IRETQ.
@@ -427,14 +429,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>
-    /// Writes the chain of gadgets, from its end: IRET frame, RCX, stores of few neighbours, runs, root.
+    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root, stores of few neighbours, runs. The root is loaded
+    /// after the stores, because that is what flushes what was derived from the entries before them.
     /// </summary>
     private void BuildChain()
     {
         ulong* top = PushIretFrame();
         *--top = _intended->Rcx;
-        ulong gadget = PushStores(ref top);
-        gadget = PushRuns(ref top, gadget);
+        ulong gadget = _code.RestoreAndIret;
         if (_writes->FlushPending != 0)
         {
             *--top = gadget;
@@ -442,24 +444,26 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             gadget = _code.LoadRoot;
         }
 
+        gadget = PushStores(ref top, gadget);
+        gadget = PushRuns(ref top, gadget);
+
         _run->Regs.Rip = gadget;
         _run->Regs.Rsp = Address(top);
         _run->Regs.Rflags = (ulong)Rflags.Fixed;
     }
 
-    /// <summary>Gadgets that store entry by entry, before the restored RCX.</summary>
+    /// <summary>Gadgets that store entry by entry; the last needs no RET where nothing but the way back follows.</summary>
     /// <returns>The gadget to start with.</returns>
-    private ulong PushStores(ref ulong* top)
+    private ulong PushStores(ref ulong* top, ulong gadget)
     {
         int inGadget = 0;
-        ulong gadget = _code.RestoreAndIret;
-        bool final = true;
+        bool final = gadget == _code.RestoreAndIret;
         for (int i = 0; i < _writes->Count; i++)
         {
             ref PageTableWriteQueue.Run run = ref (*_writes)[i];
             for (ulong entry = 0; run.Count < RunsFrom && entry < run.Count; entry++)
             {
-                if (inGadget == MonitorCode.MaxStores)
+                if (inGadget == MonitorCode.MaxStores || (inGadget == 0 && !final))
                 {
                     *--top = gadget;
                     final = false;

@@ -21,10 +21,13 @@ public static unsafe class HostProbe
         HostCapabilities assumed = HostCapabilities.Assumed with { SyscallEntryLevel = SyscallLevel(system) };
         using var guest = new ScratchGuest(system, assumed, (MarkedLeaf, Mark));
         bool shadowed = !SeesHostStores(guest);
+        bool atOnce = shadowed && SeesStores(system, assumed with { StoresNeedFlush = false });
+        if (shadowed && !atOnce && !SeesStores(system, assumed))
+            throw new KvmException("This host's KVM does not notice page-table entries that the monitor stores and flushes; XenSharp cannot use it");
         return assumed with
         {
             ShadowPageTables = shadowed,
-            StoresNeedFlush = shadowed && !SeesStoresAtOnce(system, assumed),
+            StoresNeedFlush = shadowed && !atOnce,
             Slot256Usable = ReachesSyscall(guest, code => code.mov(rax, __qword_ptr[MonitorLayout.ClassicMachineToPhys]), out _),
             SoftwareInterruptVector = ReachesSyscall(guest, code => code.@int(unchecked((sbyte)0x80)), out VcpuExit interrupt)
                 ? throw new KvmException("int 0x80 at CPL 3 raised nothing in a VM that has no gate for it")
@@ -78,10 +81,10 @@ public static unsafe class HostProbe
         return before == 1 && after == 2;
     }
 
-    /// <summary>Has a translation changed from inside the VM, without a flush, and looks which page is read.</summary>
-    private static bool SeesStoresAtOnce(KvmSystem system, HostCapabilities assumed)
+    /// <summary>Has a translation changed from inside a VM with these capabilities, and looks which page is read.</summary>
+    private static bool SeesStores(KvmSystem system, HostCapabilities capabilities)
     {
-        using var guest = new ScratchGuest(system, assumed with { StoresNeedFlush = false });
+        using var guest = new ScratchGuest(system, capabilities);
         *(ulong*)guest.Machine.Memory.Page(guest.FirstDataFrame) = 1;
         *(ulong*)guest.Machine.Memory.Page(guest.SecondDataFrame) = 2;
         Mfn first = guest.FirstDataFrame;

@@ -14,6 +14,12 @@ public sealed record HostCapabilities
     /// </summary>
     public required bool ShadowPageTables { get; init; }
 
+    /// <summary>
+    /// Of shadowed page tables: KVM lets the VM store into a last-level table without looking ("unsync"), and takes the new
+    /// entries over only when the VM flushes translations.
+    /// </summary>
+    public required bool StoresNeedFlush { get; init; }
+
     /// <summary>Privilege level at which SYSCALL enters the monitor, 0 or 3.</summary>
     public required int SyscallEntryLevel { get; init; }
 
@@ -53,6 +59,7 @@ public sealed record HostCapabilities
     internal static HostCapabilities Assumed { get; } = new()
     {
         ShadowPageTables = true,
+        StoresNeedFlush = true,
         SyscallEntryLevel = 3,
         Slot256Usable = true,
         SoftwareInterruptVector = ExceptionVector.GeneralProtection,

@@ -20,9 +20,14 @@ public static unsafe class HostProbe
         // The level comes first: everything else is asked in a VM whose SYSCALL entry is right.
         HostCapabilities assumed = HostCapabilities.Assumed with { SyscallEntryLevel = SyscallLevel(system) };
         using var guest = new ScratchGuest(system, assumed, (MarkedLeaf, Mark));
+        bool shadowed = !SeesHostStores(guest);
+        bool atOnce = shadowed && SeesStores(system, assumed with { StoresNeedFlush = false });
+        if (shadowed && !atOnce && !SeesStores(system, assumed))
+            throw new KvmException("This host's KVM does not notice page-table entries that the monitor stores and flushes; XenSharp cannot use it");
         return assumed with
         {
-            ShadowPageTables = !SeesHostStores(guest),
+            ShadowPageTables = shadowed,
+            StoresNeedFlush = shadowed && !atOnce,
             Slot256Usable = ReachesSyscall(guest, code => code.mov(rax, __qword_ptr[MonitorLayout.ClassicMachineToPhys]), out _),
             SoftwareInterruptVector = ReachesSyscall(guest, code => code.@int(unchecked((sbyte)0x80)), out VcpuExit interrupt)
                 ? throw new KvmException("int 0x80 at CPL 3 raised nothing in a VM that has no gate for it")
@@ -77,6 +82,23 @@ public static unsafe class HostProbe
         guest.Vcpu.PageTableWrites->Flush();
         ulong after = ReadData(guest);
         return before == 1 && after == 2;
+    }
+
+    /// <summary>Has a translation changed from inside a VM with these capabilities, and looks which page is read.</summary>
+    private static bool SeesStores(KvmSystem system, HostCapabilities capabilities)
+    {
+        using var guest = new ScratchGuest(system, capabilities);
+        *(ulong*)guest.Machine.Memory.Page(guest.FirstDataFrame) = 1;
+        *(ulong*)guest.Machine.Memory.Page(guest.SecondDataFrame) = 2;
+        Mfn first = guest.FirstDataFrame;
+        Mfn second = guest.SecondDataFrame;
+
+        // Twice: it is from the first store on that a KVM may stop looking.
+        ulong before = ReadData(guest);
+        guest.Vcpu.PageTableWrites->Store(guest.DataEntry, guest.DataEntryAddress, new PageTableEntry(second, guest.DataEntry->Flags));
+        ulong after = ReadData(guest);
+        guest.Vcpu.PageTableWrites->Store(guest.DataEntry, guest.DataEntryAddress, new PageTableEntry(first, guest.DataEntry->Flags));
+        return before == 1 && after == 2 && ReadData(guest) == 1;
     }
 
     private static ulong ReadData(ScratchGuest guest)

@@ -33,6 +33,7 @@ internal static class KvmRequest
     public const int SetDebugRegs = 0x4080AEA2;
     public const int GetTscKhz = 0xAEA3;
     public const int SetXcrs = 0x4188AEA7;
+    public const int SetDeviceAttribute = 0x4018AEE1;
 }
 
 /// <summary>KVM_CAP_* numbers.</summary>
@@ -230,6 +231,16 @@ internal struct KvmDebugRegs
     {
         private ulong _element;
     }
+}
+
+/// <summary>struct kvm_device_attr; of a vCPU, group 0 attribute 0 is the offset of its time-stamp counter (KVM_VCPU_TSC_OFFSET).</summary>
+[StructLayout(LayoutKind.Sequential)]
+internal struct KvmDeviceAttribute
+{
+    public uint Flags;
+    public uint Group;
+    public ulong Attribute;
+    public ulong Address;
 }
 
 /// <summary>Model-specific registers that the VM's own set-up needs (Intel SDM volume 4).</summary>

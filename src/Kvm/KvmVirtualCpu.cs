@@ -324,7 +324,27 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             ((KvmMsrEntry*)(buffer + 8))[i] = new KvmMsrEntry { Index = indexes[i], Data = values[i] };
         if (LibC.ioctl(_file, KvmRequest.SetMsrs, buffer) != 4)
             throw new KvmException("KVM_SET_MSRS refused the SYSCALL registers", LibC.errno);
+        ShowHostTsc();
         _run->ValidRegs = KvmSyncRegs.Regs | KvmSyncRegs.Sregs;
+    }
+
+    /// <summary>
+    /// Makes the guest's time-stamp counter the host's. KVM starts it at 0 when the VM is made, so that its offset would be
+    /// another one in every VM and the probe's answer true of the probe's own VM only.
+    /// </summary>
+    private void ShowHostTsc()
+    {
+        ulong offset = 0;
+        var attribute = new KvmDeviceAttribute { Address = (ulong)&offset };
+        if (LibC.ioctl(_file, KvmRequest.SetDeviceAttribute, &attribute) == 0)
+            return;
+
+        // Before Linux 5.16 only by value: less than a microsecond behind, and KVM gives all vCPUs of a VM the same offset. A
+        // host whose guests read the hardware's counter anyway may refuse; the probe says what they then see.
+        byte* buffer = stackalloc byte[8 + sizeof(KvmMsrEntry)];
+        *(ulong*)buffer = 1;
+        *(KvmMsrEntry*)(buffer + 8) = new KvmMsrEntry { Index = Msr.TimeStampCounter, Data = HostClock.TimeStampCounter };
+        _ = LibC.ioctl(_file, KvmRequest.SetMsrs, buffer);
     }
 
     /// <summary>
@@ -397,6 +417,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             dirty |= KvmSyncRegs.Sregs;
         }
 
+        if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
+            _writes->Flush();
         if (_writes->Count != 0 || _writes->FlushPending != 0)
         {
             // At CPL 0: stores, flush, then IRETQ.
@@ -477,16 +499,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>
-    /// Writes the chain of gadgets, from its end: IRET frame, RCX, stores of few neighbours, runs, root.
+    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root, stores of few neighbours, runs. The root is loaded
+    /// after the stores, because that is what flushes what was derived from the entries before them.
     /// </summary>
     private void BuildChain()
     {
         ulong* top = PushIretFrame();
         *--top = _intended->Rcx;
-        ulong gadget = PushStores(ref top);
-
-        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
-        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
+        ulong gadget = _code.RestoreAndIret;
         if (_writes->FlushPending != 0)
         {
             *--top = gadget;
@@ -494,24 +514,27 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             gadget = _code.LoadRoot;
         }
 
+        gadget = PushStores(ref top, gadget);
+
+        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
+        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
         _run->Regs.Rip = gadget;
         _run->Regs.Rsp = Address(top);
         _run->Regs.Rflags = (ulong)Rflags.Fixed;
     }
 
-    /// <summary>Gadgets that store entry by entry, before the restored RCX.</summary>
+    /// <summary>Gadgets that store entry by entry; the last needs no RET where nothing but the way back follows.</summary>
     /// <returns>The gadget to start with.</returns>
-    private ulong PushStores(ref ulong* top)
+    private ulong PushStores(ref ulong* top, ulong gadget)
     {
         int inGadget = 0;
-        ulong gadget = _code.RestoreAndIret;
-        bool final = true;
+        bool final = gadget == _code.RestoreAndIret;
         for (int i = 0; i < _writes->Count; i++)
         {
             ref PageTableWriteQueue.Run run = ref (*_writes)[i];
             for (ulong entry = 0; run.Count < RunsFrom && entry < run.Count; entry++)
             {
-                if (inGadget == MonitorCode.MaxStores)
+                if (inGadget == MonitorCode.MaxStores || (inGadget == 0 && !final))
                 {
                     *--top = gadget;
                     final = false;

@@ -24,6 +24,16 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public GdtWindow GdtWindow => default;
 
+    public int* KickPending => throw new NotSupportedException();
+
+    public void SetTaskSwitched(bool value) => throw new NotSupportedException();
+
+    public void SetTimeStampDisable(bool value) => throw new NotSupportedException();
+
+    public void SetXcr0(ulong value) => throw new NotSupportedException();
+
+    public void SetDebugRegisters(ReadOnlySpan<ulong> values) => throw new NotSupportedException();
+
     public VcpuExit Run() => throw new NotSupportedException();
 
     public void WaitForKick(long deadline) => _kicked.Wait();

@@ -108,7 +108,7 @@ public static class BusyboxInitramfs
             cpio.AddFile("bin/busybox", busybox, ExecutableMode);
         foreach (string applet in applets)
         {
-            if (!replaced.Contains("bin/" + applet) && !endings.Contains(applet))
+            if (!replaced.Contains("bin/" + applet))
                 cpio.AddSymlink("bin/" + applet, "busybox");
         }
 
@@ -117,7 +117,6 @@ public static class BusyboxInitramfs
             new("init", Encoding.UTF8.GetBytes(InitScript(options)), Executable: true),
             new("etc/passwd", "root::0:0:root:/root:/bin/sh\n"u8.ToArray()),
             new("etc/group", "root:x:0:\n"u8.ToArray()),
-            .. endings.Select(command => new InitramfsFile("bin/" + command, EndingScript(command), Executable: true)),
         ];
         if (options.InitScript is { } script)
             files.Add(new InitramfsFile(ScriptPath, Encoding.UTF8.GetBytes(script.ReplaceLineEndings("\n")), Executable: true));
@@ -138,13 +137,8 @@ public static class BusyboxInitramfs
         }
     }
 
-    // What ends the guest. Busybox's own commands signal init, which is a script here and hears nothing while the shell runs.
-    // The shell is not run in the background for that: it, and all below it, would then ignore SIGINT.
-    static readonly string[] endings = ["poweroff", "reboot", "halt"];
-
-    static byte[] EndingScript(string command) => Encoding.UTF8.GetBytes($"#!/bin/sh\nsync\nexec busybox {command} -f\n");
-
-    // Process 1.
+    // Process 1. It stays in `wait` while the shell runs, so that the signals by which busybox's poweroff, reboot and halt
+    // speak to init are acted on at once.
     static string InitScript(BusyboxInitramfsOptions options)
     {
         string banner = options.Banner switch
@@ -160,7 +154,8 @@ public static class BusyboxInitramfs
                   stty -echo </dev/console
                   run sh /dev/tty ;;
               *)
-                  run sh -l ;;
+                  # What a shell script starts in the background ignores SIGINT for good, but for login, which sets it back.
+                  run login -f root ;;
               esac
               """
             : $$"""
@@ -176,13 +171,18 @@ public static class BusyboxInitramfs
             mount -t devpts devpts /dev/pts
             mount -t tmpfs tmpfs /run
             hostname {{Quote(options.Hostname)}}
+            trap 'sync; poweroff -f' USR2
+            trap 'sync; reboot -f' TERM
+            trap 'sync; halt -f' USR1
             run() {
-                setsid cttyhack "$@"
+                setsid cttyhack "$@" &
+                wait $!
             }
             cd /root
             {{banner}}
             {{work}}
-            poweroff
+            sync
+            poweroff -f
 
             """.ReplaceLineEndings("\n");
     }

@@ -222,4 +222,18 @@ public sealed unsafe class MemoryOpTests
         Assert.That(*(ulong*)(machine.Data + 256), Is.EqualTo(Frame(40).Value));
         Assert.That(new ReadOnlySpan<byte>(machine.Entry(40, 0), 4096).ContainsAnyExcept((byte)0), Is.False);
     }
+
+    [Test]
+    public void A_frame_that_comes_back_may_still_be_in_a_TLB()
+    {
+        // Mapped writable and used, then unmapped without a flush, given up, and had again: its next use may be a page table.
+        using TestMachine machine = NewMachine();
+        Assert.That(machine.Update(3, 50, new PageTableEntry(Frame(20), Leaf)), Is.Zero);
+        Assert.That(machine.Update(3, 50, default), Is.Zero);
+        Assert.That(machine.Reservation(1, [Frame(20).Value]), Is.EqualTo(1));
+        machine.Queue->FlushPending = 0;
+        Assert.That(machine.Reservation(6, [0x100]), Is.EqualTo(1));
+        Assert.That(*(ulong*)(machine.Data + 256), Is.EqualTo(Frame(20).Value));
+        Assert.That(machine.Queue->FlushPending, Is.EqualTo(1));
+    }
 }

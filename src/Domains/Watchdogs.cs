@@ -43,10 +43,11 @@ internal sealed class Watchdogs : IDisposable
         return 0;
     }
 
+    /// <summary>Disarms all. Once this returns none is running out any more.</summary>
     public void Dispose()
     {
         foreach (Timer? timer in _timers)
-            timer?.Dispose();
+            timer?.DisposeAsync().AsTask().GetAwaiter().GetResult();
     }
 
     private void Start(int index, uint seconds)

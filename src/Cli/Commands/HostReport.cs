@@ -17,6 +17,7 @@ internal sealed record HostReportRow(string Name, string Value, string Meaning);
 /// <summary>What the probes found, see <see cref="HostCapabilities"/>.</summary>
 internal sealed record KvmReport(
     bool ShadowPageTables,
+    bool StoresNeedFlush,
     int SyscallEntryLevel,
     bool Slot256Usable,
     string SoftwareInterruptVector,
@@ -24,6 +25,9 @@ internal sealed record KvmReport(
     uint TscKiloHertz,
     long TscOffset,
     bool FlatSegmentLoads,
+    bool TaskSwitchedTraps,
+    bool TimeStampDisableTraps,
+    bool DebugRegistersWork,
     int MaxVcpus);
 
 /// <summary>Everything that <c>xensharp info</c> knows.</summary>
@@ -96,6 +100,13 @@ internal sealed record HostReport
         yield return new("Page tables", kvm.ShadowPageTables ? "shadowed" : "two-dimensional", kvm.ShadowPageTables
             ? "KVM walks copies of the guest's page tables, so each change is repeated inside the VM: slower."
             : "The processor walks the guest's page tables itself: changes need no exit from the VM.");
+        if (kvm.ShadowPageTables)
+        {
+            yield return new("Repeated stores", kvm.StoresNeedFlush ? "with a flush" : "seen at once", kvm.StoresNeedFlush
+                ? "KVM takes changed entries over when translations are flushed, so each batch ends in a flush."
+                : "KVM takes changed entries over as they are stored.");
+        }
+
         yield return new("SYSCALL entry", $"CPL {kvm.SyscallEntryLevel}", kvm.SyscallEntryLevel == 0
             ? "Hypercalls enter the monitor in ring 0, as on hardware."
             : "This KVM's SYSCALL stays in ring 3; the monitor's entry page is open to it, with the one port it needs.");
@@ -113,11 +124,21 @@ internal sealed record HostReport
         yield return new("Flat segment loads", kvm.FlatSegmentLoads ? "native" : "emulated", kvm.FlatSegmentLoads
             ? "Guests load Xen's flat selectors without leaving the VM."
             : "Loads of Xen's flat selectors fault and are emulated.");
+        yield return new("CR0.TS", kvm.TaskSwitchedTraps ? "traps" : "has no effect", kvm.TaskSwitchedTraps
+            ? "Guests may switch their FPU state lazily."
+            : "Guests that switch their FPU state lazily mix it up; Linux does not.");
+        yield return new("CR4.TSD", kvm.TimeStampDisableTraps ? "traps" : "has no effect", kvm.TimeStampDisableTraps
+            ? "A guest can keep its processes from reading the time-stamp counter."
+            : "A guest's processes can always read the time-stamp counter.");
+        yield return new("Debug registers", kvm.DebugRegistersWork ? "work" : "have no effect", kvm.DebugRegistersWork
+            ? "Hardware breakpoints of guests are hit."
+            : "Hardware breakpoints of guests are never hit; single-step and INT3 work.");
         yield return new("Virtual CPUs", kvm.MaxVcpus.ToString(CultureInfo.InvariantCulture), "The most that one VM can have.");
     }
 
     private static KvmReport Report(HostCapabilities capabilities) => new(
         capabilities.ShadowPageTables,
+        capabilities.StoresNeedFlush,
         capabilities.SyscallEntryLevel,
         capabilities.Slot256Usable,
         capabilities.SoftwareInterruptVector.ToString(),
@@ -125,6 +146,9 @@ internal sealed record HostReport
         capabilities.TimeStampCounter.KiloHertz,
         capabilities.TimeStampCounter.Offset,
         capabilities.FlatSegmentLoads,
+        capabilities.TaskSwitchedTraps,
+        capabilities.TimeStampDisableTraps,
+        capabilities.DebugRegistersWork,
         capabilities.MaxVcpus);
 }
 

@@ -275,4 +275,29 @@ public sealed unsafe class MmuUpdateTests
         Assert.That(machine.Context->State->OwnedPages, Is.EqualTo(owned - 1));
         Assert.That(machine.Update(L1, 5, Entry(Page)), Is.EqualTo(-(long)Errno.EBUSY));
     }
+
+    [Test]
+    public void Walks_through_an_upper_entry_that_is_gone_are_flushed([Values] bool inGuest, [Range(1, 4)] int level)
+    {
+        using var machine = new TestMachine(inGuest: inGuest);
+        *machine.Entry(20, 1) = level == 1 ? Entry(21) : Entry(21, Branch);
+        Assert.That(machine.Pin(level, 20), Is.Zero);
+        machine.Queue->FlushPending = 0;
+        Assert.That(machine.Update(20, 2, level == 1 ? Entry(22) : Entry(22, Branch)), Is.Zero);
+        Assert.That(machine.Queue->FlushPending, Is.Zero, "nothing was there");
+        Assert.That(machine.Update(20, 1, default), Is.Zero);
+        Assert.That(machine.Queue->FlushPending, Is.EqualTo(level > 1 && !inGuest ? 1 : 0), "of an L1 the guest asks for it");
+    }
+
+    [Test]
+    public void A_page_that_was_writable_is_flushed_before_it_is_a_table([Values] bool inGuest, [Values] bool asGdt)
+    {
+        using var machine = new TestMachine(inGuest: inGuest);
+        Assert.That(machine.Update(3, 50, Entry(20)), Is.Zero);
+        Assert.That(machine.Update(3, 50, default), Is.Zero);
+        Assert.That(machine.Queue->FlushPending, Is.Zero);
+        Errno error = PageTables.GetPageAndType(machine.Vcpu, Frame(20), asGdt ? PageType.SegmentDescriptors : PageType.L1PageTable, out _);
+        Assert.That(error, Is.EqualTo(Errno.None));
+        Assert.That(machine.Queue->FlushPending, Is.EqualTo(inGuest ? 0 : 1));
+    }
 }

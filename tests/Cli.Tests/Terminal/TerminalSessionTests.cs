@@ -191,14 +191,30 @@ public sealed class TerminalSessionTests
         Descriptors.Close(writeEnd);
     }
 
+    private static string[] ThreadNames()
+        => [.. Directory.GetDirectories("/proc/self/task").Select(static task =>
+        {
+            try
+            {
+                return File.ReadAllText(Path.Combine(task, "comm")).TrimEnd();
+            }
+            catch (IOException)
+            {
+                return "gone";
+            }
+        })];
+
     [Test]
     public async Task An_input_that_cannot_be_read_is_reported_and_the_domain_runs_on()
     {
         (int readEnd, int writeEnd) = Descriptors.Pipe();
-        Task<SessionEnd> session = new TerminalSession(writeEnd, _terminal.Slave).RunAsync(_domain.Console, _domain.Completion);
         Descriptors.Close(readEnd); // Makes poll(2) return for the write end, which cannot be read.
+        Task<SessionEnd> session = new TerminalSession(writeEnd, _terminal.Slave).RunAsync(_domain.Console, _domain.Completion);
         _domain.Print("running"u8);
         Assert.That(ReadScreen(7), Is.EqualTo("running"u8.ToArray()));
+
+        // Before the domain ends the reader must have met its error, on which its thread ends.
+        Assert.That(() => ThreadNames(), Does.Not.Contain("console input").After(20_000, 10));
         _domain.PowerOff();
         Assert.That((await session).InputFailure, Is.EqualTo("The console's input cannot be read: Bad file descriptor."));
         Assert.That(_domain.InputProduced, Is.Zero);

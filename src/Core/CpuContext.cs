@@ -72,6 +72,15 @@ public enum ExceptionVector : byte
     ControlProtection = 21,
 }
 
+/// <summary>What the processor does on an exception.</summary>
+public static class ExceptionVectors
+{
+    /// <summary>Whether an error code is pushed for the vector (Intel SDM volume 3, 6.13).</summary>
+    public static bool PushesErrorCode(this ExceptionVector vector)
+        => vector is ExceptionVector.DoubleFault or (>= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault)
+            or ExceptionVector.AlignmentCheck or ExceptionVector.ControlProtection;
+}
+
 /// <summary>Page-fault error code bits (Intel SDM volume 3, 4.7).</summary>
 [Flags]
 public enum PageFaultError : uint

@@ -286,14 +286,10 @@ internal sealed unsafe class Vcpu : IDisposable
                 Domain.Crash(this, $"The processor raised {vector} in the guest.");
                 return;
             default:
-                InjectTrap(vector, PushesErrorCode(vector) ? errorCode : null);
+                InjectTrap(vector, vector.PushesErrorCode() ? errorCode : null);
                 return;
         }
     }
-
-    private static bool PushesErrorCode(ExceptionVector vector)
-        => vector is >= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault or ExceptionVector.AlignmentCheck
-            or ExceptionVector.ControlProtection;
 
     private void Apply(in EmulationResult result, ExceptionVector vector, uint? errorCode)
     {
@@ -309,7 +305,7 @@ internal sealed unsafe class Vcpu : IDisposable
         if (result.Vector == ExceptionVector.PageFault && !result.IsSoftwareInterrupt)
             InjectPageFault(result.FaultAddress, result.ErrorCode);
         else
-            InjectTrap(result.Vector, !result.IsSoftwareInterrupt && PushesErrorCode(result.Vector) ? result.ErrorCode : null);
+            InjectTrap(result.Vector, !result.IsSoftwareInterrupt && result.Vector.PushesErrorCode() ? result.ErrorCode : null);
     }
 
     private void HandlePageFault(uint errorCode)

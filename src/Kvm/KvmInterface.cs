@@ -19,8 +19,6 @@ internal static class KvmRequest
     public const int SetTssAddress = 0xAE47;
     public const int SetIdentityMapAddress = 0x4008AE48;
     public const int Run = 0xAE80;
-    public const int GetRegs = unchecked((int)0x8090AE81);
-    public const int SetRegs = 0x4090AE82;
     public const int GetSregs = unchecked((int)0x8138AE83);
     public const int SetSregs = 0x4138AE84;
     public const int GetMsrs = unchecked((int)0xC008AE88);
@@ -40,14 +38,9 @@ internal static class KvmRequest
 internal enum KvmCapability
 {
     UserMemory = 3,
-    NrMemorySlots = 10,
     SyncRegs = 74,
     ImmediateExit = 136,
-    NrVcpus = 9,
     MaxVcpus = 66,
-    Xcrs = 56,
-    TscControl = 60,
-    GetTscKhz = 61,
 }
 
 /// <summary>KVM_EXIT_* reasons.</summary>

@@ -687,16 +687,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Flags as CPL 3 may have them: those it can set by itself, and interrupts on.</summary>
     private static ulong GuestFlags(ulong flags) => (flags & UserFlags) | (ulong)(Rflags.Fixed | Rflags.InterruptEnable);
 
-    private static bool PushesErrorCode(ExceptionVector vector)
-        => vector is ExceptionVector.DoubleFault or (>= ExceptionVector.InvalidTss and <= ExceptionVector.PageFault)
-            or ExceptionVector.AlignmentCheck or ExceptionVector.ControlProtection;
-
     /// <summary>Replaces the monitor's RIP, RSP and RFLAGS by those that the processor pushed.</summary>
     private VcpuExit TakeException(ExceptionVector vector)
     {
         ulong* frame = _pages.ExceptionStack - 5;
-        uint errorCode = PushesErrorCode(vector) ? (uint)frame[-1] : 0;
-        ulong expected = _pages.ExceptionStackTop - (5 * sizeof(ulong)) - (PushesErrorCode(vector) ? 8UL : 0UL);
+        uint errorCode = vector.PushesErrorCode() ? (uint)frame[-1] : 0;
+        ulong expected = _pages.ExceptionStackTop - (5 * sizeof(ulong)) - (vector.PushesErrorCode() ? 8UL : 0UL);
         if (_run->Regs.Rsp != expected || (frame[1] & 3) == 0)
         {
             return new VcpuExit(

@@ -77,6 +77,26 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         return FindBusybox(folder) ?? throw Damaged(folder);
     }
 
+    /// <summary>The unpacked files of any package, without those that it depends on, fetched first if it is not there.</summary>
+    /// <param name="package">The package's name.</param>
+    /// <param name="content">A path relative to the package's root that it must hold, with no wildcard.</param>
+    /// <param name="progress">Told what is done.</param>
+    /// <param name="cancellation">Ends the fetch.</param>
+    /// <returns>The folder that stands for the root of the file system.</returns>
+    /// <exception cref="GuestFetchException">It cannot be had; the message says why and what to do.</exception>
+    /// <exception cref="OperationCanceledException">Cancelled; the cache is as it was.</exception>
+    public Task<string> GetPackageAsync(
+        string package, string content, IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
+    {
+        ArgumentException.ThrowIfNullOrEmpty(package);
+        ArgumentException.ThrowIfNullOrEmpty(content);
+        return GetAsync(
+            new Recipe(package, found => found.Name, folder => Path.Exists(Path.Combine(folder, content)), content), progress, cancellation);
+    }
+
+    /// <summary>The version of a package that <see cref="GetPackageAsync"/> unpacked into a folder.</summary>
+    public static string VersionOf(string folder) => File.ReadAllText(VersionFile(folder)).Trim();
+
     // What to fetch: the package to ask for, the package it leads to (null: none), how to tell the right content, and its name.
     sealed record Recipe(string Package, Func<AptPackage, string?> Target, Func<string, bool> IsGood, string Content);
 

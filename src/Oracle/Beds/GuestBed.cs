@@ -1,0 +1,58 @@
+// What a test bed is: a hypervisor that runs guests and says what they printed and how they ended.
+namespace XenSharp.Oracle.Beds;
+
+/// <summary>One guest to run in a bed.</summary>
+/// <param name="Name">1 to 40 of a–z, 0–9, '-' and '_'; different for each guest of a run.</param>
+/// <param name="Kernel">The kernel, an ELF image that any Xen domain builder takes.</param>
+public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
+{
+    /// <summary>The initial ramdisk; empty for none.</summary>
+    public ReadOnlyMemory<byte> Ramdisk { get; init; }
+
+    /// <summary>The kernel's command line.</summary>
+    public string CommandLine { get; init; } = string.Empty;
+
+    /// <summary>Memory in MiB.</summary>
+    public int MemoryMiB { get; init; } = 32;
+
+    /// <summary>vCPUs, at least 1.</summary>
+    public int Vcpus { get; init; } = 1;
+
+    /// <summary>How long it may run before it is taken for hung and destroyed.</summary>
+    public TimeSpan Timeout { get; init; } = TimeSpan.FromSeconds(20);
+}
+
+/// <summary>How a guest ended: a reason of SCHEDOP_shutdown (public sched.h), or what was done to it.</summary>
+public enum GuestEnding
+{
+    PowerOff,
+    Reboot,
+    Suspend,
+
+    /// <summary>It said so itself, or the hypervisor crashed it.</summary>
+    Crash,
+    Watchdog,
+    SoftReset,
+
+    /// <summary>It ran longer than <see cref="BedGuest.Timeout"/> and was destroyed.</summary>
+    TimedOut,
+}
+
+/// <summary>What came of one guest.</summary>
+/// <param name="Name">The <see cref="BedGuest.Name"/>.</param>
+/// <param name="Console">All that it printed, and on some beds lines of the hypervisor's between.</param>
+/// <param name="Ending">How it ended.</param>
+/// <param name="Report">What the hypervisor had to say of its end, for people; empty if nothing.</param>
+public sealed record GuestRun(string Name, string Console, GuestEnding Ending, string Report = "");
+
+/// <summary>A hypervisor to run guests on. A bed is used by one caller at a time.</summary>
+public interface IGuestBed
+{
+    /// <summary>What it is, for headings: "Xen 4.17.7 (domU)".</summary>
+    string Name { get; }
+
+    /// <summary>Runs guests, one after another, each in a domain of its own, in as few boots of the hypervisor as it can.</summary>
+    /// <returns>One result per guest, in the same order, each as soon as it is there.</returns>
+    /// <exception cref="OracleException">The bed cannot be set up, or broke down; the message says what to do.</exception>
+    IAsyncEnumerable<GuestRun> RunAsync(IReadOnlyList<BedGuest> guests, CancellationToken cancellation = default);
+}

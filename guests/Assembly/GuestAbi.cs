@@ -13,6 +13,8 @@ public enum GuestHypercall : uint
     StackSwitch = 3,
     SetCallbacks = 4,
     FpuTaskswitch = 5,
+    SchedOpCompat = 6,
+    PlatformOp = 7,
     SetDebugreg = 8,
     GetDebugreg = 9,
     UpdateDescriptor = 10,
@@ -20,19 +22,33 @@ public enum GuestHypercall : uint
     Multicall = 13,
     UpdateVaMapping = 14,
     SetTimerOp = 15,
+    EventChannelOpCompat = 16,
     XenVersion = 17,
     ConsoleIo = 18,
+    PhysdevOpCompat = 19,
     GrantTableOp = 20,
     VmAssist = 21,
+    UpdateVaMappingOtherdomain = 22,
     Iret = 23,
     VcpuOp = 24,
     SetSegmentBase = 25,
     MmuextOp = 26,
+    XsmOp = 27,
     NmiOp = 28,
     SchedOp = 29,
     CallbackOp = 30,
     EventChannelOp = 32,
     PhysdevOp = 33,
+    HvmOp = 34,
+    Sysctl = 35,
+    Domctl = 36,
+    KexecOp = 37,
+    TmemOp = 38,
+    ArgoOp = 39,
+    XenpmuOp = 40,
+    DmOp = 41,
+    HypfsOp = 42,
+    Mca = 48,
 }
 
 /// <summary>Types of the notes that Xen's domain builder reads (public elfnote.h); their owner is "Xen".</summary>
@@ -102,6 +118,7 @@ public static class ConsoleRingOffset
 public static class SharedInfoOffset
 {
     public const int VcpuInfo = 0;
+    public const int VcpuInfoSize = 64;
     public const int EvtchnPending = 2048;
     public const int EvtchnMask = 2560;
 }

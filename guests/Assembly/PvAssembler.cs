@@ -83,6 +83,15 @@ public sealed class PvAssembler
         return address;
     }
 
+    /// <summary>Reserves zeroed, writable memory up to an address; it takes no room in the file where nothing is defined behind it.</summary>
+    /// <exception cref="InvalidOperationException">What was reserved before goes beyond <paramref name="start"/>.</exception>
+    public void ReserveRange(ulong start, ulong end)
+    {
+        ulong used = ImageBase + (ulong)data.Count;
+        if (used > start)
+            throw new InvalidOperationException($"The guest's data is {used - start} bytes too long.");
+        Extend((int)(end - ImageBase));
+    }
 
     /// <summary>Emits the hypercall; the arguments are already in RDI, RSI, RDX, R10 and R8, the result comes in RAX.</summary>
     public void Hypercall(GuestHypercall number)

@@ -14,7 +14,9 @@ namespace XenSharp.Guests.Assembly;
 /// </remarks>
 public sealed class PvConsole
 {
-    const ulong Mach2PhysVirtStart = 0xffff800000000000;
+    /// <summary>Where the machine-to-physical table is, if the hypervisor does not say (MACH2PHYS_VIRT_START of xen-x86_64.h).</summary>
+    internal const ulong Mach2PhysVirtStart = 0xffff800000000000;
+
     const int XenmemMachphysMapping = 12;
     const int EvtchnopSend = 4;
     const int SchedopYield = 0;
@@ -56,7 +58,7 @@ public sealed class PvConsole
     /// <summary>Address of the 8-byte variable that holds the virtual address of start_info after the initialisation.</summary>
     public ulong StartInfoVariable => startInfo;
 
-    /// <summary>Address where the shared info page is mapped, once <see cref="EmitMapSharedInfo"/> has run.</summary>
+    /// <summary>Address where the shared info page is mapped, once <see cref="EmitMapSharedInfo()"/> has run.</summary>
     public ulong SharedInfoAddress => sharedInfo;
 
     /// <summary>Emits, in line: keeps start_info (RSI) and finds the ring by way of the machine-to-physical table.</summary>
@@ -114,14 +116,17 @@ public sealed class PvConsole
     public void EmitReadCall() => code.call(read);
 
     /// <summary>Emits, in line: maps the shared info page; RAX is the result of HYPERVISOR_update_va_mapping.</summary>
-    public void EmitMapSharedInfo()
+    public void EmitMapSharedInfo() => EmitMapSharedInfo(sharedInfo);
+
+    /// <summary>Emits, in line: maps the shared info page at a page of the image; RAX is the result of HYPERVISOR_update_va_mapping.</summary>
+    internal void EmitMapSharedInfo(ulong address)
     {
         // Present, writable, accessed, dirty. The hypervisor adds the user bit that ring 3 needs, as for every kernel mapping.
         const int KernelPage = 0x63;
         code.mov(rax, __qword_ptr[startInfo]);
         code.mov(rsi, __qword_ptr[rax + StartInfoOffset.SharedInfo]);
         code.or(rsi, KernelPage);
-        code.mov(rdi, sharedInfo);
+        code.mov(rdi, address);
         code.mov(edx, UvmfInvlpg);
         guest.Hypercall(GuestHypercall.UpdateVaMapping);
     }

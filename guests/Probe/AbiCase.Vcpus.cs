@@ -1,0 +1,70 @@
+// Steps with more than one vCPU.
+using XenSharp.Guests.Assembly;
+
+namespace XenSharp.Guests.Probe;
+
+public sealed partial class AbiCase
+{
+    // struct vcpu_guest_context (public arch-x86/xen.h), by offset, for 64-bit guests.
+    private const int ContextSize = 5168;
+    private const int ContextFlags = 512;
+    private const int ContextRdi = 632;
+    private const int ContextRip = 648;
+    private const int ContextCs = 656;
+    private const int ContextRflags = 664;
+    private const int ContextRsp = 672;
+    private const int ContextSs = 680;
+    private const int ContextKernelSs = 4968;
+    private const int ContextKernelSp = 4976;
+    private const int ContextCr3 = 5008;
+    private const int ContextEventCallback = 5112;
+    private const int ContextFailsafeCallback = 5120;
+    private const int ContextSyscallCallback = 5128;
+
+    private const ulong InKernel = 1 << 2;
+    private const ulong FlatKernelCs = 0xe033;
+    private const ulong FlatKernelSs = 0xe02b;
+
+    // VCPUOP_* of public vcpu.h.
+    private const int Initialise = 0;
+    private const int Up = 1;
+
+    /// <summary>A struct vcpu_guest_context that starts another vCPU on steps of its own.</summary>
+    /// <param name="vcpu">1 to <see cref="ProbeLayout.MaxVcpus"/> − 1.</param>
+    /// <param name="steps">Writes its steps; they are printed when it is joined.</param>
+    public ScriptBuffer VcpuContext(int vcpu, Action<AbiCase> steps)
+    {
+        ArgumentNullException.ThrowIfNull(steps);
+        ArgumentOutOfRangeException.ThrowIfLessThan(vcpu, 1);
+        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(vcpu, ProbeLayout.MaxVcpus);
+        _script.RequireVcpus(vcpu + 1);
+        ulong script = _script.DefineScript(steps);
+        return Structure(
+            $"context{vcpu}", ContextSize,
+            (ContextFlags, 8, InKernel),
+            (ContextRdi, 8, script),
+            (ContextRip, 8, Value.Load(_script.Variables.SecondaryEntry)),
+            (ContextCs, 2, FlatKernelCs),
+            (ContextRflags, 8, 2),
+            (ContextRsp, 8, ProbeLayout.InterpreterStack(vcpu)),
+            (ContextSs, 2, FlatKernelSs),
+            (ContextKernelSs, 8, FlatKernelSs),
+            (ContextKernelSp, 8, ProbeLayout.EntryStack(vcpu)),
+            (ContextCr3, 8, Root << 12),
+            (ContextEventCallback, 8, UpcallHandler),
+            (ContextFailsafeCallback, 8, Handler((int)ProbeEntry.Failsafe)),
+            (ContextSyscallCallback, 8, Handler((int)ProbeEntry.Syscall)));
+    }
+
+    /// <summary>Initialises another vCPU and brings it up on steps of its own.</summary>
+    public void StartVcpu(int vcpu, Action<AbiCase> steps)
+    {
+        ScriptBuffer context = VcpuContext(vcpu, steps);
+        Hypercall((ulong)GuestHypercall.VcpuOp, $"vcpu_op(initialise, {vcpu}, {context.Name})", AnswerFormat.Result, Initialise, vcpu, context);
+        Hypercall((ulong)GuestHypercall.VcpuOp, $"vcpu_op(up, {vcpu})", AnswerFormat.Result, Up, vcpu, 0);
+    }
+
+    /// <summary>Waits until another vCPU is done with its steps. It goes down by itself.</summary>
+    public void Join(int vcpu, TimeSpan timeout)
+        => Step(StepOperation.Join, $"join vCPU {vcpu}", AnswerFormat.Number, [], [vcpu, (ulong)timeout.TotalNanoseconds]);
+}

@@ -1,0 +1,12 @@
+// The scripts about events, time, scheduling, other vCPUs, grants, and what the hypervisor says of itself.
+using XenSharp.Guests.Probe;
+
+namespace XenSharp.Guests.Scripts.Events;
+
+/// <summary>The area's scripts.</summary>
+internal static class EventScripts
+{
+    public static IEnumerable<AbiScript> Create() =>
+    [
+    ];
+}

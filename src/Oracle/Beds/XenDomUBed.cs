@@ -76,10 +76,11 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         int domainMiB = guests.Max(guest => guest.MemoryMiB) + DomainOverheadMiB;
         QemuOptions options = new(xen)
         {
-            CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M dom0_mem={dom0MiB}M,max:{dom0MiB}M",
+            CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M bootscrub=0 dom0_mem={dom0MiB}M,max:{dom0MiB}M",
             InitialRamdisk = $"{Multiboot.Module(dom0.Kernel, "console=hvc0 quiet panic=1 cryptomgr.notests")},{Multiboot.Module(initramfs)}",
             MemoryMiB = HypervisorMiB + dom0MiB + 2 * domainMiB,
-            Processors = 2,
+            // A second one makes it slower: emulated processors that wait for each other burn what the host has.
+            Processors = 1,
             Timeout = BootTimeout + guests.Aggregate(TimeSpan.Zero, (sum, guest) => sum + guest.Timeout + DomainTimeout),
             ReadChannel = ReadAsync,
             SwitchOff = switchOff.Token,
@@ -163,7 +164,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         return file.Length - before;
     }
 
-    // xl.cfg(5). What happens at the domain's end is not xl's business here: it is told not to wait for it.
+    // xl.cfg(5). The domain is left as it is at its end, so that xenconsoled can take the last that it printed.
     static string Configuration(BedGuest guest, int index)
     {
         string ramdisk = guest.Ramdisk.IsEmpty ? "" : $"ramdisk=\"/guests/{index}.ramdisk\"\n";
@@ -176,6 +177,11 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
             memory={guest.MemoryMiB}
             maxmem={guest.MemoryMiB}
             vcpus={guest.Vcpus}
+            on_poweroff="preserve"
+            on_reboot="preserve"
+            on_crash="preserve"
+            on_watchdog="preserve"
+            on_soft_reset="preserve"
 
             """.ReplaceLineEndings("\n");
     }

@@ -67,6 +67,10 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
             {
                 results.Writer.Complete(e);
             }
+            catch (IOException e)
+            {
+                results.Writer.Complete(new OracleException($"The results cannot be read from QEMU: {e.Message} Try again.", e));
+            }
             // Nothing more comes that anybody would wait for.
             await switchOff.CancelAsync().ConfigureAwait(false);
         }

@@ -1,6 +1,7 @@
 // What the tests of beds share: guests, hosts with and without QEMU, and what a run must not leave behind.
 using System.Runtime.Versioning;
 using System.Text;
+using System.Text.RegularExpressions;
 using XenSharp.Guests;
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Fetching;
@@ -51,12 +52,9 @@ static class BedTest
             runs.Add(run);
         return runs;
     }
-
-    /// <summary>The beds' temporary folders that are there now.</summary>
-    public static string[] TemporaryFolders => Directory.GetDirectories(Path.GetTempPath(), "xensharp-bed-*");
 }
 
-/// <summary>A host whose QEMU is the real one, or the cache's, behind a script that notes its process.</summary>
+/// <summary>A host whose QEMU is the real one, or the cache's, behind a script that notes its process and its arguments.</summary>
 sealed class WatchedQemu : IDisposable
 {
     readonly string folder = Directory.CreateTempSubdirectory("xensharp-oracle-test-").FullName;
@@ -69,7 +67,7 @@ sealed class WatchedQemu : IDisposable
         string variables = string.Concat(real.Environment.Select(variable => $"export {variable.Key}='{variable.Value}'\n"));
         string command = string.Join(' ', new[] { real.Path }.Concat(real.Arguments).Select(argument => $"'{argument}'"));
         string script = Path.Combine(watched.folder, "qemu-system-x86_64");
-        await File.WriteAllTextAsync(script, $"#!/bin/sh\necho $$ >>'{watched.folder}/pids'\n{variables}{then ?? $"exec {command} \"$@\""}\n");
+        await File.WriteAllTextAsync(script, $"#!/bin/sh\necho $$ >>'{watched.folder}/pids'\necho \"$*\" >>'{watched.folder}/arguments'\n{variables}{then ?? $"exec {command} \"$@\""}\n");
         File.SetUnixFileMode(script, UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute);
         return watched;
     }
@@ -79,7 +77,20 @@ sealed class WatchedQemu : IDisposable
     /// <summary>The processes that were started.</summary>
     public int[] Processes => [.. File.ReadAllLines(Path.Combine(folder, "pids")).Select(int.Parse)];
 
-    public static bool IsAlive(int process) => Directory.Exists($"/proc/{process}");
+    static bool IsAlive(int process) => Directory.Exists($"/proc/{process}");
+
+    /// <summary>Asserts that no process that was started and no temporary file that it was given is there any more.</summary>
+    public void AssertNothingLeft()
+    {
+        string arguments = File.ReadAllText(Path.Combine(folder, "arguments"));
+        string[] folders = [.. Regex.Matches(arguments, @"/[^\s,]*xensharp-bed-\w+").Select(match => match.Value).Distinct()];
+        Assert.Multiple(() =>
+        {
+            Assert.That(Processes.Where(IsAlive), Is.Empty);
+            Assert.That(folders, Is.Not.Empty);
+            Assert.That(folders.Where(Directory.Exists), Is.Empty);
+        });
+    }
 
     public void Dispose() => Directory.Delete(folder, recursive: true);
 }

@@ -77,7 +77,7 @@ public sealed class HostTests
     [Test]
     public async Task BytesComeThroughAsTheyAre()
     {
-        ResultReader reader = Reader("ready\nguest 0 w 4 18\n\r\n\0\u00ff(XEN) a\r\n(XEN) b\n\ndone\n");
+        ResultReader reader = Reader("ready\nguest 0 w 4 17\n\r\n\0\u00ff(XEN) a\r\n(XEN) b\n\ndone\n");
         Assert.That(await reader.ReadAsync(), Is.EqualTo(new GuestRun("only", "\r\n\0\u00ff", GuestEnding.Watchdog, "a\nb\n")));
         Assert.That(await reader.ReadAsync(), Is.Null);
         Assert.That(reader.IsDone, Is.True);

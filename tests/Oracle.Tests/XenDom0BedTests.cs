@@ -11,8 +11,9 @@ public sealed class XenDom0BedTests
     [Test]
     public async Task GuestsRunAsDom0()
     {
+        using WatchedQemu qemu = await WatchedQemu.MakeAsync();
         List<GuestRun> runs = await BedTest.RunAsync(
-            new XenDom0Bed(BedTest.Cache),
+            new XenDom0Bed(BedTest.Cache, null, qemu.Host),
             BedTest.Tiny("spin", TinyGuestBehaviour.SpinForever) with { Timeout = TimeSpan.FromSeconds(1) },
             BedTest.Tiny("power-off") with { CommandLine = "a,comma", Ramdisk = new byte[5000], Vcpus = 2 },
             BedTest.Tiny("reboot", TinyGuestBehaviour.Reboot),
@@ -35,7 +36,7 @@ public sealed class XenDom0BedTests
             Assert.That(runs[4].Report, Does.Contain("#UD"));
             Assert.That(runs[^1].Console == "I am flood\n" + BedTest.Flood(1 << 20), Is.True, "a mebibyte comes through to the byte");
         });
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 
     [Test]
@@ -51,10 +52,10 @@ public sealed class XenDom0BedTests
     public async Task AXenThatDoesNotComeUpIsAnError()
     {
         // A kernel that Xen cannot build a dom0 from makes it panic.
+        using WatchedQemu qemu = await WatchedQemu.MakeAsync();
         BedGuest bad = new("bad", new byte[5000]);
-        Assert.That(() => BedTest.RunAsync(new XenDom0Bed(BedTest.Cache), bad),
+        Assert.That(() => BedTest.RunAsync(new XenDom0Bed(BedTest.Cache, null, qemu.Host), bad),
             Throws.InstanceOf<OracleException>().With.Message.Contains("Xen panicked").And.Message.Contains("Could not construct domain 0"));
-        await Task.CompletedTask;
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 }

@@ -40,8 +40,7 @@ public sealed class XenDomUBedTests
         runs = inOrder.ToDictionary(run => run.Name);
         name = bed.Name;
         Assert.That(qemu.Processes, Has.Length.EqualTo(1), "all guests share one boot");
-        Assert.That(qemu.Processes.Any(WatchedQemu.IsAlive), Is.False);
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 
     [Test]
@@ -118,7 +117,7 @@ public sealed class XenDomUBedTests
             }
         })!;
         Assert.That(error.Message, Does.Contain("QEMU ended with status 137").And.Contain("(XEN) "));
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 
     [Test]
@@ -131,8 +130,7 @@ public sealed class XenDomUBedTests
             Assert.That(run.Name, Is.EqualTo("first"));
             break;
         }
-        Assert.That(WatchedQemu.IsAlive(qemu.Processes.Single()), Is.False);
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 
     [Test]
@@ -146,8 +144,7 @@ public sealed class XenDomUBedTests
             await foreach (GuestRun _ in bed.RunAsync([BedTest.Tiny("first")], cancel.Token))
                 Assert.Fail("Xen does not boot in a second.");
         }, Throws.InstanceOf<OperationCanceledException>());
-        Assert.That(qemu.Processes.Any(WatchedQemu.IsAlive), Is.False);
-        Assert.That(BedTest.TemporaryFolders, Is.Empty);
+        qemu.AssertNothingLeft();
     }
 
     [Test]

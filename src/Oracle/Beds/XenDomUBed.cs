@@ -56,23 +56,25 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         ResultReader? reader = null;
         async Task ReadAsync(Stream stream)
         {
+            OracleException? error = null;
+            reader = new ResultReader(stream, guests);
             try
             {
-                reader = new ResultReader(stream, guests);
                 while (await reader.ReadAsync().ConfigureAwait(false) is { } result)
                     results.Writer.TryWrite(result);
-                results.Writer.Complete();
             }
             catch (OracleException e)
             {
-                results.Writer.Complete(e);
+                error = e;
             }
             catch (IOException e)
             {
-                results.Writer.Complete(new OracleException($"The results cannot be read from QEMU: {e.Message} Try again.", e));
+                error = new OracleException($"The results cannot be read from QEMU: {e.Message} Try again.", e);
             }
-            // Nothing more comes that anybody would wait for.
-            await switchOff.CancelAsync().ConfigureAwait(false);
+            results.Writer.Complete(error);
+            // Nothing more comes that anybody would wait for. Otherwise the channel has ended because the machine has.
+            if (reader.IsDone || error is not null)
+                await switchOff.CancelAsync().ConfigureAwait(false);
         }
 
         // dom0 holds each guest's files twice while it unpacks its initramfs; a domain can still be on its way out when the next is made.

@@ -6,6 +6,7 @@ using XenSharp.Guests;
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Fetching;
 using XenSharp.Oracle.Beds;
+using static Iced.Intel.AssemblerRegisters;
 
 // Everything tested here is for Linux hosts.
 [assembly: SupportedOSPlatform("linux")]
@@ -33,6 +34,21 @@ static class BedTest
         guest.Shutdown((GuestShutdownReason)reason);
         console.EmitRoutines();
         return new BedGuest(name, guest.Build(new GuestIdentity("xensharp-test")));
+    }
+
+    /// <summary>Prints the command line that it was given, which is <paramref name="commandLine"/>, and powers off.</summary>
+    public static BedGuest Repeat(string name, string commandLine)
+    {
+        PvAssembler guest = new();
+        PvConsole console = new(guest);
+        console.EmitInitialise();
+        guest.Code.mov(rdi, __qword_ptr[console.StartInfoVariable]);
+        guest.Code.add(rdi, StartInfoOffset.CmdLine);
+        guest.Code.mov(esi, commandLine.Length);
+        console.EmitWriteCall();
+        guest.Shutdown(GuestShutdownReason.PowerOff);
+        console.EmitRoutines();
+        return new BedGuest(name, guest.Build(new GuestIdentity("xensharp-test"))) { CommandLine = commandLine };
     }
 
     /// <summary>What <see cref="TinyGuestBehaviour.ConsoleFlood"/> prints after its message.</summary>

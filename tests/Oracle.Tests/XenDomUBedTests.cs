@@ -9,6 +9,8 @@ namespace XenSharp.Oracle.Tests;
 [NonParallelizable]
 public sealed class XenDomUBedTests
 {
+    const string CommandLine = "a \"quoted\" back\\slash and 'more', with commas";
+
     static readonly BedGuest[] Guests =
     [
         BedTest.Tiny("power-off"),
@@ -21,10 +23,8 @@ public sealed class XenDomUBedTests
         BedTest.ShutDown("watchdog", 4),
         BedTest.ShutDown("soft-reset", 5),
         BedTest.ShutDown("no-such-reason", 77),
-        BedTest.Tiny("large") with
-        {
-            MemoryMiB = 200, Vcpus = 3, CommandLine = "a \"quoted\" back\\slash and 'more', with commas", Ramdisk = new byte[5000],
-        },
+        BedTest.Tiny("large") with { MemoryMiB = 200, Vcpus = 3, Ramdisk = new byte[5000] },
+        BedTest.Repeat("repeat", CommandLine),
     ];
 
     Dictionary<string, GuestRun> runs = [];
@@ -70,6 +70,7 @@ public sealed class XenDomUBedTests
     [TestCase("ud2", "I am ud2\n")]
     [TestCase("suspend", "reason 2\n")]
     [TestCase("large", "I am large\n")]
+    [TestCase("repeat", CommandLine)]
     public void TheConsoleIsWhatThisGuestPrintedAndNoMore(string guest, string console) =>
         Assert.That(runs[guest].Console, Is.EqualTo(console));
 

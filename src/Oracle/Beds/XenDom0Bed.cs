@@ -20,7 +20,7 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
     // Xen itself, its console ring and frame table.
     const int HypervisorMiB = 128;
 
-    static readonly TimeSpan BootTimeout = TimeSpan.FromMinutes(1);
+    static readonly TimeSpan BootTimeout = TimeSpan.FromMinutes(2);
 
     /// <inheritdoc/>
     public string Name => $"Xen {XenPackages.Version(cache)} (dom0)";

@@ -13,6 +13,8 @@ namespace XenSharp.Oracle.Beds;
 /// Xen 4.17 with a dom0 of Debian's kernel and tools. All guests of a run share one boot; each is a domain of its own. The console
 /// is what the guest put into its ring, byte for byte (a character is a byte); the report is what Xen logged meanwhile.
 /// </summary>
+/// <remarks>A domain that shuts down with a reason that sched.h does not know counts as crashed; xl destroys it at once, so the last
+/// that it printed can be missing.</remarks>
 /// <param name="cache">Where QEMU, Xen and dom0 are kept; what is missing there is fetched.</param>
 /// <param name="progress">Told of fetches.</param>
 /// <param name="host">Looks for QEMU on the host; null for PATH.</param>

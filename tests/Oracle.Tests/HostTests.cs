@@ -123,5 +123,15 @@ public sealed class HostTests
         });
     }
 
+    [Test]
+    public void APanicOfXensIsNoEndOfTheGuests()
+    {
+        int ends = 0;
+        XenDom0Bed.Dom0Log log = new(() => { }, () => ends++);
+        foreach (string line in (string[])["(XEN) Freed 664kB init memory", "(XEN) Panic on CPU 0:", "(XEN) FATAL TRAP", "(XEN) Reboot in five seconds..."])
+            log.Add(line);
+        Assert.That((log.HasPanicked, log.Ending, ends), Is.EqualTo((true, (GuestEnding?)null, 1)));
+    }
+
     static ResultReader Reader(string sent) => new(new MemoryStream(Encoding.Latin1.GetBytes(sent)), [BedTest.Tiny("only")]);
 }

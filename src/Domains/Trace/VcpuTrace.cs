@@ -160,6 +160,9 @@ internal sealed unsafe class VcpuTrace
         {
             ReadInstruction();
         }
+
+        // What the trace itself takes is not counted.
+        _record.Start = _clock();
     }
 
     /// <summary>The guest was given an exception, as that which was begun or another, or a software interrupt.</summary>
@@ -174,6 +177,7 @@ internal sealed unsafe class VcpuTrace
     /// <param name="crashed">The domain cannot go on.</param>
     public void EndTrap(bool crashed)
     {
+        _record.Duration = _clock() - _record.Start;
         var vector = (ExceptionVector)_record.Vector;
         _record.RegistersWritten = Changed();
         if (_delivered)
@@ -192,7 +196,7 @@ internal sealed unsafe class VcpuTrace
             }
         }
 
-        End();
+        _stream.Append(_record);
     }
 
     /// <summary>Ends what was begun last.</summary>

@@ -15,7 +15,7 @@ public sealed class TraceText
 {
     private const int ForcedEmulationLength = 5;
     private const ulong ContinuationFlag = 0x8000_0000;
-    private const ulong EntryFlags = 0xfff | (0x7ffUL << 52);
+    private const ulong EntryFlags = 0xfff | (0xfffUL << 52);
     private const int LargestErrno = 4095;
     private const string Something = "*";
 

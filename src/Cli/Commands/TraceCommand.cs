@@ -8,6 +8,7 @@ using System.Text;
 using System.Text.Encodings.Web;
 using System.Text.Json;
 using Spectre.Console;
+using XenSharp.Cli.Hosting;
 using XenSharp.Core.Trace;
 using XenSharp.Tracing;
 
@@ -393,7 +394,7 @@ internal static class TraceCommand
         }
         catch (IOException failure)
         {
-            throw new UsageException($"The picture {path} cannot be written: {failure.Message.TrimEnd('.')}. Name another file with --svg.");
+            throw new UsageException($"The picture {path} cannot be written: {TraceOutput.Reason(failure.Message)}. Name another file with --svg.");
         }
     }
 }

@@ -65,7 +65,7 @@ internal sealed class ForegroundRun(KvmHost host)
         recorder.Dispose();
         if (recorder.Failure is not { } failure)
             return true;
-        Say($"The trace {path} ends early, since it could not be written ({failure.TrimEnd('.')}). Write it where there is room for it.");
+        Say($"The trace {path} ends early, since it could not be written ({TraceOutput.Reason(failure)}). Write it where there is room for it.");
         return false;
     }
 

@@ -9,6 +9,9 @@ namespace XenSharp.Cli.Hosting;
 /// <summary>Opens traces, with a sentence for everything that can be wrong with their file.</summary>
 internal static class TraceOutput
 {
+    /// <summary>The system's words without the file's name, which .NET puts behind them and the sentence has already.</summary>
+    internal static string Reason(string message) => message.Split(" : '")[0].TrimEnd('.');
+
     /// <summary>Begins a trace of a domain; a file of that name is written over.</summary>
     /// <param name="path">The file.</param>
     /// <param name="guest">The domain's name.</param>
@@ -36,7 +39,7 @@ internal static class TraceOutput
         }
         catch (IOException failure)
         {
-            throw new UsageException($"The trace {path} cannot be written: {failure.Message.TrimEnd('.')}. Name another file with --trace.");
+            throw new UsageException($"The trace {path} cannot be written: {Reason(failure.Message)}. Name another file with --trace.");
         }
     }
 }

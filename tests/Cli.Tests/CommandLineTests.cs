@@ -64,7 +64,7 @@ public sealed class CommandLineTests
     [TestCase("demo --tiny --trace text", "/nonexistent/kvm does not exist")]
     [TestCase("trace", "Required argument missing")]
     [TestCase("trace summary", "See xensharp trace summary --help.")]
-    [TestCase("trace diff trace", "See xensharp trace diff --help.")]
+    [TestCase("trace diff good", "See xensharp trace diff --help.")]
     [TestCase("trace missing", "There is no file")]
     [TestCase("trace .", "is a folder")]
     [TestCase("trace empty", "is empty")]
@@ -72,22 +72,22 @@ public sealed class CommandLineTests
     [TestCase("trace large", "is no trace of XenSharp's")]
     [TestCase("trace summary missing", "There is no file")]
     [TestCase("trace summary text --json", "is no trace of XenSharp's")]
-    [TestCase("trace diff trace missing", "There is no file")]
-    [TestCase("trace diff text trace", "text is no trace of XenSharp's")]
+    [TestCase("trace diff good missing", "There is no file")]
+    [TestCase("trace diff text good", "text is no trace of XenSharp's")]
     [TestCase("trace header", "breaks off within its header")]
     [TestCase("trace nothing", "has no records")]
     [TestCase("trace begun", "has no whole block")]
-    [TestCase("trace diff trace begun", "has no whole block")]
+    [TestCase("trace diff good begun", "has no whole block")]
     [TestCase("trace newer", "is a trace of version 9")]
-    [TestCase("trace trace --kind frob", "\"frob\" is none of them")]
-    [TestCase("trace trace --hypercall frob", "\"frob\" is none")]
-    [TestCase("trace trace --from yesterday", "\"yesterday\" is none")]
-    [TestCase("trace trace --to NaN", "\"NaN\" is none")]
-    [TestCase("trace trace --vcpu -1", "\"-1\" is none")]
-    [TestCase("trace trace --limit 0", "--limit must be at least 1")]
-    [TestCase("trace trace --frob", "does not know \"--frob\"")]
-    [TestCase("trace summary trace --svg .", "is a folder")]
-    [TestCase("trace summary trace --svg /nonexistent/picture", "its folder does not exist")]
+    [TestCase("trace good --kind frob", "\"frob\" is none of them")]
+    [TestCase("trace good --hypercall frob", "\"frob\" is none")]
+    [TestCase("trace good --from yesterday", "\"yesterday\" is none")]
+    [TestCase("trace good --to NaN", "\"NaN\" is none")]
+    [TestCase("trace good --vcpu -1", "\"-1\" is none")]
+    [TestCase("trace good --limit 0", "--limit must be at least 1")]
+    [TestCase("trace good --frob", "does not know \"--frob\"")]
+    [TestCase("trace summary good --svg .", "is a folder")]
+    [TestCase("trace summary good --svg /nonexistent/picture", "its folder does not exist")]
     public async Task What_cannot_be_done_gets_one_sentence_and_status_2(string arguments, string sentence)
     {
         CommandEnd end = await RunAsync(arguments.Split(' '));
@@ -200,7 +200,7 @@ public sealed class CommandLineTests
     private void WriteTraces()
     {
         byte[] trace = TraceCommandTests.Trace(1);
-        File.WriteAllBytes(PathOf("trace"), trace);
+        File.WriteAllBytes(PathOf("good"), trace);
         File.WriteAllBytes(PathOf("header"), trace[..20]);
         File.WriteAllBytes(PathOf("nothing"), TraceCommandTests.Trace(0));
         File.WriteAllBytes(PathOf("begun"), trace[..70]);

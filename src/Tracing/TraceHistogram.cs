@@ -69,7 +69,8 @@ public static class TraceHistogram
         Line(svg, $"<style>\n{Style}\n</style>");
         Line(svg, $"""<rect class="ground" width="{Width}" height="{height}"/>""");
         Line(svg, $"""<text class="title" x="{Margin}" y="36">{Escape(title)}</text>""");
-        Line(svg, $"""<text class="note" x="{Margin}" y="58">Durations, {BarsPerDecade} bars a decade; each row is scaled to its own highest bar. Solid line: median; dashed: 99th percentile.</text>""");
+        string note = $"Durations, {BarsPerDecade} bars a decade; each row is scaled to its own highest bar. Solid line: median; dashed: 99th percentile.";
+        Line(svg, $"""<text class="note" x="{Margin}" y="58">{note}</text>""");
         int bottom = HeadHeight + (rows.Count * RowHeight);
         for (int decade = firstDecade; decade <= lastDecade; decade++)
         {
@@ -114,7 +115,8 @@ public static class TraceHistogram
             double x = Margin + LabelWidth + (i * width);
             double lower = Math.Pow(10, firstDecade + ((double)i / BarsPerDecade));
             double upper = Math.Pow(10, firstDecade + ((double)(i + 1) / BarsPerDecade));
-            Line(svg, $"""<rect class="bar" x="{x + 0.5:0.##}" y="{bottom - height:0.##}" width="{width - 1:0.##}" height="{height:0.##}"><title>{Escape(name)}: {bars[i]:N0} from {TraceUnits.Duration(lower)} to {TraceUnits.Duration(upper)}</title></rect>""");
+            Line(svg, $"""<rect class="bar" x="{x + 0.5:0.##}" y="{bottom - height:0.##}" width="{width - 1:0.##}" height="{height:0.##}">""");
+            Line(svg, $"<title>{Escape(name)}: {bars[i]:N0} from {TraceUnits.Duration(lower)} to {TraceUnits.Duration(upper)}</title></rect>");
         }
 
         Line(svg, $"""<line class="base" x1="{Margin + LabelWidth}" y1="{bottom}" x2="{Margin + LabelWidth + PlotWidth}" y2="{bottom}"/>""");
@@ -127,7 +129,7 @@ public static class TraceHistogram
         }
 
         int figures = Margin + LabelWidth + PlotWidth + 16;
-        Line(svg, $"""<text class="figure" x="{figures}" y="{bottom - 22}">{durations.Length:N0} × </text>""");
+        Line(svg, $"""<text class="figure" x="{figures}" y="{bottom - 22}">{durations.Length:N0} ×</text>""");
         Line(svg, $"""<text class="figure" x="{figures}" y="{bottom - 6}">median {TraceUnits.Duration(median)}, p99 {TraceUnits.Duration(tail)}</text>""");
     }
 

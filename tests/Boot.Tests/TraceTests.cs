@@ -92,18 +92,21 @@ public sealed class TraceTests : KvmFixture
         Assert.That(end.Output, Does.Contain("the domain starts").And.Contain("event_channel_op(send, {port 1}) = 0"));
     }
 
+    [TestCase("a-text", "exists and is no trace")]
     [TestCase("", "empty name")]
     [TestCase(".", "is a folder")]
     [TestCase("missing/trace", "its folder does not exist")]
     [TestCase("/dev/full", "No space left on device")]
     public async Task A_trace_that_cannot_be_begun_gets_a_sentence_and_nothing_is_booted(string path, string sentence)
     {
+        await File.WriteAllTextAsync(PathOf("a-text"), "precious");
         string full = path.Length == 0 || path.StartsWith('/') ? path : PathOf(path);
         CommandEnd end = await CommandProcess.RunAsync([.. RunOf(TinyGuestBehaviour.PowerOff), "--trace", full]);
         Assert.That(end.Status, Is.EqualTo(2));
         Assert.That(end.Error, Does.Contain(sentence).And.StartWith("xensharp: ").And.EndsWith(".\n"));
         Assert.That(end.Error.Count(character => character == '\n'), Is.EqualTo(1));
         Assert.That(end.Output, Is.Empty);
+        Assert.That(await File.ReadAllTextAsync(PathOf("a-text")), Is.EqualTo("precious"));
     }
 
     [Test]

@@ -30,8 +30,7 @@ internal static class TraceCommand
     internal static Command Create()
     {
         Argument<string> file = FileArgument("FILE", "A trace that run --trace or demo --trace has written.");
-        var limit = new Option<int>("--limit", "-n") { Description = "Only so many records, the first ones.", HelpName = "COUNT", DefaultValueFactory = static _ => int.MaxValue };
-        AtLeastOne(limit);
+        Option<int> limit = Limit("Only so many records, the first ones.", int.MaxValue);
         var json = new Option<bool>("--json") { Description = "Print an object a line, for programs." };
         var command = new Command("trace", "Lists what a guest asked for while run --trace recorded it.") { file, limit, json };
         var filter = new TraceFilterOptions(command);
@@ -73,10 +72,12 @@ internal static class TraceCommand
     {
         Argument<string> a = FileArgument("A", "The trace of one run.");
         Argument<string> b = FileArgument("B", "The trace of another.");
-        var limit = new Option<int>("--limit", "-n") { Description = "Show only so many differences, the first ones; all are counted.", HelpName = "COUNT", DefaultValueFactory = static _ => 100 };
-        AtLeastOne(limit);
+        Option<int> limit = Limit("Show only so many differences, the first ones; all are counted.", 100);
         var command = new Command(
-            "diff", "Compares two runs by what they asked for, without addresses, machine frames and times. Status 0: the same, 1: different.") { a, b, limit };
+            "diff", "Compares two runs by what they asked for, without addresses, machine frames and times. Status 0: the same, 1: different.")
+        {
+            a, b, limit,
+        };
         var filter = new TraceFilterOptions(command);
         command.SetAction(parsed => Guard(parsed.GetRequiredValue(a), output =>
         {
@@ -104,11 +105,16 @@ internal static class TraceCommand
 
     private static Argument<string> FileArgument(string name, string description) => new(name) { Description = description };
 
-    private static void AtLeastOne(Option<int> option) => option.Validators.Add(result =>
+    private static Option<int> Limit(string description, int usual)
     {
-        if (result.GetValueOrDefault<int>() < 1)
-            result.AddError($"{option.Name} must be at least 1.");
-    });
+        var limit = new Option<int>("--limit", "-n") { Description = description, HelpName = "COUNT", DefaultValueFactory = _ => usual };
+        limit.Validators.Add(static result =>
+        {
+            if (result.GetValueOrDefault<int>() < 1)
+                result.AddError("--limit must be at least 1.");
+        });
+        return limit;
+    }
 
     /// <summary>Gives an action standard output, and turns what can go wrong with that and with the trace into sentences.</summary>
     private static int Guard(string path, Func<StreamWriter, int> action)
@@ -153,11 +159,13 @@ internal static class TraceCommand
 
     private static void PrintRecord(TraceFile trace, TraceRecord record, TraceText text, StreamWriter output)
     {
+        double start = TraceTime.SecondsOf(record, trace.Header);
+        string duration = TraceUnits.Duration(TraceTime.Nanoseconds(record.Duration, trace.Header));
         string mode = record.Has(TraceFlags.KernelMode) ? "kernel" : "user";
-        string nested = record.Has(TraceFlags.Nested) ? "  " : string.Empty;
+        string kind = TraceText.KindName(record.Kind);
+        string what = (record.Has(TraceFlags.Nested) ? "  " : string.Empty) + text.Describe(record);
         output.WriteLine(string.Create(
-            CultureInfo.InvariantCulture,
-            $"{TraceTime.SecondsOf(record, trace.Header),12:0.000000}  vcpu{record.Vcpu}  {TraceUnits.Duration(TraceTime.Nanoseconds(record.Duration, trace.Header)),8}  {mode,-6} {record.Rip:x16}  {TraceText.KindName(record.Kind),-9}  {nested}{text.Describe(record)}"));
+            CultureInfo.InvariantCulture, $"{start,12:0.000000}  vcpu{record.Vcpu}  {duration,8}  {mode,-6} {record.Rip:x16}  {kind,-9}  {what}"));
     }
 
     private static void WriteRecordJson(TraceFile trace, TraceRecord record, TraceText text, StreamWriter output) => WriteJson(output, json =>
@@ -286,9 +294,11 @@ internal static class TraceCommand
     private static void PrintSummary(TraceFile trace, TraceSummary summary, StreamWriter output)
     {
         TraceHeader header = trace.Header;
-        output.WriteLine(string.Create(
+        output.Write(string.Create(
             CultureInfo.InvariantCulture,
-            $"{header.GuestName} on XenSharp {header.XenSharpVersion} (Xen {header.XenVersion}), {header.StartTime:yyyy-MM-dd HH:mm:ss} UTC: {summary.Rows.Sum(static row => row.Count):N0} records in {summary.Seconds:0.000} s"));
+            $"{header.GuestName} on XenSharp {header.XenSharpVersion} (Xen {header.XenVersion}), {header.StartTime:yyyy-MM-dd HH:mm:ss} UTC: "));
+        output.WriteLine(string.Create(
+            CultureInfo.InvariantCulture, $"{summary.Rows.Sum(static row => row.Count):N0} records in {summary.Seconds:0.000} s"));
         var table = new Table { Border = TableBorder.Simple };
         table.AddColumn("kind");
         table.AddColumn("name");
@@ -326,9 +336,11 @@ internal static class TraceCommand
         if (diff.Differences.Count > limit)
             output.WriteLine(string.Create(CultureInfo.InvariantCulture, $"... and {diff.Differences.Count - limit:N0} more differences (--limit shows more)"));
         output.WriteLine();
+        int onlyA = diff.Rows.Sum(static row => row.OnlyA);
+        int onlyB = diff.Rows.Sum(static row => row.OnlyB);
+        output.Write(string.Create(CultureInfo.InvariantCulture, $"{diff.Differences.Count:N0} differences: "));
         output.WriteLine(string.Create(
-            CultureInfo.InvariantCulture,
-            $"{diff.Differences.Count:N0} differences: {diff.Rows.Sum(static row => row.OnlyA):N0} of {diff.A.Count:N0} records only in {nameA}, {diff.Rows.Sum(static row => row.OnlyB):N0} of {diff.B.Count:N0} only in {nameB}"));
+            CultureInfo.InvariantCulture, $"{onlyA:N0} of {diff.A.Count:N0} records only in {nameA}, {onlyB:N0} of {diff.B.Count:N0} only in {nameB}"));
         var table = new Table { Border = TableBorder.Simple };
         table.AddColumn("name");
         foreach (string name in (ReadOnlySpan<string>)["in A", "in B", "only in A", "only in B"])
@@ -370,7 +382,8 @@ internal static class TraceCommand
         IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(output) });
 
         // Into a file or pipe nothing is folded: a line is a row.
-        console.Profile.Width = Console.IsOutputRedirected ? 1000 : Console.WindowWidth;
+        if (Console.IsOutputRedirected)
+            console.Profile.Width = 1000;
         console.Write(table);
     }
 

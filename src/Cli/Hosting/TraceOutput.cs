@@ -12,7 +12,7 @@ internal static class TraceOutput
     /// <summary>The system's words without the file's name, which .NET puts behind them and the sentence has already.</summary>
     internal static string Reason(string message) => message.Split(" : '")[0].TrimEnd('.');
 
-    /// <summary>Begins a trace of a domain; a file of that name is written over.</summary>
+    /// <summary>Begins a trace of a domain; a trace of that name is written over, and no other file.</summary>
     /// <param name="path">The file.</param>
     /// <param name="guest">The domain's name.</param>
     /// <param name="host">The KVM that it will run with.</param>
@@ -27,6 +27,7 @@ internal static class TraceOutput
             host.Capabilities.TimeStampCounter.KiloHertz, HostClock.TimeStampCounter, DateTimeOffset.UtcNow, guest, HostReport.AbiVersion, Tool.Version);
         try
         {
+            RefuseOtherFile(path);
             return new TraceRecorder(new FileStream(path, FileMode.Create, FileAccess.Write, FileShare.Read | FileShare.Delete, bufferSize: 0), header);
         }
         catch (DirectoryNotFoundException)
@@ -41,5 +42,18 @@ internal static class TraceOutput
         {
             throw new UsageException($"The trace {path} cannot be written: {Reason(failure.Message)}. Name another file with --trace.");
         }
+    }
+
+    /// <summary>A slip of the hand must not cost a kernel or a disk image.</summary>
+    private static void RefuseOtherFile(string path)
+    {
+        // Pipes and devices have no length.
+        var file = new FileInfo(path);
+        if (!file.Exists || file.Length == 0)
+            return;
+        using var content = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite | FileShare.Delete, bufferSize: 0);
+        Span<byte> magic = stackalloc byte[TraceFormat.Magic.Length];
+        if (content.ReadAtLeast(magic, magic.Length, throwOnEndOfStream: false) < magic.Length || !magic.SequenceEqual(TraceFormat.Magic))
+            throw new UsageException($"{path} exists and is no trace, so it is not written over; remove it, or name another file with --trace.");
     }
 }

@@ -1,6 +1,7 @@
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Hypercalls;
+using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
 using XenSharp.Mmu;
 
@@ -69,6 +70,9 @@ internal sealed unsafe class Vcpu : IDisposable
 
     public HypercallHistory History { get; } = new();
 
+    /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
+    public VcpuTrace? Trace { get; init; }
+
     /// <summary>Set by SCHEDOP_block and poll: sleep before the guest runs on.</summary>
     public WaitState Waiting { get; set; }
 
@@ -79,6 +83,7 @@ internal sealed unsafe class Vcpu : IDisposable
     public void Run()
     {
         Runstate.Change(RunstateKind.Running);
+        Trace?.Boot();
         while (!Domain.IsStopping)
         {
             long now = Domain.Time.SystemTime;
@@ -141,7 +146,11 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         ref TrapInfo trap = ref Context->State->Traps[(int)vector];
         var bounce = new TrapBounce(trap.Address, trap.MasksEvents, errorCode.HasValue, errorCode.GetValueOrDefault());
-        if (!GuestMode.Bounce(Context, bounce))
+        if (GuestMode.Bounce(Context, bounce))
+        {
+            Trace?.Delivered(vector, errorCode.GetValueOrDefault());
+        }
+        else
         {
             Domain.Crash(
                 this,
@@ -160,13 +169,18 @@ internal sealed unsafe class Vcpu : IDisposable
             if (Context->State->Traps[(int)ExceptionVector.Nmi].Address != 0)
             {
                 Context->State->NmiMasked = 1;
+                Trace?.BeginTrap(ExceptionVector.Nmi, 0, default);
                 InjectTrap(ExceptionVector.Nmi, null);
+                Trace?.EndTrap(Domain.IsStopping);
             }
         }
 
         if (!Context->UpcallDue)
             return;
-        if (!GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true)))
+        Trace?.BeginUpcall();
+        bool delivered = GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true));
+        Trace?.EndUpcall(delivered);
+        if (!delivered)
             Domain.Crash(this, "An event is due, and the guest has no event callback or no kernel stack to take it on.");
     }
 
@@ -224,13 +238,17 @@ internal sealed unsafe class Vcpu : IDisposable
                     BounceSyscall();
                 return;
             case VcpuExitKind.Exception:
+                Trace?.BeginTrap(exit.Vector, exit.ErrorCode, Cpu.FaultAddress);
                 HandleException(exit.Vector, exit.ErrorCode);
+                Trace?.EndTrap(Domain.IsStopping);
                 return;
             case VcpuExitKind.Kicked:
                 DrainNotifications();
                 return;
             case VcpuExitKind.GuestIo:
+                Trace?.BeginTrap(ExceptionVector.GeneralProtection, 0, default);
                 Apply(_emulator.GuestIo(), ExceptionVector.GeneralProtection, 0);
+                Trace?.EndTrap(Domain.IsStopping);
                 return;
             default:
                 Domain.Crash(this, exit.Failure ?? "The virtual machine stopped.");
@@ -247,16 +265,20 @@ internal sealed unsafe class Vcpu : IDisposable
         {
             // As on a processor without the instruction.
             Context->Registers->Rip -= SyscallLength;
+            Trace?.BeginTrap(ExceptionVector.InvalidOpcode, 0, default);
             InjectTrap(ExceptionVector.InvalidOpcode, null);
+            Trace?.EndTrap(Domain.IsStopping);
             return;
         }
 
+        Trace?.BeginSystemCall();
         bool masks = (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
         if (!GuestMode.Bounce(Context, new TrapBounce(callback, masks)))
             Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
 
         // The mask of the guest's virtual SYSCALL clears this flag and no other.
         Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
+        Trace?.End();
     }
 
     private void HandleException(ExceptionVector vector, uint errorCode)

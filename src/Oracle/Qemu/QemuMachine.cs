@@ -24,6 +24,9 @@ public sealed record QemuOptions(string Kernel)
     /// <summary>The value of -cpu.</summary>
     public string Cpu { get; init; } = DefaultCpu;
 
+    /// <summary>The value of -serial for a second serial port, such as unix:FILE for a socket that somebody listens on; null for none.</summary>
+    public string? SecondSerialPort { get; init; }
+
     /// <summary>Memory in MiB.</summary>
     public int MemoryMiB { get; init; } = 1024;
 
@@ -106,6 +109,8 @@ public static class QemuMachine
             "-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
             "-kernel", options.Kernel, "-append", options.CommandLine,
         ];
+        if (options.SecondSerialPort is { } port)
+            arguments.AddRange(["-serial", port]);
         if (options.InitialRamdisk is { } ramdisk)
             arguments.AddRange(["-initrd", ramdisk]);
         return arguments;

@@ -62,7 +62,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
         string script, IReadOnlyList<NestedFile> files, int guestMemoryMiB, TimeSpan timeout, Action<string>? onConsoleLine,
         [EnumeratorCancellation] CancellationToken cancellation)
     {
-        string folder = Directory.CreateTempSubdirectory("xensharp-nested-").FullName;
+        string folder = Directory.CreateTempSubdirectory($"xensharp-nested-{Environment.ProcessId}-").FullName;
         try
         {
             DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, progress, cancellation).ConfigureAwait(false);

@@ -72,7 +72,7 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
         }
         List<BedGuest> guests = [.. TinyGuests.Select(static guest => new BedGuest(guest.Name, TinyGuest.Build(guest.Options))
         {
-            Timeout = TimeSpan.FromSeconds(guest.Ending == GuestEnding.TimedOut ? 5 : 60),
+            Timeout = TimeSpan.FromSeconds(guest.Ending == GuestEnding.TimedOut ? 15 : 60),
         })];
         guests.Add(new(Flood, TinyGuest.Build(new() { Message = "", Behaviour = TinyGuestBehaviour.ConsoleFlood, FloodBytes = FloodLength }))
         {
@@ -204,7 +204,7 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
                 await cache.GetBusyboxAsync(), new BusyboxInitramfsOptions { Banner = "", InitScript = script }),
             CommandLine = "console=hvc0 quiet",
             MemoryMiB = 256,
-            Timeout = TimeSpan.FromMinutes(4),
+            Timeout = TimeSpan.FromMinutes(8),
         };
     }
 }

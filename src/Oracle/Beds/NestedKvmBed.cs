@@ -2,7 +2,6 @@
 using System.Globalization;
 using System.Runtime.CompilerServices;
 using System.Text;
-using System.Text.RegularExpressions;
 using XenSharp.Guests.Fetching;
 using XenSharp.Oracle.Nested;
 
@@ -12,8 +11,8 @@ namespace XenSharp.Oracle.Beds;
 /// Runs guests with the native xensharp command in one emulated machine whose KVM is kvm_amd. SYSCALL enters the monitor at
 /// CPL 0 there; with nested paging the processor walks the guest's own tables, without it KVM shadows them.
 /// </summary>
-/// <remarks>Needs QEMU, and Debian's package archive at the first run; not /dev/kvm.</remarks>
-public sealed partial class NestedKvmBed : IGuestBed
+/// <remarks>Needs no /dev/kvm.</remarks>
+public sealed class NestedKvmBed : IGuestBed
 {
     // The statuses of `xensharp run`, as the README has them.
     private const int PoweredOff = 0;
@@ -42,7 +41,7 @@ public sealed partial class NestedKvmBed : IGuestBed
     private readonly bool _nestedPaging;
     private readonly NestedMachine _machine;
 
-    /// <param name="cache">Where Debian's kernel and busybox come from.</param>
+    /// <param name="cache">Where QEMU and Debian's kernel and busybox are kept; what is missing there is fetched.</param>
     /// <param name="command">Path of the native xensharp command, as dotnet publish makes it.</param>
     /// <param name="nestedPaging">Whether the processor walks the guests' page tables (npt=1), or KVM shadows them (npt=0).</param>
     /// <param name="progress">Told what is fetched.</param>
@@ -57,10 +56,14 @@ public sealed partial class NestedKvmBed : IGuestBed
         _nestedPaging = nestedPaging;
     }
 
-    [GeneratedRegex("^[a-z0-9_-]{1,40}$")]
-    private static partial Regex GoodName { get; }
-
     public string Name => $"XenSharp on kvm_amd (npt={(_nestedPaging ? 1 : 0)})";
+
+    /// <summary>Emulated processors.</summary>
+    public int Processors
+    {
+        get => _machine.Processors;
+        init => _machine.Processors = value;
+    }
 
     /// <summary>What <c>xensharp info --json</c> said in the machine of the last run; null before there was one.</summary>
     public string? HostReport { get; private set; }
@@ -68,12 +71,15 @@ public sealed partial class NestedKvmBed : IGuestBed
     public async IAsyncEnumerable<GuestRun> RunAsync(
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
-        ArgumentNullException.ThrowIfNull(guests);
-        Check(guests);
+        BedGuests.Check(guests);
+        if (guests.FirstOrDefault(static guest => guest.Vcpus != 1) is { } wide)
+            throw new OracleException($"The guest {wide.Name} wants {wide.Vcpus} vCPUs, and xensharp run gives one; give it one.");
+        if (guests.Count == 0)
+            yield break;
         int count = 0;
         TimeSpan timeout = guests.Aggregate(BootTime, static (sum, guest) => sum + guest.Timeout + TimeAroundGuest);
-        int memory = guests.Select(static guest => guest.MemoryMiB).DefaultIfEmpty().Max();
-        await foreach (string line in _machine.RunAsync(Script, Files(guests), memory, timeout, null, cancellation).ConfigureAwait(false))
+        int memory = guests.Max(static guest => guest.MemoryMiB);
+        await foreach (string line in _machine.RunAsync(Script, Files(guests), memory, timeout, cancellation).ConfigureAwait(false))
         {
             string[] words = line.Split(' ');
             switch (words)
@@ -92,18 +98,6 @@ public sealed partial class NestedKvmBed : IGuestBed
         }
         if (count < guests.Count)
             throw new OracleException($"The emulated machine ended before the guest {guests[count].Name} had run; run it again.");
-    }
-
-    private static void Check(IReadOnlyList<BedGuest> guests)
-    {
-        HashSet<string> names = [];
-        foreach (BedGuest guest in guests)
-        {
-            if (!GoodName.IsMatch(guest.Name) || !names.Add(guest.Name))
-                throw new ArgumentException($"\"{guest.Name}\" cannot name a guest: 1 to 40 of a-z, 0-9, '-' and '_', each name once.", nameof(guests));
-            if (guest.Vcpus != 1)
-                throw new OracleException($"The guest {guest.Name} wants {guest.Vcpus} vCPUs, and xensharp run gives one; give it one.");
-        }
     }
 
     private static GuestRun Conclude(string name, int status, string console, string report)

@@ -32,6 +32,9 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
     // Making, destroying and reporting one domain; seconds at most, but the host may be busy.
     static readonly TimeSpan DomainTimeout = TimeSpan.FromSeconds(30);
 
+    /// <summary>Emulated processors; dom0 and a guest can each have one to themselves.</summary>
+    public int Processors { get; init; } = 2;
+
     /// <inheritdoc/>
     public string Name => $"Xen {XenPackages.Version(cache)} (domU)";
 
@@ -79,7 +82,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
             CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M dom0_mem={dom0MiB}M,max:{dom0MiB}M",
             InitialRamdisk = $"{Multiboot.Module(dom0.Kernel, "console=hvc0 quiet panic=1 cryptomgr.notests")},{Multiboot.Module(initramfs)}",
             MemoryMiB = HypervisorMiB + dom0MiB + 2 * domainMiB,
-            Processors = 2,
+            Processors = Processors,
             Timeout = BootTimeout + guests.Aggregate(TimeSpan.Zero, (sum, guest) => sum + guest.Timeout + DomainTimeout),
             ReadChannel = ReadAsync,
             SwitchOff = switchOff.Token,

@@ -1,9 +1,10 @@
 // The machine of the nested beds: QEMU's software CPU with SVM, Debian's kernel with kvm_amd, and the xensharp command in it.
-using System.Net.Sockets;
 using System.Runtime.CompilerServices;
 using System.Text;
+using System.Threading.Channels;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Oracle.Beds;
 using XenSharp.Oracle.Qemu;
 
 namespace XenSharp.Oracle.Nested;
@@ -20,9 +21,9 @@ internal sealed record NestedFile(string Path, string? Source = null)
 
 /// <summary>
 /// Boots a Linux whose /dev/kvm is kvm_amd on emulated SVM, runs a shell script in it, and hands on the lines that the script
-/// writes to file descriptor 3, which is a serial port of its own: what the kernel prints never comes between.
+/// writes to file descriptor 3, the channel of <see cref="QemuOptions.ReadChannel"/>.
 /// </summary>
-/// <param name="cache">Where the kernel and busybox come from.</param>
+/// <param name="cache">Where QEMU, the kernel and busybox come from.</param>
 /// <param name="command">Path of the native xensharp command.</param>
 /// <param name="nestedPaging">Whether kvm_amd uses nested paging, or shadows the guests' page tables (its parameter npt).</param>
 /// <param name="progress">Told what is fetched.</param>
@@ -40,11 +41,18 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
     private const int KernelAndToolsMiB = 384;
     private const int LastLines = 20;
 
-    /// <summary>kvm_amd and what it needs, in the order of loading, as Debian's kernel 6.1 has them.</summary>
-    private static readonly string[] Modules = ["irqbypass", "ccp", "kvm", "kvm-amd"];
+    /// <summary>What the channel needs, in the order of loading, as Debian's kernel 6.1 has it.</summary>
+    private static readonly string[] ChannelModules =
+        ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_console"];
+
+    /// <summary>kvm_amd and what it needs, in the order of loading.</summary>
+    private static readonly string[] KvmModules = ["irqbypass", "ccp", "kvm", "kvm-amd"];
 
     /// <summary>The value of -cpu.</summary>
     public string Cpu { get; init; } = DefaultCpu;
+
+    /// <summary>Emulated processors.</summary>
+    public int Processors { get; set; } = 1;
 
     /// <summary>More words for the command line of the machine's kernel.</summary>
     public string KernelArguments { get; init; } = string.Empty;
@@ -55,77 +63,81 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
     /// <param name="files">What the script needs.</param>
     /// <param name="guestMemoryMiB">Memory of the largest guest that the script runs.</param>
     /// <param name="timeout">How long all of it may take.</param>
-    /// <param name="onConsoleLine">Called with each line of the machine's console.</param>
     /// <param name="cancellation">Switches the machine off.</param>
     /// <exception cref="OracleException">The machine cannot be made or has not come to the script's end; the message has its last lines.</exception>
     public async IAsyncEnumerable<string> RunAsync(
-        string script, IReadOnlyList<NestedFile> files, int guestMemoryMiB, TimeSpan timeout, Action<string>? onConsoleLine,
+        string script, IReadOnlyList<NestedFile> files, int guestMemoryMiB, TimeSpan timeout,
         [EnumeratorCancellation] CancellationToken cancellation)
     {
-        string folder = Directory.CreateTempSubdirectory($"xensharp-nested-{Environment.ProcessId}-").FullName;
+        using TemporaryFolder folder = new();
+        string ramdisk = Path.Combine(folder.Path, "initramfs");
+        (QemuProgram qemu, string kernel) = await MakeAsync(ramdisk, script, files, cancellation).ConfigureAwait(false);
+        using CancellationTokenSource switchOff = new();
+        Channel<string> lines = Channel.CreateUnbounded<string>();
+        QemuOptions options = new(kernel)
+        {
+            // The time-stamp counter is the host's, so it is reliable, and reading the emulated HPET instead is slow. On a busy host
+            // the emulated timer comes too late for the kernel's check of it.
+            CommandLine = $"console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable no_timer_check cryptomgr.notests {KernelArguments}".TrimEnd(),
+            InitialRamdisk = ramdisk,
+            Cpu = Cpu,
+            Processors = Processors,
+            // The ramdisk is there twice while it is unpacked.
+            MemoryMiB = KernelAndToolsMiB + guestMemoryMiB + (int)(2 * new FileInfo(ramdisk).Length >> 20),
+            Timeout = timeout,
+            ReadChannel = stream => ReadAsync(stream, lines.Writer),
+            SwitchOff = switchOff.Token,
+        };
+        using CancellationTokenSource abandoned = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+        Task<QemuResult> machine = RunAsync(qemu, options, lines.Writer, abandoned.Token);
+        bool done = false;
         try
         {
-            DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, progress, cancellation).ConfigureAwait(false);
-            string ramdisk = Path.Combine(folder, "initramfs");
-            await WriteInitramfsAsync(ramdisk, kernel, script, files, cancellation).ConfigureAwait(false);
-            using Socket listener = new(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-            string socket = Path.Combine(folder, "results");
-            listener.Bind(new UnixDomainSocketEndPoint(socket));
-            listener.Listen(1);
-
-            QemuOptions options = new(kernel.Image)
+            await foreach (string line in lines.Reader.ReadAllAsync(cancellation).ConfigureAwait(false))
             {
-                // TCG's time-stamp counter is the host's, so it is reliable, and reading the emulated HPET instead is slow.
-                CommandLine = $"console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable {KernelArguments}".TrimEnd(),
-                InitialRamdisk = ramdisk,
-                Cpu = Cpu,
-                // The ramdisk is there twice while it is unpacked.
-                MemoryMiB = KernelAndToolsMiB + guestMemoryMiB + (int)(2 * new FileInfo(ramdisk).Length >> 20),
-                SecondSerialPort = $"unix:{socket}",
-                Timeout = timeout,
-                OnLine = onConsoleLine,
-            };
-            using CancellationTokenSource stop = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
-            Task<QemuResult> machine = QemuMachine.RunAsync(options, stop.Token);
-            bool done = false;
-            try
-            {
-                await foreach (string line in ReadLinesAsync(listener, machine, stop.Token).ConfigureAwait(false))
+                if (line.StartsWith(ErrorWord + " ", StringComparison.Ordinal))
+                    throw new OracleException(NestedText.Decode(line[(ErrorWord.Length + 1)..]));
+                if (line == DoneWord)
                 {
-                    if (line.StartsWith(ErrorWord + " ", StringComparison.Ordinal))
-                        throw new OracleException(NestedText.Decode(line[(ErrorWord.Length + 1)..]));
-                    done = line == DoneWord;
-                    if (!done)
-                        yield return line;
+                    done = true;
+                    await switchOff.CancelAsync().ConfigureAwait(false);
                 }
-                QemuResult result = await machine.ConfigureAwait(false);
-                if (!done)
-                    throw Broken(result, options);
+                else
+                {
+                    yield return line;
+                }
             }
-            finally
-            {
-                await stop.CancelAsync().ConfigureAwait(false);
-                await ((Task)machine).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
-            }
+            QemuResult result = await machine.ConfigureAwait(false);
+            if (!done)
+                throw Broken(result, options);
         }
         finally
         {
-            Directory.Delete(folder, recursive: true);
+            // The caller may have stopped asking; the machine must be gone before its files are.
+            await abandoned.CancelAsync().ConfigureAwait(false);
+            await ((Task)machine).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
         }
     }
 
-    /// <summary>The lines of the second serial port, to the end of the machine.</summary>
-    private static async IAsyncEnumerable<string> ReadLinesAsync(
-        Socket listener, Task machine, [EnumeratorCancellation] CancellationToken cancellation)
+    /// <summary>Runs the machine; the lines end with it, even if it did not come so far as to write any.</summary>
+    private static async Task<QemuResult> RunAsync(
+        QemuProgram qemu, QemuOptions options, ChannelWriter<string> lines, CancellationToken cancellation)
     {
-        Task<Socket> connecting = listener.AcceptAsync(cancellation).AsTask();
-        if (await Task.WhenAny(connecting, machine).ConfigureAwait(false) == machine)
-            yield break;
-        using Socket connected = await connecting.ConfigureAwait(false);
-        using NetworkStream stream = new(connected);
-        using StreamReader reader = new(stream, Encoding.ASCII);
-        while (await reader.ReadLineAsync(cancellation).ConfigureAwait(false) is { } line)
-            yield return line;
+        try
+        {
+            return await QemuMachine.RunAsync(qemu, options, cancellation).ConfigureAwait(false);
+        }
+        finally
+        {
+            lines.Complete();
+        }
+    }
+
+    private static async Task ReadAsync(Stream stream, ChannelWriter<string> lines)
+    {
+        using StreamReader reader = new(stream, Encoding.ASCII, leaveOpen: true);
+        while (await reader.ReadLineAsync().ConfigureAwait(false) is { } line)
+            lines.TryWrite(line);
     }
 
     private static OracleException Broken(QemuResult result, QemuOptions options)
@@ -138,17 +150,27 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
             { ExitCode: not 0 } => $"QEMU ended with status {result.ExitCode}; start again, and look at what it said.",
             _ => "The emulated machine went off before its script was done; its last lines say why.",
         };
-        IEnumerable<string> lines = result.SerialOutput.TrimEnd().Split('\n').TakeLast(LastLines);
-        if (result.Error.Length != 0)
-            lines = lines.Append("QEMU: " + result.Error);
-        return new OracleException(what + "\n" + string.Join('\n', lines));
+        return new OracleException(what + "\n" + string.Join('\n', result.SerialOutput.TrimEnd().Split('\n').TakeLast(LastLines)));
     }
 
-    /// <summary>Uncompressed: unpacking is slow on an emulated processor, and reading the file is not.</summary>
-    private async Task WriteInitramfsAsync(
-        string path, DebianKernel kernel, string script, IReadOnlyList<NestedFile> files, CancellationToken cancellation)
+    /// <summary>Writes the initramfs, uncompressed: unpacking is slow on an emulated processor, and reading the file is not.</summary>
+    /// <returns>What runs the machine, and the kernel's path.</returns>
+    private async Task<(QemuProgram Qemu, string Kernel)> MakeAsync(
+        string path, string script, IReadOnlyList<NestedFile> files, CancellationToken cancellation)
     {
-        string busybox = await cache.GetBusyboxAsync(progress, cancellation).ConfigureAwait(false);
+        QemuProgram qemu;
+        DebianKernel kernel;
+        string busybox;
+        try
+        {
+            qemu = await QemuProgram.GetAsync(cache, null, progress, cancellation).ConfigureAwait(false);
+            kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, progress, cancellation).ConfigureAwait(false);
+            busybox = await cache.GetBusyboxAsync(progress, cancellation).ConfigureAwait(false);
+        }
+        catch (GuestFetchException e)
+        {
+            throw new OracleException(e.Message, e);
+        }
         List<NestedFile> all =
         [
             new("bin/busybox", busybox) { Executable = true },
@@ -157,7 +179,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
         ];
         foreach (string library in await SharedLibraries.OfAsync(command, cancellation).ConfigureAwait(false))
             all.Add(new(library.TrimStart('/'), library) { Executable = true });
-        foreach (string module in Modules)
+        foreach (string module in (ReadOnlySpan<string>)[.. ChannelModules, .. KvmModules])
             all.Add(new($"modules/{module}.ko", FindModule(kernel, module)));
         all.AddRange(files);
 
@@ -181,6 +203,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
                 cpio.AddFile(entry.Path, entry.Contents.Span, mode);
             }
         }
+        return (qemu, kernel.Image);
     }
 
     private static void AddFolders(CpioWriter cpio, HashSet<string> known, string path)
@@ -209,19 +232,19 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
             mount -t sysfs sysfs /sys
             mount -t devtmpfs devtmpfs /dev
             mount -t tmpfs tmpfs /tmp
-            stty -F /dev/ttyS1 raw
-            exec 3>/dev/ttyS1 </dev/null
+            for module in {{string.Join(' ', ChannelModules)}}; do
+                insmod /modules/$module.ko
+            done
+            for port in /sys/class/virtio-ports/*; do
+                [ "$(cat $port/name)" = {{QemuMachine.ChannelName}} ] && exec 3>/dev/${port##*/}
+            done
+            exec </dev/null
 
-            # Closing the port waits until all is sent.
-            leave() {
-                exec 3>&-
-                poweroff -f
-            }
             fail() {
                 echo "{{ErrorWord}} $(echo "$1" | base64 -w 0)" >&3
-                leave
+                poweroff -f
             }
-            for module in {{string.Join(' ', Modules)}}; do
+            for module in {{string.Join(' ', KvmModules)}}; do
                 parameters=
                 [ $module = kvm-amd ] && parameters=npt={{(nestedPaging ? 1 : 0)}}
                 said=$(insmod /modules/$module.ko $parameters 2>&1) ||
@@ -234,7 +257,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
             {{script.ReplaceLineEndings("\n").Trim()}}
 
             echo {{DoneWord}} >&3
-            leave
+            poweroff -f
 
             """.ReplaceLineEndings("\n");
     }

@@ -23,9 +23,6 @@ public sealed record QemuOptions(string Kernel)
     /// <summary>The value of -cpu.</summary>
     public string Cpu { get; init; } = DefaultCpu;
 
-    /// <summary>The value of -serial for a second serial port, such as unix:FILE for a socket that somebody listens on; null for none.</summary>
-    public string? SecondSerialPort { get; init; }
-
     /// <summary>Memory in MiB.</summary>
     public int MemoryMiB { get; init; } = 1024;
 
@@ -131,8 +128,6 @@ public static class QemuMachine
             "-chardev", $"file,id=console,path=/dev/fd/{serial}", "-serial", "chardev:console",
             "-kernel", options.Kernel, "-append", options.CommandLine,
         ];
-        if (options.SecondSerialPort is { } port)
-            arguments.AddRange(["-serial", port]);
         if (options.InitialRamdisk is { } ramdisk)
             arguments.AddRange(["-initrd", ramdisk]);
         if (options.ReadChannel is not null)

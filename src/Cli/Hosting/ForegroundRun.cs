@@ -123,13 +123,13 @@ internal sealed class ForegroundRun(KvmHost host)
                 return ExitStatus.GuestCrash;
             case ShutdownReason.Watchdog:
                 Say($"The domain {name} was stopped by its own watchdog: the guest did not rearm it in time, so it hung or was starved of CPU time.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestWatchdog;
             case ShutdownReason.Suspend:
                 Say($"The domain {name} suspended itself, which {Tool.Name} cannot save and resume; it is gone.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestSuspend;
             case ShutdownReason.SoftReset:
                 Say($"The domain {name} asked for a soft reset (kexec), which {Tool.Name} does not offer; it is gone.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestSoftReset;
             default:
                 Say($"The domain {name} stopped with reason {(uint)exit.Reason}, which Xen's interface does not define.");
                 return ExitStatus.GuestCrash;

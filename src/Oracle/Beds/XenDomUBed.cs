@@ -34,6 +34,9 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
     // Making, destroying and reporting one domain; seconds at most, but the host may be busy.
     static readonly TimeSpan DomainTimeout = TimeSpan.FromSeconds(30);
 
+    /// <summary>Emulated processors. More than one makes it slower: those that wait for each other burn what the host has.</summary>
+    public int Processors { get; init; } = 1;
+
     /// <inheritdoc/>
     public string Name => $"Xen {XenPackages.Version(cache)} (domU)";
 
@@ -87,8 +90,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
             CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M bootscrub=0 dom0_mem={dom0MiB}M,max:{dom0MiB}M",
             InitialRamdisk = $"{Multiboot.Module(dom0.Kernel, "console=hvc0 quiet panic=1 cryptomgr.notests")},{Multiboot.Module(initramfs)}",
             MemoryMiB = HypervisorMiB + dom0MiB + 2 * domainMiB,
-            // A second one makes it slower: emulated processors that wait for each other burn what the host has.
-            Processors = 1,
+            Processors = Processors,
             Timeout = BootTimeout + guests.Aggregate(TimeSpan.Zero, (sum, guest) => sum + guest.Timeout + DomainTimeout),
             ReadChannel = ReadAsync,
             SwitchOff = switchOff.Token,

@@ -8,6 +8,10 @@ internal static class MemoryScripts
 {
     public static IEnumerable<AbiScript> Create() =>
     [
+        MmuUpdateScript.Create(),
+        MmuUpdateDomainsScript.Create(),
+        UpperTablesScript.Create(),
         UpdateVaMappingScript.Create(),
+        MmuextOpScript.Create(),
     ];
 }

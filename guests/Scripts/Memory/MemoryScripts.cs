@@ -11,7 +11,16 @@ internal static class MemoryScripts
         MmuUpdateScript.Create(),
         MmuUpdateDomainsScript.Create(),
         UpperTablesScript.Create(),
+        PageTableStoresScript.Create(),
         UpdateVaMappingScript.Create(),
         MmuextOpScript.Create(),
+        BaseptrScript.Create(),
+        MemoryOpScript.Create(),
+        ReservationScript.Create(),
+        ExchangeScript.Create(),
+        DescriptorTablesScript.SetGdt(),
+        DescriptorTablesScript.UpdateDescriptor(),
+        HypervisorMemoryScript.Create(),
+        VmAssistScript.Create(),
     ];
 }

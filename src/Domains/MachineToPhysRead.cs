@@ -19,7 +19,7 @@ internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
     {
         DomainContext* domain = _vcpu->Domain;
         ulong offset = address.Value - Paging.HypervisorVirtualStart;
-        if (domain->MachineToPhysStart.Value == Paging.HypervisorVirtualStart || (error & (PageFaultError.Write | PageFaultError.InstructionFetch)) != 0
+        if (_vcpu->State->KernelMode == 0 || domain->MachineToPhysStart.Value == Paging.HypervisorVirtualStart || (error & (PageFaultError.Write | PageFaultError.InstructionFetch)) != 0
             || offset >= domain->Memory.EndFrame.Value * sizeof(ulong))
         {
             return false;

@@ -7,8 +7,13 @@ namespace XenSharp.Guests.Scripts.Memory;
 
 internal static class HypervisorMemoryScript
 {
+    private const ulong SlotSize = 1UL << 39;
+
     public static AbiScript Create() => new("hypervisor-memory", "hypervisor memory", script =>
     {
+        // The table is at its classic address on Xen, and may be in the next slot elsewhere.
+        script.Symbols.Add(Bad.HypervisorStart, SlotSize, "m2p");
+        script.Symbols.Add(Bad.HypervisorStart + SlotSize, SlotSize, "m2p");
         script.Case("the machine-to-physical table, read in every size", c =>
         {
             ScratchPage page = c.Page("page");
@@ -36,32 +41,51 @@ internal static class HypervisorMemoryScript
         });
         script.Case("the machine-to-physical table cannot be written", c =>
         {
-            ScratchPage page = c.Page("page");
-            Value entry = (c.MachineToPhys + (page.Mfn << 3)).Named("m2p[page]");
-            Value kept = c.Keep(entry, "address of m2p[page]");
-            Fault(c, "mov [rdi], rax", static a => a.mov(__[rdi], rax), kept);
-            Fault(c, "mov byte [rdi], 0", static a => a.mov(__byte_ptr[rdi], 0), kept);
-            Fault(c, "lock or [rdi], rax", static a => a.@lock.or(__[rdi], rax), kept);
-            c.Load(entry);
+            // Of frame 0, as the address is in the transcript.
+            Fault(c, "mov [rdi], rax", static a => a.mov(__[rdi], rax), c.MachineToPhys);
+            Fault(c, "mov byte [rdi + 1], 0", static a => a.mov(__byte_ptr[rdi + 1], 0), c.MachineToPhys);
+            Fault(c, "lock or [rdi], rax", static a => a.@lock.or(__[rdi], rax), c.MachineToPhys);
+            Fault(c, "rep stosb", static a => a.rep.stosb(), c.MachineToPhys);
         });
-        script.Case("user mode reads the table, unless m2p_strict is on for its root", c =>
+        script.Case("user mode cannot read the table", c =>
+        {
+            ReadAsUser(c, c.MachineToPhys);
+            ReadAsUser(c, Value.Constant(Bad.HypervisorStart, "classic m2p"));
+        });
+        script.Case("user mode reads the table through the kernel's root", c =>
         {
             ScratchPage page = c.Page("page");
-            ScratchPage root = c.Page("user root 2");
-            Value entry = (Bad.HypervisorStart + (page.Mfn << 3)).Named("classic m2p[page]");
-            ReadAsUser(c, entry);
-            c.Hypercall(GuestHypercall.VmAssist, VmAssist.Enable, VmAssist.M2PStrict);
-            ReadAsUser(c, entry);
+            c.One("new user baseptr, the kernel's root", Mmuext.NewUserBaseptr, c.Root);
+            ReadAsUser(c, (c.MachineToPhys + (page.Mfn << 3)).Named("m2p[page]"));
+            c.One("new user baseptr", Mmuext.NewUserBaseptr, c.UserRoot);
+            ReadAsUser(c, c.MachineToPhys);
+        });
+        script.Case("a root that was the kernel's keeps the table for user mode, unless m2p_strict is on", c =>
+        {
+            ScratchPage page = c.Page("page");
+            ScratchPage root = c.Page("root 2");
+            Value entry = c.Keep(c.MachineToPhys + (page.Mfn << 3), "address of m2p[page]").Named("m2p[page]");
             c.Put(root[511 * 8], 8, Value.Load(c.RootAddress + (511 * 8)));
             c.ReadOnly(root);
-            c.One("new user baseptr, user root 2", Mmuext.NewUserBaseptr, root.Mfn);
-            ReadAsUser(c, entry);
+            c.Pin(4, root);
+            c.One("new baseptr, root 2", Mmuext.NewBaseptr, root.Mfn);
             c.Load(entry);
-            c.Hypercall(GuestHypercall.VmAssist, VmAssist.Disable, VmAssist.M2PStrict);
+            c.One("new baseptr, root", Mmuext.NewBaseptr, c.Root);
+            c.One("new user baseptr, root 2", Mmuext.NewUserBaseptr, root.Mfn);
             ReadAsUser(c, entry);
             c.One("new user baseptr", Mmuext.NewUserBaseptr, c.UserRoot);
+            c.Hypercall(GuestHypercall.VmAssist, VmAssist.Enable, VmAssist.M2PStrict);
+            c.One("new user baseptr, root 2", Mmuext.NewUserBaseptr, root.Mfn);
+            ReadAsUser(c, c.MachineToPhys);
+            c.One("new user baseptr", Mmuext.NewUserBaseptr, c.UserRoot);
             c.Unpin(root);
-            ReadAsUser(c, entry);
+            c.Pin(4, root);
+            c.One("new baseptr, root 2", Mmuext.NewBaseptr, root.Mfn);
+            c.Load(entry);
+            c.One("new baseptr, root", Mmuext.NewBaseptr, c.Root);
+            c.Unpin(root);
+            c.Hypercall(GuestHypercall.VmAssist, VmAssist.Disable, VmAssist.M2PStrict);
+            ReadAsUser(c, c.MachineToPhys);
         });
         script.Case("addresses at the range's ends", c =>
         {
@@ -83,7 +107,6 @@ internal static class HypervisorMemoryScript
         script.Case("execution in the hypervisor's range", c =>
         {
             c.Kernel("call rax", static a => a.call(rax), null, [(Register64.Rax, 0xffff_87ff_ffff_f000)]);
-            c.Kernel("call rax, not canonical", static a => a.call(rax), null, [(Register64.Rax, Bad.NonCanonical)]);
         });
     });
 

@@ -294,7 +294,6 @@ internal static class MemoryOpScript
         {
             foreach (ulong command in (ulong[])[8, 29, 30, 63, 64 + 8, ~0UL])
                 c.MemoryOp($"command {Value.Constant(command, command.ToString(System.Globalization.CultureInfo.InvariantCulture)).Text}", command, 0);
-            c.MemoryOp("compat machphys mfn list, at nowhere", Xenmem.MachphysCompatMfnList, Bad.Unmapped);
         });
     }
 }

@@ -179,6 +179,8 @@ internal static class ReservationScript
             c.MemoryOp("populate, on node 0", Xenmem.PopulatePhysmap, Reservation(c, extents, 1, flags: Xenmem.NodeZero));
             c.Put(extents.At, 8, 0x30002);
             c.MemoryOp("populate, on a node of 200", Xenmem.PopulatePhysmap, Reservation(c, extents, 1, flags: 201 << 8));
+            c.MemoryOp("populate, on a node of 200 and no other", Xenmem.PopulatePhysmap, Reservation(c, extents, 1, flags: (201 << 8) | Xenmem.ExactNodeRequest));
+            c.MemoryOp("decrease, 12 address bits", Xenmem.DecreaseReservation, Reservation(c, extents, 1, flags: 12));
         });
         script.Case("more than the domain may have", c =>
         {

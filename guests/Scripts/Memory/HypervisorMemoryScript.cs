@@ -32,7 +32,10 @@ internal static class HypervisorMemoryScript
             Value entry = (Bad.HypervisorStart + (page.Mfn << 3)).Named("classic m2p[page]");
             c.Load(entry);
             c.Load(entry, 4);
-            c.Kernel("add rax, [rdi]", static a => a.add(rax, __[rdi]), [Register64.Rax], [(Register64.Rdi, entry), (Register64.Rax, 1)]);
+            c.Kernel("add rax, [rdi]", static a => a.add(rax, __[rdi]), [Register64.Rax, Register64.Rflags], [(Register64.Rdi, entry), (Register64.Rax, 1)]);
+            c.Kernel("cmp eax, [rdi]", static a => a.cmp(eax, __[rdi]), [Register64.Rflags], [(Register64.Rdi, entry), (Register64.Rax, page.Pfn)]);
+            c.Kernel("movzx rax, byte [rdi]", static a => a.movzx(rax, __byte_ptr[rdi]), [Register64.Rax], [(Register64.Rdi, entry)]);
+            c.Kernel("movsxd rax, dword [rdi + 4]", static a => a.movsxd(rax, __dword_ptr[rdi + 4]), [Register64.Rax], [(Register64.Rdi, entry)]);
         });
         script.Case("the pfns of the domain's own tables and of shared memory", c =>
         {

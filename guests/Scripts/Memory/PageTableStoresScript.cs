@@ -158,6 +158,17 @@ internal static class PageTableStoresScript
             Push("push 0x70", static a => a.push(0x70));
             Push("push qword [rdi + 8]", static a => a.push(__qword_ptr[rdi + 8]));
             Push("push ax", static a => a.push(ax));
+            Push("pushfq", static a => a.pushfq());
+            Push("call next", static a =>
+            {
+                Label next = a.CreateLabel();
+                a.call(next);
+                a.Label(ref next);
+                a.mov(rax, __[rsp]);
+                a.lea(rdx, __[next]);
+                a.sub(rdx, rax);
+                a.mov(__qword_ptr[rsp], rdx);
+            });
         });
     }
 
@@ -193,15 +204,20 @@ internal static class PageTableStoresScript
             ("dec word [rdi + 2]", static a => a.dec(__word_ptr[rdi + 2])),
             ("not dword [rdi + 4]", static a => a.not(__dword_ptr[rdi + 4])),
             ("neg qword [rdi]", static a => a.neg(__qword_ptr[rdi])),
+        ];
+
+        // With these the processor is free to do what it likes with some flags.
+        (string Text, Action<Assembler> Emit)[] shifts =
+        [
             ("lock bts [rdi], rcx", static a => a.@lock.bts(__[rdi], rcx)),
             ("lock btr [rdi], rcx", static a => a.@lock.btr(__[rdi], rcx)),
             ("btc dword [rdi], 9", static a => a.btc(__dword_ptr[rdi], (sbyte)9)),
             ("bts [rdi], rdx, of the next entry but one", static a => a.bts(__[rdi], rdx)),
             ("shl qword [rdi], 4", static a => a.shl(__qword_ptr[rdi], (sbyte)4)),
-            ("ror dword [rdi], cl", static a => a.ror(__dword_ptr[rdi], cl)),
+            ("ror dword [rdi + 4], cl", static a => a.ror(__dword_ptr[rdi + 4], cl)),
             ("sar byte [rdi + 3], cl", static a => a.sar(__byte_ptr[rdi + 3], cl)),
             ("rcl word [rdi + 6], cl", static a => a.rcl(__word_ptr[rdi + 6], cl)),
-            ("shr qword [rdi], 1", static a => a.shr(__qword_ptr[rdi], (sbyte)1)),
+            ("shr dword [rdi + 4], 1", static a => a.shr(__dword_ptr[rdi + 4], (sbyte)1)),
             ("shld [rdi], rax, 8", static a => a.shld(__[rdi], rax, (sbyte)8)),
         ];
         script.Case("reading, computing and storing: entries that are not present", c =>
@@ -215,6 +231,21 @@ internal static class PageTableStoresScript
                 c.Load(table.At);
             }
 
+        });
+        script.Case("bits and shifts: entries that are not present", c =>
+        {
+            ScratchPage table = c.PinnedTable(1, "l1");
+            foreach ((string text, Action<Assembler> emit) in shifts)
+            {
+                c.Store(table.At, 8, Absent);
+                c.Kernel($"{text}; setc al", a =>
+                {
+                    emit(a);
+                    a.setc(al);
+                }, [Register64.Rax], [(Register64.Rdi, table.At), (Register64.Rax, 0x1_0000_0222), (Register64.Rcx, 5), (Register64.Rdx, 129)]);
+                c.Load(table.At);
+            }
+
             c.Load(table[16]);
         });
         script.Case("locked operations on a present entry, as kernels use them", c =>
@@ -222,7 +253,7 @@ internal static class PageTableStoresScript
             ScratchPage table = c.PinnedTable(1, "l1");
             ScratchPage data = c.Page("data");
             c.Store(table.At, 8, data.Entry(Pte.ReadWrite));
-            c.Kernel("lock btr qword [rdi], 1", static a => a.@lock.btr(__qword_ptr[rdi], (sbyte)1), [Register64.Rflags], [(Register64.Rdi, table.At)]);
+            c.Kernel("lock btr qword [rdi], 1", static a => a.@lock.btr(__qword_ptr[rdi], (sbyte)1), null, [(Register64.Rdi, table.At)]);
             c.ShowAllFlags(table, 0);
             c.Kernel("lock and qword [rdi], ~0x20", static a => a.@lock.and(__qword_ptr[rdi], ~0x20), [Register64.Rflags], [(Register64.Rdi, table.At)]);
             c.ShowAllFlags(table, 0);

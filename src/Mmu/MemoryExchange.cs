@@ -33,12 +33,12 @@ internal static unsafe class MemoryExchange
         if (error == Errno.None)
         {
             // As many extents of the smaller order as make one of the larger are exchanged together.
-            int inExtents = Math.Max((int)request.Out.ExtentOrder - (int)request.In.ExtentOrder, 0);
-            ulong first = request.Exchanged >> inExtents;
+            int chunkShift = Math.Max((int)request.Out.ExtentOrder - (int)request.In.ExtentOrder, 0);
+            ulong first = request.Exchanged >> chunkShift;
             ulong chunk = first;
-            for (; chunk < request.In.ExtentCount >> inExtents; chunk++)
+            for (; chunk < request.In.ExtentCount >> chunkShift; chunk++)
             {
-                request.Exchanged = chunk << inExtents;
+                request.Exchanged = chunk << chunkShift;
                 if (chunk != first && vcpu->PreemptionDue)
                     return StoreExchanged(vcpu, pointer, request) ? Continuation.Create(vcpu, arguments) : -(long)Errno.EFAULT;
                 error = ExchangeChunk(vcpu, request, chunk, limit);
@@ -46,7 +46,7 @@ internal static unsafe class MemoryExchange
                     break;
             }
 
-            request.Exchanged = error == Errno.None ? request.In.ExtentCount : chunk << inExtents;
+            request.Exchanged = error == Errno.None ? request.In.ExtentCount : chunk << chunkShift;
         }
 
         return StoreExchanged(vcpu, pointer, request) ? -(long)error : -(long)Errno.EFAULT;

@@ -341,8 +341,16 @@ internal sealed unsafe class Vcpu : IDisposable
             return;
         }
 
-        if (address.IsHypervisorReserved && _machineToPhysRead.TryEmulate(address, error))
-            return;
+        if (address.IsHypervisorReserved)
+        {
+            if (_machineToPhysRead.TryEmulate(address, error))
+                return;
+
+            // No entry of ours has a reserved bit: it is how a host shows that it has the slot to itself. To the guest nothing is there.
+            if ((error & PageFaultError.ReservedBit) != 0)
+                errorCode &= ~(uint)(PageFaultError.Present | PageFaultError.ReservedBit);
+        }
+
         if (IsSpurious(address, error))
             return;
         InjectPageFault(address.Value, errorCode);

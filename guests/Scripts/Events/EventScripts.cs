@@ -8,5 +8,11 @@ internal static class EventScripts
 {
     public static IEnumerable<AbiScript> Create() =>
     [
+        EventChannelScript.CreatePorts(),
+        EventChannelScript.CreateBindings(),
+        EventChannelScript.CreatePointers(),
+        EventChannelScript.CreateCompat(),
+        EventChannelScript.CreateFifo(),
+        EventChannelScript.CreateReset(),
     ];
 }

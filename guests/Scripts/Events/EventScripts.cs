@@ -14,5 +14,10 @@ internal static class EventScripts
         EventChannelScript.CreateCompat(),
         EventChannelScript.CreateFifo(),
         EventChannelScript.CreateReset(),
+        UpcallScript.Create(),
+        TimerScript.CreateSetTimer(),
+        TimerScript.CreateVcpuTimers(),
+        SchedulerScript.CreatePoll(),
+        SchedulerScript.CreateOthers(),
     ];
 }

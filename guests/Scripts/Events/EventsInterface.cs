@@ -166,8 +166,18 @@ internal static class EventSteps
         }, show: [Register64.Rax]);
     }
 
-    /// <summary>Levels the ports in a case of its own.</summary>
-    public static void LevelPorts(this AbiScript script) => script.Case("the low ports are taken", static c => c.LevelPorts());
+    /// <summary>Levels the ports in a case of its own, and stops the timer of 100 Hz that every vCPU starts with.</summary>
+    public static void LevelPorts(this AbiScript script) => script.Case("the low ports are taken", static c =>
+    {
+        c.LevelPorts();
+        c.VcpuOp(VcpuOperation.StopPeriodicTimer, 0, "", 0);
+    });
+
+    /// <summary>
+    /// Quietly lets the console's other end come to rest. It notifies the guest of what it took, which ends every poll for other than one
+    /// port.
+    /// </summary>
+    public static void Settle(this AbiCase c) => c.Pause(TimeSpan.FromMilliseconds(200));
 
     /// <summary>event_channel_op with a structure of one's own.</summary>
     public static Value EventChannelOp(this AbiCase c, EventOperation operation, string arguments, Value structure)
@@ -285,6 +295,21 @@ internal static class EventSteps
         c.Put(info + VcpuInfoField.PendingSelector, 8, 0);
         c.Put(info + VcpuInfoField.UpcallPending, 1, 0);
     }
+
+    /// <summary>Quietly takes all pending ports' events away; what is masked stays so.</summary>
+    public static void ClearPending(this AbiCase c) => c.Fill(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnPending, 64, 8, 0);
+
+    /// <summary>SCHEDOP_poll for one port.</summary>
+    /// <param name="c">The case.</param>
+    /// <param name="port">The port.</param>
+    /// <param name="text">The timeout, for the transcript.</param>
+    /// <param name="timeout">System time at which to give up; 0 for never.</param>
+    public static void Poll(this AbiCase c, Value port, string text, Value timeout)
+        => c.Poll($"{port.Text}, {text}", c.Structure("ports", 8, (0, 4, port)), 1, timeout);
+
+    /// <summary>SCHEDOP_poll with arguments of one's own.</summary>
+    public static void Poll(this AbiCase c, string text, Value ports, Value count, Value timeout)
+        => c.SchedOp(SchedulerOperation.Poll, text, c.Structure("poll", 24, (0, 8, ports), (8, 4, count), (16, 8, timeout)));
 
     /// <summary>sched_op.</summary>
     public static Value SchedOp(this AbiCase c, SchedulerOperation operation, string arguments, Value argument)

@@ -20,5 +20,5 @@ internal static class GuestCalls
     public static readonly Value PhysdevOpCompat = Number(GuestHypercall.PhysdevOpCompat);
     public static readonly Value GrantTableOp = Number(GuestHypercall.GrantTableOp);
 
-    private static Value Number(GuestHypercall number) => (ulong)number;
+    public static Value Number(GuestHypercall number) => (ulong)number;
 }

@@ -79,6 +79,7 @@ internal sealed unsafe class Vcpu : IDisposable
     public void Run()
     {
         Runstate.Change(RunstateKind.Running);
+        Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
             long now = Domain.Time.SystemTime;
@@ -182,13 +183,13 @@ internal sealed unsafe class Vcpu : IDisposable
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;
-            if (now >= Timers.Next)
+            if (now >= Timers.NextWhileWaiting)
             {
                 FireTimers(now);
                 continue;
             }
 
-            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.Next));
+            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
             DrainNotifications();
         }
 

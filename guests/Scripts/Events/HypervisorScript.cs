@@ -84,9 +84,17 @@ internal static class HypervisorScript
         script.Case("features", c =>
         {
             const int dom0 = 1 << 11;
+            const int enable = 0;
+            const int disable = 1;
+            const int paeExtendedCr3 = 3;
             ScriptBuffer features = c.Structure("features", 8, (4, 4, 0xffff_ffffU));
-            Say(c, GetFeatures, "get_features, submap 0", features);
-            c.Show(((Value.Load(features) >> 32) & ~dom0).Named("features, but that of dom0"));
+            foreach (int command in (int[])[disable, enable])
+            {
+                c.Hypercall(GuestHypercall.VmAssist, command, paeExtendedCr3);
+                Say(c, GetFeatures, "get_features, submap 0", features);
+                c.Show(((Value.Load(features) >> 32) & ~dom0).Named("features, but that of dom0"));
+            }
+
             foreach (uint submap in (uint[])[1, 2, 0xffff_ffff])
             {
                 ScriptBuffer other = c.Structure("features", 8, (0, 4, submap), (4, 4, 77));
@@ -174,7 +182,7 @@ internal static class HypervisorScript
     public static AbiScript CreatePrivileged() => new("privileged-hypercalls", "privileged hypercalls", script =>
     {
         // XENPF_, XEN_SYSCTL_ and XEN_DOMCTL_INTERFACE_VERSION of 4.17.
-        const int platformVersion = 0x0300_0000;
+        const int platformVersion = 0x0300_0001;
         const int sysctlVersion = 0x15;
         const int domctlVersion = 0x15;
         script.Case("requests that cannot be read", c =>
@@ -278,8 +286,8 @@ internal static class HypervisorScript
             c.Show(((Value.SystemTime - Value.Load(time)) >> 63).Named("later than after"));
             c.Hypercall(GuestHypercall.HvmOp, getTime, BadAddress.Null);
             c.Hypercall(GuestHypercall.HvmOp, xentrace, BadAddress.Null);
-            Hvm(c, xentrace, "nothing", c.Buffer("trace", 16));
-            Hvm(c, xentrace, "too much", c.Structure("trace", 16, (2, 2, 8)));
+            Hvm(c, xentrace, "nothing", c.Buffer("trace", 32));
+            Hvm(c, xentrace, "too much", c.Structure("trace", 32, (2, 2, 29)));
             c.Hypercall(GuestHypercall.HvmOp, getMemType, BadAddress.Null);
             Hvm(c, getMemType, "absent domain", c.Structure("request", 16, (0, 2, DomainIds.Absent)));
             c.Hypercall(GuestHypercall.HvmOp, setUpcallVector, BadAddress.Null);

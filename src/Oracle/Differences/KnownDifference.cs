@@ -11,6 +11,28 @@ public enum DifferenceKind
     NotBuilt,
 }
 
+/// <summary>What a host's KVM cannot do for a guest, found by XenSharp's probes; some differences rest on that and show there only.</summary>
+[Flags]
+public enum HostLacks
+{
+    None = 0,
+
+    /// <summary>Breakpoints in the debug registers raise nothing.</summary>
+    DebugRegisters = 1 << 0,
+
+    /// <summary>CR0.TS has no effect: FPU instructions never raise #NM.</summary>
+    TaskSwitched = 1 << 1,
+
+    /// <summary>CR4.TSD has no effect: RDTSC is never trapped.</summary>
+    TimeStampDisable = 1 << 2,
+
+    /// <summary>CPUID outside of the forced emulation shows the host's own leaves.</summary>
+    CpuidPolicy = 1 << 3,
+
+    /// <summary>Guests run without hardware's virtualization: at the mercy of the host's own descriptor tables and control registers.</summary>
+    Virtualization = 1 << 4,
+}
+
 /// <summary>One difference that is expected. An expected difference that does not show is as wrong as one that was not expected.</summary>
 /// <param name="Script">The script's name.</param>
 /// <param name="Case">The case's name.</param>
@@ -20,6 +42,13 @@ public enum DifferenceKind
 /// <param name="Reason">Why, as a sentence for people.</param>
 public sealed record KnownDifference(string Script, string Case, string? Step, string? Answer, DifferenceKind Kind, string Reason)
 {
+    /// <summary>Shows only on hosts that lack this; <see cref="HostLacks.None"/> for one that shows everywhere.</summary>
+    public HostLacks OnlyWithout { get; init; }
+
+    /// <summary>One step answers otherwise on hosts that lack something.</summary>
+    public static KnownDifference Without(HostLacks what, string script, string @case, string step, string answer, string reason)
+        => new(script, @case, step, answer, DifferenceKind.ByDesign, reason) { OnlyWithout = what };
+
     /// <summary>One step answers otherwise, for good.</summary>
     public static KnownDifference ByDesign(string script, string @case, string step, string answer, string reason)
         => new(script, @case, step, answer, DifferenceKind.ByDesign, reason);
@@ -37,4 +66,8 @@ public sealed record KnownDifference(string Script, string Case, string? Step, s
 public static class KnownDifferences
 {
     public static IReadOnlyList<KnownDifference> All { get; } = [.. MemoryDifferences.All, .. EventDifferences.All, .. ProcessorDifferences.All];
+
+    /// <summary>Those that show on a host.</summary>
+    public static IReadOnlyList<KnownDifference> On(HostLacks lacks)
+        => [.. All.Where(difference => difference.OnlyWithout == HostLacks.None || (difference.OnlyWithout & lacks) != 0)];
 }

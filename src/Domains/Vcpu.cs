@@ -26,6 +26,8 @@ internal sealed unsafe class Vcpu : IDisposable
     private ulong _lastFaultAddress;
     private int _repeatedFaults;
     private long _nextCalibration;
+    private long _wakeTime = long.MinValue;
+    private long _wakeDeadline;
 
     public Vcpu(Domain domain, IVirtualCpu cpu, VcpuContext* context, int id)
     {
@@ -95,7 +97,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
             DeliverEvents();
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
-            Cpu.SetWakeTimer(Domain.Time.ToMonotonic(Math.Min(Timers.Next, _nextCalibration)));
+            Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
         }
@@ -206,6 +208,19 @@ internal sealed unsafe class Vcpu : IDisposable
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
         && (Waiting != WaitState.Polling || !Timers.PollExpired);
 
+    /// <summary>CLOCK_MONOTONIC at the next thing to do; the same while that is the same, so that the timer need not be set anew.</summary>
+    private long WakeDeadline()
+    {
+        long time = Math.Min(Timers.Next, _nextCalibration);
+        if (time != _wakeTime)
+        {
+            _wakeTime = time;
+            _wakeDeadline = Domain.Time.ToMonotonic(time);
+        }
+
+        return _wakeDeadline;
+    }
+
     private void DrainNotifications()
     {
         // What to do is in the shared bits; a notification only says that it is worth looking.
@@ -228,6 +243,8 @@ internal sealed unsafe class Vcpu : IDisposable
                 HandleException(exit.Vector, exit.ErrorCode);
                 return;
             case VcpuExitKind.Kicked:
+                // It may have been the timer, on a clock that is a little ahead of the guest's.
+                _wakeTime = long.MinValue;
                 DrainNotifications();
                 return;
             case VcpuExitKind.GuestIo:

@@ -1,5 +1,7 @@
 // event_channel_op: what ports can be, and how they come to be so.
+using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Probe;
+using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Guests.Scripts.Events;
 
@@ -257,7 +259,7 @@ internal static class EventChannelScript
             c.PortStatus(DomainIds.Self, 128);
             c.Unmask(128);
             c.Send(port);
-            c.Load(ProbeLayout.SharedInfoPage + Assembly.SharedInfoOffset.EvtchnPending + 8);
+            c.Load(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnPending + 8);
             c.ShowUpcallState();
             c.Unmask(port);
             c.ShowUpcallState();
@@ -494,6 +496,74 @@ internal static class EventChannelScript
         });
         script.Case("a reset that was not begun cannot go on", c =>
             c.EventChannelOp(EventOperation.ResetContinue, "self", c.Structure("request", 8, (0, 2, DomainIds.Self))));
+        script.Case("ports can be had until there are no more", c =>
+        {
+            ScriptBuffer request = c.Structure("request", 8, (0, 2, DomainIds.Self), (2, 2, DomainIds.Self));
+            c.Kernel("alloc_unbound until it fails", a =>
+            {
+                Iced.Intel.Label next = a.CreateLabel();
+                a.Label(ref next);
+                a.mov(edi, (int)EventOperation.AllocUnbound);
+                a.mov(rsi, request.Address);
+                a.mov(eax, (int)GuestHypercall.EventChannelOp);
+                a.syscall();
+                a.test(rax, rax);
+                a.jz(next);
+            }, show: [Register64.Rax]);
+            c.BindIpi(0);
+            c.BindVirq(Virq.Debug, 0);
+            c.BindInterdomain(DomainIds.Self, EventSteps.FirstPort);
+            c.ClosePort(EventSteps.FirstPort);
+            Value port = c.Keep(c.BindIpi(0), "port");
+            c.Show(port);
+            c.Send(port);
+            c.ShowPending();
+        });
+
+        // The console's port goes with the others, so it is the domain's end that tells: a reboot if all was as it should be.
+        script.Case("a reset closes all ports, clears what is pending, and the lowest is free again", c =>
+        {
+            ScriptBuffer domain = c.Structure("domain", 8, (0, 2, DomainIds.Self));
+            ScriptBuffer status = c.Structure("status", StatusField.Size, (StatusField.Domain, 2, DomainIds.Self), (StatusField.Port, 4, EventSteps.FirstPort), (StatusField.Status, 4, 77));
+            ScriptBuffer request = c.Structure("request", 8, (0, 2, DomainIds.Self), (2, 2, DomainIds.Self));
+            ScriptBuffer good = c.Structure("good", 8, (0, 4, (int)GuestShutdownReason.Reboot));
+            ScriptBuffer bad = c.Structure("bad", 8, (0, 4, (int)GuestShutdownReason.Crash));
+            c.Kernel("reset, status, alloc_unbound, shutdown", a =>
+            {
+                Iced.Intel.Label failed = a.CreateLabel();
+                Iced.Intel.Label shutdown = a.CreateLabel();
+                void Operation(EventOperation operation, ScriptBuffer structure)
+                {
+                    a.mov(edi, (int)operation);
+                    a.mov(rsi, structure.Address);
+                    a.mov(eax, (int)GuestHypercall.EventChannelOp);
+                    a.syscall();
+                    a.test(rax, rax);
+                    a.jnz(failed);
+                }
+
+                Operation(EventOperation.Reset, domain);
+                Operation(EventOperation.Status, status);
+                a.mov(rsi, status.Address);
+                a.cmp(__dword_ptr[rsi + StatusField.Status], 0);
+                a.jne(failed);
+                a.mov(rsi, ProbeLayout.SharedInfoPage);
+                a.cmp(__qword_ptr[rsi + SharedInfoOffset.EvtchnPending], 0);
+                a.jne(failed);
+                Operation(EventOperation.AllocUnbound, request);
+                a.mov(rsi, request.Address);
+                a.cmp(__dword_ptr[rsi + 4], 1);
+                a.jne(failed);
+                a.mov(rsi, good.Address);
+                a.jmp(shutdown);
+                a.Label(ref failed);
+                a.mov(rsi, bad.Address);
+                a.Label(ref shutdown);
+                a.mov(edi, (int)SchedulerOperation.Shutdown);
+                a.mov(eax, (int)GuestHypercall.SchedOp);
+                a.syscall();
+            });
+        });
     });
 
     private static Value Compat(AbiCase c, EventOperation operation, int result, string arguments, params (int Offset, int Size, Value Value)[] fields)

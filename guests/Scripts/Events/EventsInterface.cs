@@ -132,6 +132,11 @@ internal static class EventSteps
 
     private const int LevelPort = 15;
 
+    private const long Millisecond = 1_000_000;
+
+    /// <summary>Nanoseconds by which the hypervisor's and the guest's clock may differ.</summary>
+    public const long ClockTolerance = Millisecond;
+
     /// <summary>First port that is free after <see cref="LevelPorts(AbiCase)"/>.</summary>
     public const int FirstPort = LevelPort + 1;
 
@@ -310,6 +315,16 @@ internal static class EventSteps
     /// <summary>SCHEDOP_poll with arguments of one's own.</summary>
     public static void Poll(this AbiCase c, string text, Value ports, Value count, Value timeout)
         => c.SchedOp(SchedulerOperation.Poll, text, c.Structure("poll", 24, (0, 8, ports), (8, 4, count), (16, 8, timeout)));
+
+    /// <summary>
+    /// Shows whether a time has not come yet. The hypervisor's clock and the one that the guest computes are the same but for what a
+    /// correction of the one has not told the other yet: that much is left out.
+    /// </summary>
+    /// <param name="c">The case.</param>
+    /// <param name="start">A system time.</param>
+    /// <param name="milliseconds">How long after it.</param>
+    public static void ShowEarly(this AbiCase c, Value start, int milliseconds)
+        => c.Show(((Value.SystemTime - start - (milliseconds * Millisecond) + ClockTolerance) >> 63).Named("before its time"));
 
     /// <summary>sched_op.</summary>
     public static Value SchedOp(this AbiCase c, SchedulerOperation operation, string arguments, Value argument)

@@ -28,7 +28,7 @@ internal static class SchedulerScript
             Value port = c.Keep(c.BindIpi(0), "port");
             Value start = c.Keep(Value.SystemTime, "start");
             c.Poll(port, "20 ms", start + 20 * Millisecond);
-            c.Show(((Value.SystemTime - start - 20 * Millisecond) >> 63).Named("before its time"));
+            c.ShowEarly(start, 20);
             c.ShowPending();
             End(c, port);
         });
@@ -44,7 +44,7 @@ internal static class SchedulerScript
             c.Settle();
             Value start = c.Keep(Value.SystemTime, "start");
             c.Poll("no port, 20 ms", 0, 0, start + 20 * Millisecond);
-            c.Show(((Value.SystemTime - start - 20 * Millisecond) >> 63).Named("before its time"));
+            c.ShowEarly(start, 20);
         });
         script.Case("a timer's port", c =>
         {
@@ -80,7 +80,7 @@ internal static class SchedulerScript
             Value start = c.Keep(Value.SystemTime, "start");
             c.Hypercall(GuestHypercall.SetTimerOp, start + 5 * Millisecond);
             c.Poll(port, "40 ms", start + 40 * Millisecond);
-            c.Show(((Value.SystemTime - start - 40 * Millisecond) >> 63).Named("before its time"));
+            c.ShowEarly(start, 40);
             c.ShowPending();
             End(c, port, timer);
         });

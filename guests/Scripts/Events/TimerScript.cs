@@ -42,7 +42,7 @@ internal static class TimerScript
             Value start = c.Keep(Value.SystemTime, "start");
             SetTimer(c, start + 20 * Millisecond);
             c.WaitUpcalls(1, s_ample);
-            c.Show(((Value.SystemTime - start - 20 * Millisecond) >> 63).Named("before its time"));
+            c.ShowEarly(start, 20);
             Close(c, port);
         });
         script.Case("nobody bound the VIRQ", c =>
@@ -148,7 +148,7 @@ internal static class TimerScript
             c.ClearPending();
             Value start = c.Keep(Value.SystemTime, "start");
             c.Poll(port, "500 ms", start + 500 * Millisecond);
-            c.Show(((Value.SystemTime - start - 500 * Millisecond) >> 63).Named("before its time"));
+            c.ShowEarly(start, 500);
             c.ShowPending();
             c.VcpuOp(VcpuOperation.StopPeriodicTimer, 0, "", 0);
             Close(c, port);

@@ -124,6 +124,8 @@ public sealed unsafe class Domain : IDisposable
 
     internal IoPorts Ports { get; }
 
+    internal PhysicalInterrupts PhysicalInterrupts { get; } = new();
+
     internal Watchdogs Watchdogs { get; }
 
     /// <summary>The UUID's 16 bytes, for XENVER_guest_handle.</summary>
@@ -168,6 +170,9 @@ public sealed unsafe class Domain : IDisposable
         _memory.Dispose();
         NativeMemory.Free(_handle);
     }
+
+    /// <summary>Whether there is a domain of this number: itself, or the manager, which is domain 0 to it.</summary>
+    internal bool Knows(ushort id) => id == Id.Value || id == 0;
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 

@@ -27,6 +27,8 @@ internal sealed unsafe class Vcpu : IDisposable
     private ulong _lastFaultAddress;
     private int _repeatedFaults;
     private long _nextCalibration;
+    private long _wakeTime = long.MinValue;
+    private long _wakeDeadline;
 
     public Vcpu(Domain domain, IVirtualCpu cpu, VcpuContext* context, int id)
     {
@@ -84,6 +86,7 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         Runstate.Change(RunstateKind.Running);
         Trace?.Boot();
+        Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
             long now = Domain.Time.SystemTime;
@@ -99,7 +102,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
             DeliverEvents();
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
-            Cpu.SetWakeTimer(Domain.Time.ToMonotonic(Math.Min(Timers.Next, _nextCalibration)));
+            Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
         }
@@ -196,13 +199,13 @@ internal sealed unsafe class Vcpu : IDisposable
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;
-            if (now >= Timers.Next)
+            if (now >= Timers.NextWhileWaiting)
             {
                 FireTimers(now);
                 continue;
             }
 
-            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.Next));
+            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
             DrainNotifications();
         }
 
@@ -218,6 +221,19 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
         && (Waiting != WaitState.Polling || !Timers.PollExpired);
+
+    /// <summary>CLOCK_MONOTONIC at the next thing to do; the same while that is the same, so that the timer need not be set anew.</summary>
+    private long WakeDeadline()
+    {
+        long time = Math.Min(Timers.Next, _nextCalibration);
+        if (time != _wakeTime)
+        {
+            _wakeTime = time;
+            _wakeDeadline = Domain.Time.ToMonotonic(time);
+        }
+
+        return _wakeDeadline;
+    }
 
     private void DrainNotifications()
     {
@@ -243,6 +259,8 @@ internal sealed unsafe class Vcpu : IDisposable
                 Trace?.EndTrap(Domain.IsStopping);
                 return;
             case VcpuExitKind.Kicked:
+                // It may have been the timer, on a clock that is a little ahead of the guest's.
+                _wakeTime = long.MinValue;
                 DrainNotifications();
                 return;
             case VcpuExitKind.GuestIo:

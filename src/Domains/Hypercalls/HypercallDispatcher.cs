@@ -12,7 +12,7 @@ internal static unsafe class HypercallDispatcher
     public static void Dispatch(Vcpu vcpu)
     {
         CpuRegisters* registers = vcpu.Context->Registers;
-        ulong number = (uint)registers->Rax;
+        ulong number = registers->Rax;
         var arguments = new HypercallArguments
         {
             A0 = registers->Rdi,

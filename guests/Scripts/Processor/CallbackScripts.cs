@@ -108,11 +108,15 @@ internal static class CallbackScripts
 
     public static AbiScript CreateSystemCalls() => new("system-calls", "callbacks", script =>
     {
-        script.Case("a system call's frame", c => c.User("syscall, with all flags that a process can set", static a =>
+        script.Case("a system call's frame", c =>
         {
-            a.mov(eax, 7);
-            a.syscall();
-        }, with: [(Register64.Rflags, Eflags.Fixed | Eflags.Carry | Eflags.Direction | Eflags.Id)]));
+            c.MaskUpcalls(false);
+            c.User("syscall, with all flags that a process can set", static a =>
+            {
+                a.mov(eax, 7);
+                a.syscall();
+            }, with: [(Register64.Rflags, Eflags.Fixed | Eflags.Carry | Eflags.Direction | Eflags.Id)]);
+        });
         script.Case("RCX and R11 after it are RIP and RFLAGS, the others stay", c => c.User("syscall, resumed", static a =>
         {
             a.mov(eax, 7);
@@ -240,7 +244,6 @@ internal static class CallbackScripts
             c.Hypercall(GuestHypercall.NmiOp, Callback.Register, NonCanonical);
             c.Hypercall(GuestHypercall.NmiOp, 2, hole.At);
             c.Hypercall(GuestHypercall.NmiOp, -1, hole.At);
-            c.Hypercall(GuestHypercall.VcpuOp, VcpuOperation.SendNmi, 1, 0);
             c.Hypercall(GuestHypercall.VcpuOp, VcpuOperation.SendNmi, 99, 0);
         });
     });

@@ -15,6 +15,7 @@ internal static class ExceptionsScript
     {
         script.Case("#DE", c =>
         {
+            c.MaskUpcalls(false);
             c.Run(user, "div by 0", static a => a.div(ecx), with: [(Register64.Rflags, Eflags.Fixed | Eflags.Carry | Eflags.Direction)]);
             c.Run(user, "idiv, quotient too large", static a =>
             {
@@ -176,6 +177,7 @@ internal static class ExceptionsScript
     {
         script.Case("a page that is not present: read, write, execute", c =>
         {
+            c.MaskUpcalls(false);
             ScratchPage hole = c.UnmappedPage("hole");
             c.Load(hole[0x123], 1);
             c.Store(hole[0xff8], 8, 1);

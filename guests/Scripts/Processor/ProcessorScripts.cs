@@ -21,5 +21,16 @@ internal static class ProcessorScripts
         IretScripts.CreateIret(),
         IretScripts.CreateStackSwitch(),
         .. IretScripts.CreateEnding(),
+        SegmentScripts.CreateSetSegmentBase(),
+        SegmentScripts.CreateSelectors(),
+        SegmentScripts.CreateTables(),
+        SegmentScripts.CreateCompatCode(),
+        PrivilegedScripts.CreatePrivileged(),
+        PrivilegedScripts.CreateControlRegisters(),
+        PrivilegedScripts.CreateDebugRegisters(),
+        PrivilegedScripts.CreateMsrs(),
+        PrivilegedScripts.CreateCpuid(),
+        PortScripts.CreatePrivilege(),
+        PortScripts.CreatePorts(),
     ];
 }

@@ -52,9 +52,13 @@ internal static class ProcessorSteps
     public static void SetIopl(this AbiCase c, string name, int level)
         => c.Hypercall(GuestHypercall.PhysdevOp, Physdev.SetIopl, c.Structure(name, 4, (0, 4, level)));
 
-    /// <summary>RDMSR at kernel privilege; shows the halves.</summary>
-    public static void ReadMsr(this AbiCase c, string name, uint number)
-        => c.Kernel($"rdmsr {name}", static a => a.rdmsr(), [Register64.Rax, Register64.Rdx], [(Register64.Rcx, number)]);
+    /// <summary>RDMSR at kernel privilege; shows the whole in RAX.</summary>
+    public static void ReadMsr(this AbiCase c, string name, uint number) => c.Kernel($"rdmsr {name}", static a =>
+    {
+        a.rdmsr();
+        a.shl(rdx, 32);
+        a.or(rax, rdx);
+    }, [Register64.Rax], [(Register64.Rcx, number)]);
 
     /// <summary>WRMSR at kernel privilege.</summary>
     public static void WriteMsr(this AbiCase c, string name, uint number, Value value)

@@ -13,6 +13,7 @@ internal static class SetTrapTableScript
     {
         script.Case("an entry is replaced and put back", c =>
         {
+            c.MaskUpcalls(false);
             c.Install("replaced", new Trap(Vectors.InvalidOpcode, 0, c.Handler(Other)));
             InvalidOpcode(c);
             c.Install("usual", new Trap(Vectors.InvalidOpcode, 0, c.Handler(Vectors.InvalidOpcode)));

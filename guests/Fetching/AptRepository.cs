@@ -85,6 +85,33 @@ sealed class AptRepository
         return new AptPackage(package, version, fields.GetValueOrDefault("Depends", ""), size);
     }
 
+    /// <summary>Packages with all that they depend on, as if none were installed; recommended packages are left out.</summary>
+    /// <returns>The packages with their sizes and without their dependencies, or null and apt's complaint.</returns>
+    /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
+    public async Task<(IReadOnlyList<AptPackage>? Packages, string Complaint)> ResolveAsync(
+        IReadOnlyList<string> packages, CancellationToken cancellation)
+    {
+        // Only printing what would be fetched takes no lock and no root. The empty status file of the configuration makes every
+        // package a new one.
+        CommandResult listed = await RunAsync(
+            "apt-get", null, null, cancellation,
+            ["install", "--print-uris", "--yes", "--no-install-recommends", .. packages]).ConfigureAwait(false);
+        if (listed.ExitCode != 0)
+            return (null, Complaint(listed));
+
+        // 'URI' NAME_VERSION_ARCHITECTURE.deb SIZE HASH, with the version's colon as %3a.
+        List<AptPackage> resolved = [];
+        foreach (string line in listed.Output.Split('\n').Where(line => line.StartsWith('\'')))
+        {
+            string[] fields = line.Split(' ');
+            string[] name = fields.Length > 2 ? fields[1].Split('_') : [];
+            if (name.Length != 3 || !long.TryParse(fields[2], CultureInfo.InvariantCulture, out long size))
+                return (null, $"apt-get printed \"{line}\" where a package's address was expected.");
+            resolved.Add(new AptPackage(name[0], Uri.UnescapeDataString(name[1]), "", size));
+        }
+        return (resolved, "");
+    }
+
     /// <summary>Fetches the lists anew; only for private lists.</summary>
     /// <returns>apt's complaint, or null when it had none.</returns>
     /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
@@ -94,23 +121,31 @@ sealed class AptRepository
         return updated.ExitCode == 0 ? null : Complaint(updated);
     }
 
-    /// <summary>Downloads a package's candidate version into a folder.</summary>
-    /// <returns>The package file, or null and apt's complaint.</returns>
+    /// <summary>Downloads packages in the versions given into a folder.</summary>
+    /// <returns>The package files in the packages' order, or null and apt's complaint.</returns>
     /// <exception cref="CommandNotFoundException">There is no apt here.</exception>
-    public async Task<(string? File, string Complaint)> DownloadAsync(
-        AptPackage package, string folder, Action<double> onFraction, CancellationToken cancellation)
+    public async Task<(IReadOnlyList<string>? Files, string Complaint)> DownloadAsync(
+        IReadOnlyList<AptPackage> packages, string folder, Action<double> onFraction, CancellationToken cancellation)
     {
         Directory.CreateDirectory(folder);
         CommandResult downloaded = await RunAsync(
-            "apt-get", folder, onFraction, cancellation, "download", $"{package.Name}={package.Version}").ConfigureAwait(false);
+            "apt-get", folder, onFraction, cancellation,
+            ["download", .. packages.Select(package => $"{package.Name}={package.Version}")]).ConfigureAwait(false);
         if (downloaded.ExitCode != 0)
             return (null, Complaint(downloaded));
-        string? file = Directory.EnumerateFiles(folder, $"{package.Name}_*.deb").FirstOrDefault();
-        return file is null ? (null, $"apt-get download ended well but left no {package.Name} package.") : (file, "");
+        List<string> files = [];
+        foreach (AptPackage package in packages)
+        {
+            if (Directory.EnumerateFiles(folder, $"{package.Name}_*.deb").FirstOrDefault() is not { } file)
+                return (null, $"apt-get download ended well but left no {package.Name} package.");
+            files.Add(file);
+        }
+        return (files, "");
     }
 
     Task<CommandResult> RunAsync(
-        string program, string? folder, Action<double>? onFraction, CancellationToken cancellation, params string[] arguments)
+        string program, string? folder, Action<double>? onFraction, CancellationToken cancellation,
+        params string[] arguments)
     {
         // Progress lines look like dlstatus:FILES:PERCENT:TEXT (apt's README.progress-reporting).
         void ReadProgress(string line)

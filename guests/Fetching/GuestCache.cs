@@ -1,5 +1,7 @@
-// Fetches what the demonstration guest is made of, Debian's kernel and busybox, once, and keeps it unpacked in a cache folder.
+// Fetches what guests and test beds are made of, Debian's kernel, busybox and others, once, and keeps it unpacked in a cache folder.
 using System.Buffers.Binary;
+using System.Security.Cryptography;
+using System.Text;
 
 namespace XenSharp.Guests.Fetching;
 
@@ -59,8 +61,8 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
             DebianKernelFlavour.CloudAmd64 => "linux-image-cloud-amd64",
             _ => throw new ArgumentOutOfRangeException(nameof(flavour), flavour, "There is no such kernel flavour."),
         };
-        Recipe recipe = new(meta, package => KernelPackage(package), folder => FindKernel(folder, "") is not null,
-            "a Linux bzImage (boot/vmlinuz-*)");
+        Recipe recipe = new(meta, (apt, token) => ResolveKernelAsync(apt, meta, token), folder => FindKernel(folder, "") is not null,
+            "a Linux bzImage (boot/vmlinuz-*)", ByHand);
         string folder = await GetAsync(recipe, progress, cancellation).ConfigureAwait(false);
         string version = await File.ReadAllTextAsync(VersionFile(folder), cancellation).ConfigureAwait(false);
         return FindKernel(folder, version.Trim()) ?? throw Damaged(folder);
@@ -71,8 +73,9 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
     /// <exception cref="OperationCanceledException">Cancelled; the cache is as it was.</exception>
     public async Task<string> GetBusyboxAsync(IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
     {
-        Recipe recipe = new("busybox-static", package => package.Name, folder => FindBusybox(folder) is not null,
-            "an executable bin/busybox");
+        const string Package = "busybox-static";
+        Recipe recipe = new(Package, (apt, token) => ResolveAloneAsync(apt, [Package], token), folder => FindBusybox(folder) is not null,
+            "an executable bin/busybox", ByHand);
         string folder = await GetAsync(recipe, progress, cancellation).ConfigureAwait(false);
         return FindBusybox(folder) ?? throw Damaged(folder);
     }
@@ -89,22 +92,104 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         string package, string content, IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
     {
         ArgumentException.ThrowIfNullOrEmpty(package);
-        ArgumentException.ThrowIfNullOrEmpty(content);
-        return GetAsync(
-            new Recipe(package, found => found.Name, folder => Path.Exists(Path.Combine(folder, content)), content), progress, cancellation);
+        return GetPackagesAsync(new PackageSet(package, content) { Alone = [package] }, progress, cancellation);
     }
 
-    /// <summary>The version of a package that <see cref="GetPackageAsync"/> unpacked into a folder.</summary>
+    /// <summary>The files of several packages, unpacked into one folder, fetched first if they are not there.</summary>
+    /// <returns>The folder that stands for the root of the file system.</returns>
+    /// <exception cref="GuestFetchException">They cannot be had; the message says why and what to do.</exception>
+    /// <exception cref="OperationCanceledException">Cancelled; the cache is as it was.</exception>
+    public Task<string> GetPackagesAsync(
+        PackageSet set, IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
+    {
+        ArgumentNullException.ThrowIfNull(set);
+        ArgumentException.ThrowIfNullOrEmpty(set.Name);
+        ArgumentException.ThrowIfNullOrEmpty(set.Content);
+        return GetAsync(
+            new Recipe(
+                set.Name,
+                async (apt, token) =>
+                {
+                    (IReadOnlyList<AptPackage>? whole, string complaint) = set.WithDependencies.Count == 0
+                        ? ([], "")
+                        : await apt.ResolveAsync(set.WithDependencies, token).ConfigureAwait(false);
+                    if (whole is null)
+                        return (null, complaint);
+                    (IReadOnlyList<AptPackage>? alone, complaint) = await ResolveAloneAsync(apt, set.Alone, token).ConfigureAwait(false);
+                    return (alone is null ? null : [.. whole, .. alone], complaint);
+                },
+                folder => Path.Exists(Path.Combine(folder, set.Content)), set.Content, set.Advice),
+            progress, cancellation);
+    }
+
+    /// <summary>A file of the cache that is made from its packages, made first if it is not there.</summary>
+    /// <param name="name">What it is, a file name.</param>
+    /// <param name="key">What it is made from, such as package versions; another key is another file.</param>
+    /// <param name="stage">What is told to <paramref name="progress"/> while it is made.</param>
+    /// <param name="write">Writes it to a path where nothing is yet. It must not ask this cache for anything.</param>
+    /// <param name="progress">Told what is done.</param>
+    /// <param name="cancellation">Ends the making.</param>
+    /// <exception cref="GuestFetchException">It cannot be kept in the cache; the message says why and what to do.</exception>
+    /// <exception cref="OperationCanceledException">Cancelled; the cache is as it was.</exception>
+    public async Task<string> GetFileAsync(
+        string name, string key, string stage, Func<string, CancellationToken, Task> write,
+        IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
+    {
+        ArgumentException.ThrowIfNullOrEmpty(name);
+        ArgumentNullException.ThrowIfNull(write);
+        string hash = Convert.ToHexStringLower(SHA256.HashData(Encoding.UTF8.GetBytes(key)))[..16];
+        string file = Path.Combine(Root, "made", $"{hash}-{name}");
+        await MakeAsync(
+            file,
+            async () =>
+            {
+                progress?.Report(new FetchProgress(stage, null));
+                Directory.CreateDirectory(Path.GetDirectoryName(file)!);
+                await InTemporaryAsync(async temporary =>
+                {
+                    string unfinished = Path.Combine(temporary, name);
+                    await write(unfinished, cancellation).ConfigureAwait(false);
+                    File.Move(unfinished, file);
+                }).ConfigureAwait(false);
+            },
+            progress, cancellation).ConfigureAwait(false);
+        return file;
+    }
+
+    /// <summary>
+    /// The version of the package that <see cref="GetPackageAsync"/> unpacked into a folder; for the folder of
+    /// <see cref="GetPackagesAsync"/> a line "NAME VERSION" for each package.
+    /// </summary>
     public static string VersionOf(string folder) => File.ReadAllText(VersionFile(folder)).Trim();
 
-    // What to fetch: the package to ask for, the package it leads to (null: none), how to tell the right content, and its name.
-    sealed record Recipe(string Package, Func<AptPackage, string?> Target, Func<string, bool> IsGood, string Content);
+    /// <summary>The version of a package that is in the cache by itself, or null when it is not there.</summary>
+    public string? FindVersion(string package)
+    {
+        string file = VersionFile(Path.Combine(Root, package));
+        return File.Exists(file) ? File.ReadAllText(file).Trim() : null;
+    }
+
+    // What to fetch: the folder's name, how to find the packages (null: apt's lists lack them; with apt's complaint or none), how
+    // to tell the right content, its name, and what else people can do.
+    sealed record Recipe(
+        string Name,
+        Func<AptRepository, CancellationToken, Task<(IReadOnlyList<AptPackage>? Packages, string Complaint)>> Resolve,
+        Func<string, bool> IsGood,
+        string Content,
+        string Advice);
 
     async Task<string> GetAsync(Recipe recipe, IProgress<FetchProgress>? progress, CancellationToken cancellation)
     {
-        string folder = Path.Combine(Root, recipe.Package);
-        if (Directory.Exists(folder))
-            return folder;
+        string folder = Path.Combine(Root, recipe.Name);
+        await MakeAsync(folder, () => FetchAsync(recipe, folder, progress, cancellation), progress, cancellation).ConfigureAwait(false);
+        return folder;
+    }
+
+    // Makes what is not there yet, under the lock.
+    async Task MakeAsync(string path, Func<Task> make, IProgress<FetchProgress>? progress, CancellationToken cancellation)
+    {
+        if (Path.Exists(path))
+            return;
         // apt's configuration has no way to quote these.
         if (Root.AsSpan().ContainsAny('"', '\n'))
             throw new GuestFetchException(
@@ -114,10 +199,9 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         {
             Directory.CreateDirectory(Root);
             using FileStream _ = await LockAsync(progress, cancellation).ConfigureAwait(false);
-            // Another process may have fetched it while this one waited.
-            if (!Directory.Exists(folder))
-                await FetchAsync(recipe, folder, progress, cancellation).ConfigureAwait(false);
-            return folder;
+            // Another process may have made it while this one waited.
+            if (!Path.Exists(path))
+                await make().ConfigureAwait(false);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -147,7 +231,8 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         }
     }
 
-    async Task FetchAsync(Recipe recipe, string folder, IProgress<FetchProgress>? progress, CancellationToken cancellation)
+    // Runs with a folder that is gone afterwards.
+    async Task InTemporaryAsync(Func<string, Task> work)
     {
         // The lock is ours, so these were left by processes that were killed.
         foreach (string stale in Directory.EnumerateDirectories(Root, TemporaryPrefix + "*"))
@@ -157,15 +242,7 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         Directory.CreateDirectory(temporary);
         try
         {
-            (AptPackage package, string file) = await DownloadAsync(recipe, temporary, progress, cancellation).ConfigureAwait(false);
-            string unpacked = Path.Combine(temporary, "unpacked");
-            await UnpackAsync(package, file, unpacked, progress, cancellation).ConfigureAwait(false);
-            if (!recipe.IsGood(unpacked))
-                throw new GuestFetchException(
-                    $"The package {package.Name} {package.Version} does not hold {recipe.Content}; " +
-                    $"are the host's package sources Debian's? {ByHand}");
-            await File.WriteAllTextAsync(VersionFile(unpacked), package.Version + "\n", cancellation).ConfigureAwait(false);
-            Directory.Move(unpacked, folder);
+            await work(temporary).ConfigureAwait(false);
         }
         finally
         {
@@ -173,7 +250,30 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         }
     }
 
-    async Task<(AptPackage Package, string File)> DownloadAsync(
+    Task FetchAsync(Recipe recipe, string folder, IProgress<FetchProgress>? progress, CancellationToken cancellation) =>
+        InTemporaryAsync(async temporary =>
+        {
+            (IReadOnlyList<AptPackage> packages, IReadOnlyList<string> files) =
+                await DownloadAsync(recipe, temporary, progress, cancellation).ConfigureAwait(false);
+            string unpacked = Path.Combine(temporary, "unpacked");
+            for (int i = 0; i < packages.Count; i++)
+            {
+                double? fraction = packages.Count == 1 ? null : (double)i / packages.Count;
+                progress?.Report(new FetchProgress($"Unpacking {Describe(recipe, packages)}", fraction));
+                await UnpackAsync(packages[i], files[i], unpacked, recipe, cancellation).ConfigureAwait(false);
+            }
+            if (!recipe.IsGood(unpacked))
+                throw new GuestFetchException(
+                    $"The package {packages[0].Name} {packages[0].Version} does not hold {recipe.Content}; " +
+                    $"are the host's package sources Debian's? {recipe.Advice}");
+            string version = packages.Count == 1
+                ? packages[0].Version
+                : string.Join('\n', packages.Select(package => $"{package.Name} {package.Version}"));
+            await File.WriteAllTextAsync(VersionFile(unpacked), version + "\n", cancellation).ConfigureAwait(false);
+            Directory.Move(unpacked, folder);
+        });
+
+    async Task<(IReadOnlyList<AptPackage> Packages, IReadOnlyList<string> Files)> DownloadAsync(
         Recipe recipe, string temporary, IProgress<FetchProgress>? progress, CancellationToken cancellation)
     {
         string complaint = "";
@@ -191,46 +291,65 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
                     if (await apt.UpdateAsync(f => progress?.Report(new(Stage, f)), cancellation).ConfigureAwait(false) is { } failed)
                         complaint = failed;
                 }
-                progress?.Report(new FetchProgress($"Looking up {recipe.Package}", null));
-                AptPackage? package = await ResolveAsync(apt, recipe, cancellation).ConfigureAwait(false);
-                if (package is null)
+                progress?.Report(new FetchProgress($"Looking up {recipe.Name}", null));
+                (IReadOnlyList<AptPackage>? packages, string unresolved) =
+                    await recipe.Resolve(apt, cancellation).ConfigureAwait(false);
+                if (packages is null)
+                {
+                    // That the lists could not be fetched is the cause where they then lack something.
+                    complaint = complaint.Length == 0 ? unresolved : complaint;
                     continue;
+                }
 
-                string stage = package.Size is { } size
-                    ? string.Create(null, $"Downloading {package.Name} ({size / 1e6:0.0} MB)")
-                    : $"Downloading {package.Name}";
+                long? size = packages.Aggregate((long?)0, (sum, package) => sum + package.Size);
+                string stage = size is { } bytes
+                    ? string.Create(null, $"Downloading {Describe(recipe, packages)} ({bytes / 1e6:0.0} MB)")
+                    : $"Downloading {Describe(recipe, packages)}";
                 progress?.Report(new FetchProgress(stage, 0));
-                (string? file, string failure) = await apt.DownloadAsync(
-                    package, Path.Combine(temporary, "download"), f => progress?.Report(new(stage, f)), cancellation)
+                (IReadOnlyList<string>? files, string failure) = await apt.DownloadAsync(
+                    packages, Path.Combine(temporary, "download"), f => progress?.Report(new(stage, f)), cancellation)
                     .ConfigureAwait(false);
-                if (file is not null)
-                    return (package, file);
+                if (files is not null)
+                    return (packages, files);
                 complaint = failure;
             }
         }
         catch (CommandNotFoundException e)
         {
             throw new GuestFetchException(
-                $"The demonstration guest is fetched with apt-get and apt-cache, which this host does not have. {ByHand}", e);
+                $"{recipe.Name} is fetched with apt-get and apt-cache, which this host does not have. {recipe.Advice}", e);
         }
         throw new GuestFetchException(complaint.Length == 0
-            ? $"The host's package sources have no {recipe.Package}; Debian's (bookworm or later, amd64) do. {ByHand}"
-            : $"{recipe.Package} cannot be downloaded: {complaint} Check the network and the host's package sources. {ByHand}");
+            ? $"The host's package sources have no {recipe.Name}; Debian's (bookworm or later, amd64) do. {recipe.Advice}"
+            : $"{recipe.Name} cannot be downloaded: {complaint} Check the network and the host's package sources. {recipe.Advice}");
     }
 
-    static async Task<AptPackage?> ResolveAsync(AptRepository apt, Recipe recipe, CancellationToken cancellation)
+    static string Describe(Recipe recipe, IReadOnlyList<AptPackage> packages) =>
+        packages.Count == 1 ? packages[0].Name : $"{recipe.Name}, {packages.Count} packages";
+
+    static async Task<(IReadOnlyList<AptPackage>? Packages, string Complaint)> ResolveAloneAsync(
+        AptRepository apt, IReadOnlyList<string> packages, CancellationToken cancellation)
     {
-        AptPackage? asked = await apt.ShowAsync(recipe.Package, cancellation).ConfigureAwait(false);
-        string? target = asked is null ? null : recipe.Target(asked);
-        if (target is null || target == recipe.Package)
-            return target is null ? null : asked;
-        return await apt.ShowAsync(target, cancellation).ConfigureAwait(false);
+        List<AptPackage> found = [];
+        foreach (string package in packages)
+        {
+            if (await apt.ShowAsync(package, cancellation).ConfigureAwait(false) is not { } shown)
+                return (null, "");
+            found.Add(shown);
+        }
+        return (found, "");
     }
 
-    async Task UnpackAsync(
-        AptPackage package, string file, string folder, IProgress<FetchProgress>? progress, CancellationToken cancellation)
+    static async Task<(IReadOnlyList<AptPackage>? Packages, string Complaint)> ResolveKernelAsync(
+        AptRepository apt, string meta, CancellationToken cancellation)
     {
-        progress?.Report(new FetchProgress($"Unpacking {package.Name}", null));
+        AptPackage? asked = await apt.ShowAsync(meta, cancellation).ConfigureAwait(false);
+        string? kernel = asked is null ? null : KernelPackage(asked);
+        return kernel is null ? (null, "") : await ResolveAloneAsync(apt, [kernel], cancellation).ConfigureAwait(false);
+    }
+
+    async Task UnpackAsync(AptPackage package, string file, string folder, Recipe recipe, CancellationToken cancellation)
+    {
         CommandResult unpacked;
         try
         {
@@ -238,7 +357,7 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         }
         catch (CommandNotFoundException e)
         {
-            throw new GuestFetchException($"Packages are unpacked with dpkg-deb, which this host does not have. {ByHand}", e);
+            throw new GuestFetchException($"Packages are unpacked with dpkg-deb, which this host does not have. {recipe.Advice}", e);
         }
         if (unpacked.ExitCode != 0)
             throw new GuestFetchException(

@@ -71,8 +71,11 @@ public static class BusyboxInitramfs
         return result.ToArray();
     }
 
-    static async Task<IReadOnlyList<string>> ListAppletsAsync(string busyboxPath, CancellationToken cancellation)
+    /// <summary>The names that a busybox answers to, in ordinal order; without its own and those with a slash.</summary>
+    /// <exception cref="GuestFetchException">It cannot be run or names no shell.</exception>
+    public static async Task<string[]> ListAppletsAsync(string busyboxPath, CancellationToken cancellation = default)
     {
+        ArgumentException.ThrowIfNullOrEmpty(busyboxPath);
         CommandResult listed;
         try
         {

@@ -82,7 +82,7 @@ public sealed class AbiScript
 
     /// <summary>The transcript of a run.</summary>
     /// <param name="console">What the guest printed.</param>
-    /// <param name="ending">How the domain ended.</param>
+    /// <param name="ending">How the domain ended, as a word.</param>
     public Transcript Read(string console, string ending)
     {
         ArgumentNullException.ThrowIfNull(console);
@@ -111,7 +111,7 @@ public sealed class AbiScript
             cases.Add(new CaseTranscript(_cases[i].Name, transcript));
         }
 
-        return new Transcript(Name, cases, complete || ending != "PowerOff" ? ending : "PowerOff, but the script did not end");
+        return new Transcript(Name, cases, complete ? ending : $"{ending}, before the script's end");
     }
 
     internal static ulong StepHeader(StepOperation operation, StepFlags flags, int number, int words)

@@ -1,7 +1,6 @@
 // One emulated machine: QEMU's software CPU with a kernel, an initial ramdisk and a serial console.
 using System.Diagnostics;
 using System.Text;
-using XenSharp.Guests.Fetching;
 
 namespace XenSharp.Oracle.Qemu;
 
@@ -35,6 +34,15 @@ public sealed record QemuOptions(string Kernel)
 
     /// <summary>Called with each line of the serial console, without its end, as it comes, on a thread of the pool.</summary>
     public Action<string>? OnLine { get; init; }
+
+    /// <summary>
+    /// Reads all that the guest writes to the virtio serial port named <see cref="QemuMachine.ChannelName"/>, a stream of bytes that
+    /// nothing else gets into, until it ends with the machine; null for a machine without that port.
+    /// </summary>
+    public Func<Stream, Task>? ReadChannel { get; init; }
+
+    /// <summary>Switches the machine off when it is cancelled; the run then ends as if the guest had done it.</summary>
+    public CancellationToken SwitchOff { get; init; }
 }
 
 /// <summary>How a machine's run ended.</summary>
@@ -47,27 +55,28 @@ public sealed record QemuResult(string SerialOutput, bool TimedOut, int ExitCode
 /// <summary>Runs QEMU to the end of the machine, never beyond its time, and leaves no process behind.</summary>
 public static class QemuMachine
 {
-    private const string Program = "qemu-system-x86_64";
-
-    /// <summary>QEMU's path, or null when it is not on this host.</summary>
-    public static string? Find() => new CommandRunner().Find(Program);
+    /// <summary>The name that the guest finds the port of <see cref="QemuOptions.ReadChannel"/> by, in /sys/class/virtio-ports.</summary>
+    public const string ChannelName = "xensharp";
 
     /// <summary>Boots a machine and waits until it is off.</summary>
-    /// <exception cref="OracleException">QEMU is not here or does not start.</exception>
+    /// <exception cref="OracleException">QEMU does not start.</exception>
     /// <exception cref="OperationCanceledException">Cancelled; QEMU is gone.</exception>
-    public static async Task<QemuResult> RunAsync(QemuOptions options, CancellationToken cancellation = default)
+    public static async Task<QemuResult> RunAsync(QemuProgram program, QemuOptions options, CancellationToken cancellation = default)
     {
+        ArgumentNullException.ThrowIfNull(program);
         ArgumentNullException.ThrowIfNull(options);
-        string program = Find() ?? throw new OracleException(
-            $"{Program} is not on this host; install it (on Debian: apt-get install qemu-system-x86 seabios).");
-        ProcessStartInfo start = new(program, Arguments(options))
+        cancellation.ThrowIfCancellationRequested();
+        ProcessStartInfo start = new(program.Path, [.. program.Arguments, .. Arguments(options)])
         {
             RedirectStandardInput = true,
             RedirectStandardOutput = true,
             RedirectStandardError = true,
+            // Xen and kernels print bytes that are no UTF-8; Latin-1 takes every byte.
+            StandardOutputEncoding = Encoding.Latin1,
+            StandardErrorEncoding = Encoding.Latin1,
         };
-        // Xen and kernels print bytes that are no UTF-8; Latin-1 takes every byte.
-        start.StandardOutputEncoding = start.StandardErrorEncoding = Encoding.Latin1;
+        foreach ((string name, string value) in program.Environment)
+            start.Environment[name] = value;
         using Process process = new() { StartInfo = start };
         try
         {
@@ -75,43 +84,64 @@ public static class QemuMachine
         }
         catch (System.ComponentModel.Win32Exception e)
         {
-            throw new OracleException($"{program} cannot be run: {e.Message}; install it anew.", e);
+            throw new OracleException($"{program.Path} cannot be run: {e.Message}; install QEMU anew.", e);
         }
         process.StandardInput.Close();
-        Task<string> output = ReadAsync(process.StandardOutput, options.OnLine);
-        Task<string> error = process.StandardError.ReadToEndAsync(CancellationToken.None);
-        using CancellationTokenSource timeout = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
-        timeout.CancelAfter(options.Timeout);
-        bool switchedOff = false;
-        try
+
+        bool hasChannel = options.ReadChannel is not null;
+        Task<string> serial = ReadLinesAsync(hasChannel ? process.StandardError : process.StandardOutput, options.OnLine);
+        Task<string> error = hasChannel ? Task.FromResult("") : process.StandardError.ReadToEndAsync(CancellationToken.None);
+        Task channel = options.ReadChannel is { } read ? ReadChannelAsync(read, process.StandardOutput.BaseStream) : Task.CompletedTask;
+        bool timedOut = false;
+        using (CancellationTokenSource stop =
+            CancellationTokenSource.CreateLinkedTokenSource(cancellation, options.SwitchOff))
         {
-            await process.WaitForExitAsync(timeout.Token).ConfigureAwait(false);
+            stop.CancelAfter(options.Timeout);
+            try
+            {
+                await process.WaitForExitAsync(stop.Token).ConfigureAwait(false);
+            }
+            catch (OperationCanceledException)
+            {
+                timedOut = !options.SwitchOff.IsCancellationRequested && !cancellation.IsCancellationRequested;
+                process.Kill();
+                await process.WaitForExitAsync(CancellationToken.None).ConfigureAwait(false);
+            }
         }
-        catch (OperationCanceledException)
-        {
-            switchedOff = true;
-            process.Kill();
-            await process.WaitForExitAsync(CancellationToken.None).ConfigureAwait(false);
-        }
+        string output = await serial.ConfigureAwait(false);
+        string complaint = await error.ConfigureAwait(false);
+        await channel.ConfigureAwait(false);
         cancellation.ThrowIfCancellationRequested();
-        return new QemuResult(
-            await output.ConfigureAwait(false), switchedOff, process.ExitCode, (await error.ConfigureAwait(false)).Trim());
+        int exitCode = options.SwitchOff.IsCancellationRequested ? 0 : process.ExitCode;
+        return new QemuResult(output, timedOut, exitCode, complaint.Trim());
     }
 
     private static List<string> Arguments(QemuOptions options)
     {
+        // With a channel, standard output is the channel's and the serial console goes to standard error, after what QEMU itself
+        // has to say. The paths are opened anew, so that QEMU never takes the end of its standard input for the end of a device.
+        string serial = options.ReadChannel is null ? "1" : "2";
         List<string> arguments =
         [
             "-accel", "tcg", "-cpu", options.Cpu, "-m", $"{options.MemoryMiB}", "-smp", $"{options.Processors}",
-            "-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
+            "-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot",
+            "-chardev", $"file,id=console,path=/dev/fd/{serial}", "-serial", "chardev:console",
             "-kernel", options.Kernel, "-append", options.CommandLine,
         ];
         if (options.InitialRamdisk is { } ramdisk)
             arguments.AddRange(["-initrd", ramdisk]);
+        if (options.ReadChannel is not null)
+        {
+            arguments.AddRange(
+            [
+                "-device", "virtio-serial-pci", "-chardev", "file,id=channel,path=/dev/fd/1",
+                "-device", $"virtserialport,chardev=channel,name={ChannelName}",
+            ]);
+        }
         return arguments;
     }
 
-    private static async Task<string> ReadAsync(StreamReader reader, Action<string>? onLine)
+    private static async Task<string> ReadLinesAsync(StreamReader reader, Action<string>? onLine)
     {
         StringBuilder all = new();
         while (await reader.ReadLineAsync().ConfigureAwait(false) is { } line)
@@ -120,5 +150,18 @@ public static class QemuMachine
             onLine?.Invoke(line);
         }
         return all.ToString();
+    }
+
+    // Takes what the reader leaves, so that the machine never waits for somebody to read.
+    private static async Task ReadChannelAsync(Func<Stream, Task> read, Stream stream)
+    {
+        try
+        {
+            await read(stream).ConfigureAwait(false);
+        }
+        finally
+        {
+            await stream.CopyToAsync(Stream.Null).ConfigureAwait(false);
+        }
     }
 }

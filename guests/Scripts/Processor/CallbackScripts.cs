@@ -115,7 +115,7 @@ internal static class CallbackScripts
             {
                 a.mov(eax, 7);
                 a.syscall();
-            }, with: [(Register64.Rflags, Eflags.Fixed | Eflags.Carry | Eflags.Direction | Eflags.Id)]);
+            }, with: [(Register64.Rflags, Eflags.Usual | Eflags.Carry | Eflags.Direction | Eflags.Id)]);
         });
         script.Case("RCX and R11 after it are RIP and RFLAGS, the others stay", c => c.User("syscall, resumed", static a =>
         {
@@ -159,7 +159,7 @@ internal static class CallbackScripts
             c.User("int 0x80", static a => a.@int(0x80));
             c.Kernel("int 0x80", static a => a.@int(0x80));
             c.Install("masking", new Trap(0x80, TrapFlags.MasksEvents, c.Handler(0x80)));
-            c.User("int 0x80", static a => a.@int(0x80));
+            c.User("int 0x80", static a => a.@int(0x80), with: [(Register64.Rflags, Eflags.Usual)]);
             c.MaskUpcalls(false);
             c.User("int 0x80, resumed", static a =>
             {
@@ -183,7 +183,7 @@ internal static class CallbackScripts
             Both("level1", TrapFlags.KernelMayRaise);
             c.Kernel("int 0x30", static a => a.@int(0x30));
             Both("masking", TrapFlags.UserMayRaise | TrapFlags.MasksEvents);
-            c.User("int 0x30", static a => a.@int(0x30));
+            c.User("int 0x30", static a => a.@int(0x30), with: [(Register64.Rflags, Eflags.Usual)]);
         });
         script.Case("int n that the entry's level does not allow", c =>
         {
@@ -261,7 +261,7 @@ internal static class CallbackScripts
     {
         a.syscall();
         a.nop();
-    });
+    }, with: [(Register64.Rflags, Eflags.Usual)]);
 
     private static void SendNmi(AbiCase c, int resumes) => c.Kernel($"vcpu_op(send_nmi, 0){(resumes == 0 ? "" : ", resumed")}", static a =>
     {

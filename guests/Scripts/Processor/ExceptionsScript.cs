@@ -72,7 +72,7 @@ internal static class ExceptionsScript
         });
         script.Case("#UD", c =>
         {
-            c.Run(user, "ud2", static a => a.ud2(), with: [(Register64.Rflags, Eflags.Fixed | Eflags.Id)]);
+            c.Run(user, "ud2", static a => a.ud2(), with: [(Register64.Rflags, Eflags.Usual | Eflags.Id)]);
             c.Run(user, "into", static a => a.db(0xce));
             c.Run(user, "push es", static a => a.db(0x06));
             c.Run(user, "lock nop", static a => a.db(0xf0, 0x90));
@@ -137,7 +137,7 @@ internal static class ExceptionsScript
         script.Case("a handler that masks events, returned from", c =>
         {
             c.Install("masking", new Trap(Vectors.Breakpoint, TrapFlags.MasksEvents, c.Handler(Vectors.Breakpoint)));
-            c.Run(user, "int3, resumed", static a => a.int3(), resumes: 1);
+            c.Run(user, "int3, resumed", static a => a.int3(), with: [(Register64.Rflags, Eflags.Usual)], resumes: 1);
             c.Load(c.VcpuInfo() + 1, 1);
             c.Install("open", new Trap(Vectors.Breakpoint, TrapFlags.UserMayRaise, c.Handler(Vectors.Breakpoint)));
         });

@@ -27,6 +27,9 @@ internal static class Eflags
     public const ulong AlignmentCheck = 1 << 18;
     public const ulong VirtualInterrupt = 1 << 19;
     public const ulong Id = 1 << 21;
+
+    /// <summary>Interrupts on and nothing else: what leaves the upcall mask clear when iret leads to user mode.</summary>
+    public const ulong Usual = Fixed | InterruptEnable;
 }
 
 /// <summary>Exception vectors.</summary>

@@ -9,6 +9,12 @@ namespace XenSharp.Guests.Scripts.Processor;
 internal static class SegmentScripts
 {
     private const int SetLdt = 13;
+    private const ulong Fsgsbase = 1 << 16;
+
+    /// <summary>Past those that a Linux host may have in its own global table.</summary>
+    private const int FirstDescriptor = 32;
+
+    private const int TableEntries = FirstDescriptor + 16;
 
     // Descriptors (AMD64 manual volume 2, 4.7 and 4.8).
     private const ulong FlatData = 0x00cf_f300_0000_ffff;
@@ -81,6 +87,7 @@ internal static class SegmentScripts
         script.Case("bases that the guest writes itself", c =>
         {
             ScriptBuffer area = c.Structure("area", 16, (0, 8, 0x1111), (8, 8, 0x2222));
+            SetCr4(c, "with FSGSBASE", Fsgsbase);
             c.Kernel("wrfsbase, load fs:[0], rdfsbase", static a =>
             {
                 a.wrfsbase(rcx);
@@ -101,6 +108,13 @@ internal static class SegmentScripts
             c.Kernel("load gs:[0]", static a => a.mov(rax, __qword_ptr.gs[0]), [Register64.Rax]);
             c.ReadMsr("KERNEL_GS_BASE", MsrNumber.KernelGsBase);
             c.Kernel("wrfsbase, not canonical", static a => a.wrfsbase(rcx), with: [(Register64.Rcx, NonCanonical)]);
+            c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.Fs, 0);
+        });
+        script.Case("without CR4.FSGSBASE there are no such instructions", c =>
+        {
+            SetCr4(c, "without FSGSBASE", 0);
+            c.Kernel("rdfsbase", static a => a.rdfsbase(rax));
+            c.User("wrgsbase", static a => a.wrgsbase(rax));
         });
     });
 
@@ -162,20 +176,14 @@ internal static class SegmentScripts
         });
         script.Case("far returns", c =>
         {
-            foreach (int selector in (int[])[Selectors.FlatRing3Cs64, Selectors.FlatKernelCs64, Selectors.FlatRing3Ds, 0x1233, 0x33])
-            {
-                c.Kernel($"retfq to cs 0x{selector:x}", a =>
-                {
-                    Label there = a.CreateLabel();
-                    a.mov(ecx, selector);
-                    a.push(rcx);
-                    a.lea(rax, __[there]);
-                    a.push(rax);
-                    a.db(0x48, 0xcb); // retfq
-                    a.Label(ref there);
-                    a.mov(eax, 7);
-                }, [Register64.Rax]);
-            }
+            foreach (int selector in (int[])[Selectors.FlatRing3Cs64, Selectors.FlatKernelCs64, Selectors.FlatRing3Ds, 0x1233])
+                FarReturn(c, selector);
+        });
+        script.Case("selectors that a bare Linux has, and no guest has installed", c =>
+        {
+            FarReturn(c, 0x33);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x2b)]);
+            c.Kernel("mov ss, ecx", static a => a.mov(ss, ecx), with: [(Register64.Rcx, 0x2b)]);
         });
         script.Case("questions about selectors", c =>
         {
@@ -200,38 +208,38 @@ internal static class SegmentScripts
         {
             ScratchPage table = TablePage(c, "gdt");
             ScriptBuffer frames = c.Structure("frames", 8, (0, 8, table.Mfn));
-            c.Hypercall(GuestHypercall.SetGdt, frames, 16);
+            c.Hypercall(GuestHypercall.SetGdt, frames, TableEntries);
             Loads(c, 3);
             c.Hypercall(GuestHypercall.SetGdt, 0, 0);
-            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x0b)]);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, Selector(1, 3))]);
         });
         script.Case("selectors of the guest's local table", c =>
         {
             ScratchPage table = TablePage(c, "ldt");
-            LoadLdt(c, "setLdt", table.At, 16);
+            LoadLdt(c, "setLdt", table.At, TableEntries);
             Loads(c, 7);
-            LoadLdt(c, "shorter", table.At, 1);
-            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x0f)]);
+            LoadLdt(c, "shorter", table.At, FirstDescriptor + 1);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, Selector(1, 7))]);
             LoadLdt(c, "none", 0, 0);
-            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x0f)]);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, Selector(1, 7))]);
         });
         script.Case("a local table whose page cannot be one", c =>
         {
             ScratchPage page = c.Page("writable");
-            c.Put(page[8], 8, FlatData);
-            LoadLdt(c, "setLdt", page.At, 16);
-            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x0f)]);
+            c.Put(page[(FirstDescriptor + 1) * 8], 8, FlatData);
+            LoadLdt(c, "setLdt", page.At, TableEntries);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, Selector(1, 7))]);
             LoadLdt(c, "none", 0, 0);
         });
         script.Case("code of the guest's own selector", c =>
         {
             ScratchPage table = TablePage(c, "gdt");
             ScriptBuffer frames = c.Structure("frames", 8, (0, 8, table.Mfn));
-            c.Hypercall(GuestHypercall.SetGdt, frames, 16);
-            FarReturn(c, "0x23", 0x23);
-            FarReturn(c, "0x33, execute-only", 0x33);
-            FarReturn(c, "0x3b, not present", 0x3b);
-            FarReturn(c, "0x0b, data", 0x0b);
+            c.Hypercall(GuestHypercall.SetGdt, frames, TableEntries);
+            FarReturn(c, Selector(4, 3));
+            FarReturn(c, Selector(6, 3));
+            FarReturn(c, Selector(7, 3));
+            FarReturn(c, Selector(1, 3));
             c.Hypercall(GuestHypercall.SetGdt, 0, 0);
         });
     });
@@ -244,14 +252,31 @@ internal static class SegmentScripts
             low.Run(c, "ud2", 0x0f, 0x0b);
             low.Run(c, "int 0x80", 0xcd, 0x80);
             low.Run(c, "int3", 0xcc);
+            low.Run(c, "int 3", 0xcd, 0x03);
             low.Run(c, "into with OF", 0xb0, 0x7f, 0x04, 0x01, 0xce);
-            low.Run(c, "bound that fails", 0x62, 0x05, 0x00, 0x10, 0x40, 0x00);
+            low.Run(c, "into without OF, then ud2", 0x31, 0xc0, 0xce);
             low.Run(c, "div by 0", 0x31, 0xc9, 0xf7, 0xf1);
-            low.Run(c, "load from 0", 0xa1, 0x00, 0x00, 0x00, 0x00);
             low.Run(c, "hlt", 0xf4);
             low.Run(c, "mov ds, 0x1233", 0xb8, 0x33, 0x12, 0x00, 0x00, 0x8e, 0xd8);
-            low.Run(c, "les", 0xc4, 0x05, 0x00, 0x10, 0x40, 0x00);
             low.Run(c, "forced-emulation cpuid", 0x0f, 0x0b, (byte)'x', (byte)'e', (byte)'n', 0x0f, 0xa2);
+        });
+        script.Case("32-bit code of user mode: memory operands", c =>
+        {
+            LowPage low = MapLow(c);
+
+            // mov eax, 0xe02b; mov ds, eax: while DS is null there are none.
+            byte[] setDs = [0xb8, 0x2b, 0xe0, 0x00, 0x00, 0x8e, 0xd8];
+            low.Run(c, "load from 0", [.. setDs, 0xa1, 0x00, 0x00, 0x00, 0x00]);
+            low.Run(c, "store beyond the page", [.. setDs, 0xa3, 0x00, 0x10, 0x40, 0x00]);
+            low.Run(c, "bound that holds, then ud2", [.. setDs, 0x62, 0x05, 0x00, 0x00, 0x40, 0x00]);
+            low.Run(c, "bound that fails", [.. setDs, 0x62, 0x05, 0x04, 0x00, 0x40, 0x00]);
+            low.Run(c, "les of a bad selector", [.. setDs, 0xc4, 0x05, 0x00, 0x00, 0x40, 0x00]);
+        });
+        script.Case("32-bit code with a null data segment", c =>
+        {
+            LowPage low = MapLow(c);
+            c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0)]);
+            low.Run(c, "load from its own page", 0xa1, 0x00, 0x00, 0x40, 0x00);
         });
         script.Case("a far jump from 32-bit code to 64-bit code", c =>
         {
@@ -264,20 +289,25 @@ internal static class SegmentScripts
 
     /// <summary>
     /// A page with descriptors, typed as a descriptor table needs it: 1 flat data, 2 read-only, 3 not present, 4 64-bit code, 5 32-bit
-    /// code, 6 execute-only, 7 absent code, 8 flat data with a base.
+    /// code, 6 execute-only, 7 absent code, 8 flat data with a base, counted from <see cref="FirstDescriptor"/>.
     /// </summary>
     private static ScratchPage TablePage(AbiCase c, string name)
     {
         ScratchPage page = c.Page(name);
         ulong[] descriptors = [0, FlatData, ReadOnlyData, AbsentData, Code64, Code32, ExecuteOnlyCode, AbsentCode];
         foreach ((int index, ulong descriptor) in descriptors.Index())
-            c.Put(page[index * 8], 8, descriptor);
+            c.Put(page[(FirstDescriptor + index) * 8], 8, descriptor);
 
         // Base 0x12345678 in its three places.
-        c.Put(page[8 * 8], 8, 0x12cf_f334_5678_ffff);
+        c.Put(page[(FirstDescriptor + 8) * 8], 8, 0x12cf_f334_5678_ffff);
         c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, page.Entry(Pte.ReadOnly), Pte.InvalidatePage);
         return page;
     }
+
+    private static int Selector(int index, int low) => ((FirstDescriptor + index) << 3) | low;
+
+    private static void SetCr4(AbiCase c, string what, ulong value)
+        => c.Kernel($"mov cr4, rcx: {what}", static a => a.mov(cr4, rcx), with: [(Register64.Rcx, value)]);
 
     private static void LoadLdt(AbiCase c, string name, Value address, int entries)
     {
@@ -295,7 +325,7 @@ internal static class SegmentScripts
             {
                 if (name is "es" or "gs")
                     continue;
-                c.Kernel($"mov {name}, ecx", load, with: [(Register64.Rcx, (index << 3) | low)]);
+                c.Kernel($"mov {name}, ecx", load, with: [(Register64.Rcx, Selector(index, low))]);
             }
         }
 
@@ -303,23 +333,24 @@ internal static class SegmentScripts
         {
             a.mov(fs, ecx);
             a.mov(eax, fs);
-        }, [Register64.Rax], [(Register64.Rcx, (8 << 3) | low)]);
+        }, [Register64.Rax], [(Register64.Rcx, Selector(8, low))]);
         c.ReadMsr("FS_BASE", MsrNumber.FsBase);
-        c.Kernel("lar", static a => a.lar(eax, ecx), [Register64.Rax], [(Register64.Rcx, (1 << 3) | low)]);
+        c.Kernel("lar", static a => a.lar(eax, ecx), [Register64.Rax], [(Register64.Rcx, Selector(1, low))]);
         c.Kernel("mov fs, ecx", static a => a.mov(fs, ecx), with: [(Register64.Rcx, 0)]);
         c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0)]);
-        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, (1 << 3) | low);
+        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(1, low));
         c.User("mov eax, gs", static a => a.mov(eax, gs), [Register64.Rax]);
-        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, (8 << 3) | low);
+        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(8, low));
         c.ReadMsr("KERNEL_GS_BASE", MsrNumber.KernelGsBase);
-        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, (3 << 3) | low);
+        c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(3, low));
         c.User("mov eax, gs", static a => a.mov(eax, gs), [Register64.Rax]);
     }
 
-    private static void FarReturn(AbiCase c, string what, int selector) => c.Kernel($"retfq to cs {what}", a =>
+    private static void FarReturn(AbiCase c, int selector) => c.Kernel($"retfq to cs 0x{selector:x}", a =>
     {
         Label there = a.CreateLabel();
-        a.push(selector);
+        a.mov(ecx, selector);
+        a.push(rcx);
         a.lea(rax, __[there]);
         a.push(rax);
         a.db(0x48, 0xcb); // retfq
@@ -356,6 +387,9 @@ internal static class SegmentScripts
         const int slot1 = (int)((address >> 12) & 511);
         const int DomidSelf = 0x7ff0;
         ScratchPage page = c.Page("low");
+
+        // Bounds for BOUND: 0 to 0x7fffffff, 0x7fffffff to 0; at 4 a bad selector for LES follows.
+        c.Put(page[0], 8, 0x7fff_ffff_0000_0000);
         ScratchPage l1 = c.Page("l1");
         ScratchPage l2 = c.Page("l2");
         ScratchPage l3 = c.Page("l3");

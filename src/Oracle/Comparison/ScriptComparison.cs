@@ -82,7 +82,7 @@ public sealed record ScriptComparison(
             cases.Add(new CaseComparison(name, [.. pairs.Select(pair => Judge(pair.Step, pair.Expected, pair.Actual, here, used))]));
         }
 
-        return new ScriptComparison(actual.Script, subject, cases, [.. own.Where(difference => !used.Contains(difference))]);
+        return new ScriptComparison(actual.Script, subject, cases, [.. own.Where(difference => difference.Kind != DifferenceKind.ByHost && !used.Contains(difference))]);
     }
 
     private static LineComparison Judge(

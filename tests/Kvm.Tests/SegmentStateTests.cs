@@ -1,6 +1,5 @@
 // Segment state, extended state and debug registers on their way in and out.
 using System.Runtime.Intrinsics.X86;
-using System.Runtime.Intrinsics.X86;
 using Iced.Intel;
 using XenSharp.Core;
 using static Iced.Intel.AssemblerRegisters;

@@ -58,6 +58,14 @@ internal sealed class CommandProcess : IDisposable
         new ProcessStartInfo(
             "/bin/sh", ["-c", "terminal=$1; shift; exec \"$0\" \"$@\" <\"$terminal\" >\"$terminal\"", Dotnet, terminal, "exec", Assembly, .. arguments]));
 
+    /// <summary>Runs the command of another folder to its end, with nothing on standard input.</summary>
+    internal static async Task<CommandEnd> RunIn(string folder, IEnumerable<string> arguments)
+    {
+        using var process = new CommandProcess(
+            new ProcessStartInfo(Dotnet, ["exec", Path.Combine(folder, "xensharp.dll"), .. arguments]) { RedirectStandardInput = true, RedirectStandardOutput = true });
+        return await process.FinishAsync();
+    }
+
     /// <summary>Runs it to its end, with nothing on standard input.</summary>
     internal static Task<CommandEnd> RunAsync(params IEnumerable<string> arguments) => RunAsync("", arguments);
 

@@ -11,6 +11,9 @@ internal static class ExitStatus
     /// <summary>The guest crashed, or stopped in a way that is not served.</summary>
     internal const int GuestCrash = 1;
 
+    /// <summary>What was compared differs, and nothing says why.</summary>
+    internal const int Different = 1;
+
     /// <summary>The command line or the host is not fit for what was asked; a sentence on standard error says what to do.</summary>
     internal const int Error = 2;
 

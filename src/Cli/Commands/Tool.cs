@@ -5,6 +5,7 @@ using System.CommandLine.Help;
 using System.Reflection;
 using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
+using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
 
 namespace XenSharp.Cli.Commands;
@@ -68,6 +69,7 @@ public static class Tool
             DemoCommand.Create(services),
             InfoCommand.Create(services),
             BenchCommand.Create(services),
+            CompareCommand.Create(services),
         };
         root.Add(device);
         root.SetAction(parsed =>

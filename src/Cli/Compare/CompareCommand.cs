@@ -1,0 +1,163 @@
+// xensharp compare: does XenSharp answer as Xen does?
+using System.CommandLine;
+using Microsoft.Extensions.DependencyInjection;
+using XenSharp.Cli.Commands;
+using XenSharp.Cli.Hosting;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Probe;
+using XenSharp.Guests.Scripts;
+using XenSharp.Oracle;
+using XenSharp.Oracle.Beds;
+using XenSharp.Oracle.Comparison;
+using XenSharp.Oracle.Differences;
+using Command = System.CommandLine.Command;
+
+namespace XenSharp.Cli.Compare;
+
+/// <summary>Runs ABI scripts and shows where the answers differ from real Xen's; records Xen's answers.</summary>
+internal static class CompareCommand
+{
+    private const string Recorded = "recorded";
+    private const string Xen = "xen";
+    private const string XenDom0 = "xen-dom0";
+
+    internal static Command Create(IServiceProvider services)
+    {
+        var names = new Argument<string[]>("script") { Description = "Scripts, or what they are about (see --list); all, if none is named.", Arity = ArgumentArity.ZeroOrMore };
+        var against = new Option<string>("--against")
+        {
+            Description = "What to hold XenSharp against: the recorded transcripts, real Xen in QEMU with a domU for each script, or with each as its dom0.",
+            DefaultValueFactory = static _ => Recorded,
+        };
+        _ = against.AcceptOnlyFromAmong(Recorded, Xen, XenDom0);
+        var html = new Option<string?>("--html") { Description = "Write the comparison as a web page.", HelpName = "FILE" };
+        var record = new Option<string?>("--record") { Description = "Do not compare: run the scripts on real Xen and write the transcripts into a folder.", HelpName = "FOLDER" };
+        var all = new Option<bool>("--all") { Description = "Show the steps of cases that agree, too." };
+        var list = new Option<bool>("--list") { Description = "List the scripts." };
+        var command = new Command("compare", "Runs ABI scripts here and on real Xen, and shows the differences.") { names, against, html, record, all, list };
+        command.SetAction(async (parsed, _) =>
+        {
+            using var signals = new EndingSignals();
+            try
+            {
+                IReadOnlyList<AbiScript> scripts = Select(parsed.GetValue(names) ?? []);
+                if (parsed.GetValue(list))
+                {
+                    ComparisonDisplay.List(scripts);
+                    return ExitStatus.Success;
+                }
+
+                string reference = parsed.GetValue(against)!;
+                if (parsed.GetValue(record) is { } folder)
+                    return await RecordAsync(scripts, reference == Recorded ? Xen : reference, folder, signals.Token).ConfigureAwait(false);
+                return await CompareAsync(services.GetRequiredService<KvmHost>(), scripts, reference, parsed.GetValue(html), parsed.GetValue(all), signals.Token)
+                    .ConfigureAwait(false);
+            }
+            catch (OperationCanceledException) when (signals.Received != 0)
+            {
+                return ExitStatus.OfSignal + signals.Received;
+            }
+        });
+        return command;
+    }
+
+    private static IReadOnlyList<AbiScript> Select(string[] names)
+    {
+        IReadOnlyList<AbiScript> scripts = AbiScripts.Create();
+        foreach (string name in names)
+        {
+            if (!scripts.Any(script => script.Name == name || script.Subject == name))
+                throw new UsageException($"There is no script \"{name}\", nor is one about that; {Tool.Name} compare --list shows them all.");
+        }
+
+        return names.Length == 0 ? scripts : [.. scripts.Where(script => names.Contains(script.Name) || names.Contains(script.Subject))];
+    }
+
+    private static Task<IGuestBed> OpenXenAsync(string kind, CancellationToken cancellation) => FetchDisplay.RunAsync<IGuestBed>(async progress =>
+    {
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        if (kind == XenDom0)
+        {
+            var dom0 = new XenDom0Bed(cache, progress);
+            await dom0.PrepareAsync(cancellation).ConfigureAwait(false);
+            return dom0;
+        }
+
+        var domU = new XenDomUBed(cache, progress);
+        await domU.PrepareAsync(cancellation).ConfigureAwait(false);
+        return domU;
+    });
+
+    private static async Task<int> RecordAsync(IReadOnlyList<AbiScript> scripts, string reference, string folder, CancellationToken cancellation)
+    {
+        Directory.CreateDirectory(folder);
+        IGuestBed bed = await OpenXenAsync(reference, cancellation).ConfigureAwait(false);
+        int changed = 0;
+        List<string> bad = [];
+        await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, cancellation).ConfigureAwait(false))
+        {
+            if (run.Run.Ending == GuestEnding.TimedOut)
+            {
+                bad.Add(run.Script.Name);
+                continue;
+            }
+
+            bool written = RecordedTruth.Write(folder, run.Transcript, bed.Name);
+            changed += written ? 1 : 0;
+            Console.Out.WriteLine($"{run.Script.Name}: {(written ? "written" : "the same as before")}");
+        }
+
+        Console.Out.WriteLine($"{scripts.Count} scripts on {bed.Name}, {changed} transcripts new or changed in {folder}.");
+        return bad.Count == 0
+            ? ExitStatus.Success
+            : throw new OracleException($"On {bed.Name} these scripts did not end in time and were not recorded: {string.Join(", ", bad)}.");
+    }
+
+    private static async Task<int> CompareAsync(
+        KvmHost host, IReadOnlyList<AbiScript> scripts, string reference, string? html, bool showAll, CancellationToken cancellation)
+    {
+        // Before anything long begins: whether there is a KVM, and a place for the page.
+        _ = host.Capabilities;
+        using StreamWriter? page = html is null ? null : new StreamWriter(html);
+        Dictionary<string, Transcript> expected = [];
+        string name = "recorded Xen";
+        if (reference == Recorded)
+        {
+            foreach (AbiScript script in scripts)
+                expected[script.Name] = RecordedTruth.Of(script.Name);
+        }
+        else
+        {
+            IGuestBed xen = await OpenXenAsync(reference, cancellation).ConfigureAwait(false);
+            name = xen.Name;
+            await foreach (ScriptRun run in ScriptRun.RunAsync(xen, Rebuild(scripts), cancellation).ConfigureAwait(false))
+            {
+                ComparisonDisplay.Progress($"{name}: {run.Script.Name}");
+                expected[run.Script.Name] = run.Transcript;
+            }
+        }
+
+        List<ScriptComparison> comparisons = [];
+        var bed = new XenSharpBed(host);
+        IReadOnlyList<KnownDifference> known = KnownDifferences.On(bed.Lacks);
+        await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, cancellation).ConfigureAwait(false))
+        {
+            ScriptComparison comparison = ScriptComparison.Make(run.Script.Subject, expected[run.Script.Name], run.Transcript, known);
+            comparisons.Add(comparison);
+            if (!comparison.IsGood && run.Run.Report.Length != 0)
+                ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Run.Report}");
+        }
+
+        ComparisonDisplay.Show(name, comparisons, showAll);
+        if (page is not null)
+            await page.WriteAsync(HtmlReport.Of(name, comparisons)).ConfigureAwait(false);
+        return comparisons.All(static comparison => comparison.IsGood) ? ExitStatus.Success : ExitStatus.Different;
+    }
+
+    /// <summary>The same scripts again: one can be built once only.</summary>
+    private static IReadOnlyList<AbiScript> Rebuild(IReadOnlyList<AbiScript> scripts)
+    {
+        HashSet<string> names = [.. scripts.Select(static script => script.Name)];
+        return [.. AbiScripts.Create().Where(script => names.Contains(script.Name))];
+    }
+}

@@ -1,0 +1,100 @@
+// XenSharp itself as a test bed: each guest in a domain of this process.
+using System.Runtime.CompilerServices;
+using System.Text;
+using XenSharp.Cli.Hosting;
+using XenSharp.Devices.Console;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Kvm;
+using XenSharp.Oracle.Beds;
+using XenSharp.Oracle.Differences;
+
+namespace XenSharp.Cli.Compare;
+
+/// <summary>Runs guests on this host's KVM.</summary>
+/// <param name="host">The KVM.</param>
+public sealed class XenSharpBed(KvmHost host) : IGuestBed
+{
+    public string Name => "XenSharp";
+
+    /// <summary>What this host's KVM lacks.</summary>
+    /// <exception cref="KvmException">It cannot be opened, or no VM can be run with it.</exception>
+    public HostLacks Lacks
+    {
+        get
+        {
+            HostCapabilities found = host.Capabilities;
+            return (found.DebugRegistersWork ? HostLacks.None : HostLacks.DebugRegisters)
+                | (found.TaskSwitchedTraps ? HostLacks.None : HostLacks.TaskSwitched)
+                | (found.TimeStampDisableTraps ? HostLacks.None : HostLacks.TimeStampDisable)
+                | (found.CpuidPolicyApplies ? HostLacks.None : HostLacks.CpuidPolicy)
+                | (found.SyscallEntryLevel == 0 ? HostLacks.None : HostLacks.Virtualization);
+        }
+    }
+
+    public async IAsyncEnumerable<GuestRun> RunAsync(
+        IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
+    {
+        ArgumentNullException.ThrowIfNull(guests);
+        foreach (BedGuest guest in guests)
+            yield return await RunAsync(guest, cancellation).ConfigureAwait(false);
+    }
+
+    private async Task<GuestRun> RunAsync(BedGuest guest, CancellationToken cancellation)
+    {
+        var specification = new DomainSpecification
+        {
+            Name = guest.Name,
+            Image = new DomainImage(KernelImage.Parse(guest.Kernel.ToArray()), guest.Ramdisk),
+            MemoryMiB = guest.MemoryMiB,
+            CommandLine = guest.CommandLine,
+        };
+        var sink = new MemorySink();
+        await using RunningDomain domain = RunningDomain.Create(host, specification, sink);
+        domain.Start();
+        try
+        {
+            DomainExit exit = await domain.Completion.WaitAsync(guest.Timeout, cancellation).ConfigureAwait(false);
+            return new GuestRun(guest.Name, sink.Text, EndingOf(exit.Reason), exit.Report ?? string.Empty);
+        }
+        catch (TimeoutException)
+        {
+            domain.Destroy();
+            _ = await domain.Completion.WaitAsync(cancellation).ConfigureAwait(false);
+            return new GuestRun(guest.Name, sink.Text, GuestEnding.TimedOut, $"It was destroyed after {guest.Timeout.TotalSeconds:0} s.");
+        }
+    }
+
+    private static GuestEnding EndingOf(ShutdownReason reason) => reason switch
+    {
+        ShutdownReason.PowerOff => GuestEnding.PowerOff,
+        ShutdownReason.Reboot => GuestEnding.Reboot,
+        ShutdownReason.Suspend => GuestEnding.Suspend,
+        ShutdownReason.Watchdog => GuestEnding.Watchdog,
+        ShutdownReason.SoftReset => GuestEnding.SoftReset,
+        _ => GuestEnding.Crash,
+    };
+
+    /// <summary>Keeps all bytes; Latin-1, which takes every one.</summary>
+    private sealed class MemorySink : IConsoleSink
+    {
+        private readonly Lock _lock = new();
+        private readonly StringBuilder _text = new();
+
+        public string Text
+        {
+            get
+            {
+                lock (_lock)
+                    return _text.ToString();
+            }
+        }
+
+        public int Write(ReadOnlySpan<byte> bytes, CancellationToken cancellation)
+        {
+            lock (_lock)
+                _ = _text.Append(Encoding.Latin1.GetString(bytes));
+            return bytes.Length;
+        }
+    }
+}

@@ -5,9 +5,7 @@ using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
-using XenSharp.Kvm;
 using XenSharp.Oracle.Beds;
-using XenSharp.Oracle.Differences;
 
 namespace XenSharp.Cli.Compare;
 
@@ -16,21 +14,6 @@ namespace XenSharp.Cli.Compare;
 public sealed class XenSharpBed(KvmHost host) : IGuestBed
 {
     public string Name => "XenSharp";
-
-    /// <summary>What this host's KVM lacks.</summary>
-    /// <exception cref="KvmException">It cannot be opened, or no VM can be run with it.</exception>
-    public HostLacks Lacks
-    {
-        get
-        {
-            HostCapabilities found = host.Capabilities;
-            return (found.DebugRegistersWork ? HostLacks.None : HostLacks.DebugRegisters)
-                | (found.TaskSwitchedTraps ? HostLacks.None : HostLacks.TaskSwitched)
-                | (found.TimeStampDisableTraps ? HostLacks.None : HostLacks.TimeStampDisable)
-                | (found.CpuidPolicyApplies ? HostLacks.None : HostLacks.CpuidPolicy)
-                | (found.SyscallEntryLevel == 0 ? HostLacks.None : HostLacks.Virtualization);
-        }
-    }
 
     public async IAsyncEnumerable<GuestRun> RunAsync(
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)

@@ -121,11 +121,18 @@ internal sealed partial class ProbeInterpreter
             _code.mov(__qword_ptr[rcx], rax);
         }
 
-        // Nothing comes but what a script asks for.
+        // Nothing comes but what a script asks for, and nothing has come: back ends may have notified the domain already.
         _code.mov(rdi, ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnMask);
         _code.mov(ecx, EventWords);
         _code.mov(rax, -1);
         _code.rep.stosq();
+        _code.mov(rdi, ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnPending);
+        _code.mov(ecx, EventWords);
+        _code.xor(eax, eax);
+        _code.rep.stosq();
+        _code.mov(rdi, ProbeLayout.SharedInfoPage);
+        _code.mov(__qword_ptr[rdi + PendingSelector], rax);
+        _code.mov(__byte_ptr[rdi + UpcallPending], al);
 
         // A back end may have been faster: what it left would be the first upcall, of no port.
         _code.mov(rsi, __qword_ptr[rbx + ProbeLayout.VcpuInfo]);

@@ -122,6 +122,11 @@ public struct VcpuState
     /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
     public int TaskSwitched;
 
+    /// <summary>
+    /// The address of the last page fault, or what was written to CR2. vcpu_info has a copy, which is the guest's to change.
+    /// </summary>
+    public ulong Cr2;
+
     /// <summary>Guest's view of CR4, DR0–DR7 and XCR0.</summary>
     public ulong Cr4;
     public DebugRegisterArray DebugRegisters;

@@ -60,11 +60,17 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>CR4.TSD: RDTSC raises #GP at CPL 3.</summary>
     void SetTimeStampDisable(bool value);
 
+    /// <summary>CR4.FSGSBASE: RDFSBASE and its kin are not #UD. Only where the host has them; off at first.</summary>
+    void SetFsgsbase(bool value);
+
     /// <summary>Loads XCR0; the value was checked against what the host offers.</summary>
     void SetXcr0(ulong value);
 
     /// <summary>Loads the debug registers 0–3, 6 and 7.</summary>
     void SetDebugRegisters(ReadOnlySpan<ulong> values);
+
+    /// <summary>DR6 as the processor left it after a debug exception; sets it back to what it is without any.</summary>
+    ulong TakeDebugStatus();
 
     /// <summary>Enters the guest until something has to be decided above.</summary>
     VcpuExit Run();

@@ -9,6 +9,7 @@ namespace XenSharp.Domains;
 internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
 {
     private const ulong Cr4Tsd = 1 << 2;
+    private const ulong Cr4Fsgsbase = 1 << 16;
     private readonly Vcpu _vcpu = vcpu;
 
     public CpuidPolicy Cpuid => _vcpu.Domain.Cpuid;
@@ -21,7 +22,11 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
 
     public Errno SetPageTableRoot(Mfn root) => MmuextOp.NewBaseptr(_vcpu.Context, root);
 
-    public void SetControlRegister4(ulong value) => _vcpu.Cpu.SetTimeStampDisable((value & Cr4Tsd) != 0);
+    public void SetControlRegister4(ulong value)
+    {
+        _vcpu.Cpu.SetTimeStampDisable((value & Cr4Tsd) != 0);
+        _vcpu.Cpu.SetFsgsbase((value & Cr4Fsgsbase) != 0);
+    }
 
     public void SetXcr0(ulong value) => _vcpu.Cpu.SetXcr0(value);
 

@@ -321,6 +321,10 @@ internal sealed unsafe class Vcpu : IDisposable
                 }
 
                 return;
+            case ExceptionVector.Debug:
+                DebugRegisters.Note(Context->State, Cpu.TakeDebugStatus());
+                InjectTrap(vector, null);
+                return;
             case ExceptionVector.DoubleFault:
             case ExceptionVector.MachineCheck:
                 Domain.Crash(this, $"The processor raised {vector} in the guest.");
@@ -396,6 +400,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void InjectPageFault(ulong address, uint errorCode)
     {
+        Context->State->Cr2 = address;
         Context->Info->Cr2 = address;
         uint guestError = errorCode & ~(uint)PageFaultError.User;
         if (Context->State->KernelMode == 0)

@@ -17,9 +17,6 @@ public static unsafe class HostClock
     /// <summary>CPUID.1:ECX.XSAVE of the host.</summary>
     internal static bool HasXsave => (X86Base.CpuId(1, 0).Ecx & (1 << 26)) != 0;
 
-    /// <summary>CPUID.7:EBX.FSGSBASE of the host.</summary>
-    internal static bool HasFsgsbase => X86Base.CpuId(0, 0).Eax >= 7 && (X86Base.CpuId(7, 0).Ebx & 1) != 0;
-
     private static delegate* unmanaged[SuppressGCTransition]<ulong> Load()
     {
         const int pageSize = 4096;

@@ -28,6 +28,7 @@ internal static class KvmRequest
     public const int GetVcpuEvents = unchecked((int)0x8040AE9F);
     public const int Translate = unchecked((int)0xC018AE85);
     public const int SetVcpuEvents = 0x4040AEA0;
+    public const int GetDebugRegs = unchecked((int)0x8080AEA1);
     public const int SetDebugRegs = 0x4080AEA2;
     public const int GetTscKhz = 0xAEA3;
     public const int SetXcrs = 0x4188AEA7;

@@ -22,6 +22,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private const ulong Cr4Fsgsbase = 1 << 16;
     private const ulong Cr4Osxsave = 1 << 18;
     private const ulong EferFlags = 0xd01; // NXE LMA LME SCE
+    private const ulong DebugStatusDefault = 0xffff_0ff0;
 
     // What SYSCALL clears on the way in; the guest's own value is in R11.
     private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
@@ -156,6 +157,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _forced = KvmSyncRegs.Sregs;
     }
 
+    public void SetFsgsbase(bool value)
+    {
+        _sregs->Cr4 = value ? _sregs->Cr4 | Cr4Fsgsbase : _sregs->Cr4 & ~Cr4Fsgsbase;
+        _forced = KvmSyncRegs.Sregs;
+    }
+
     public void SetXcr0(ulong value)
     {
         // struct kvm_xcrs: count, flags, 16 × { number, reserved, value }, padding.
@@ -171,6 +178,20 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         var registers = new KvmDebugRegs { Db0 = values[0], Db1 = values[1], Db2 = values[2], Db3 = values[3], Dr6 = values[6], Dr7 = values[7] };
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetDebugRegs, &registers), "KVM_SET_DEBUGREGS failed");
+    }
+
+    public ulong TakeDebugStatus()
+    {
+        KvmDebugRegs registers;
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetDebugRegs, &registers), "KVM_GET_DEBUGREGS failed");
+        ulong status = registers.Dr6;
+        if (status != DebugStatusDefault)
+        {
+            registers.Dr6 = DebugStatusDefault;
+            KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetDebugRegs, &registers), "KVM_SET_DEBUGREGS failed");
+        }
+
+        return status;
     }
 
     public void SetWakeTimer(long deadline)
@@ -293,8 +314,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         var sregs = default(KvmSregs);
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetSregs, &sregs), "KVM_GET_SREGS failed");
         sregs.Cr0 = Cr0Flags;
-        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt | (HostClock.HasXsave ? Cr4Osxsave : 0)
-            | (HostClock.HasFsgsbase ? Cr4Fsgsbase : 0);
+        sregs.Cr4 = Cr4Pae | Cr4Osfxsr | Cr4Osxmmexcpt | (HostClock.HasXsave ? Cr4Osxsave : 0);
         sregs.Efer = EferFlags;
         SetCpl3(ref sregs);
         sregs.Fs = sregs.Gs = sregs.Ds = sregs.Es = DataSegment(0);

@@ -30,9 +30,13 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public void SetTimeStampDisable(bool value) => throw new NotSupportedException();
 
+    public void SetFsgsbase(bool value) => throw new NotSupportedException();
+
     public void SetXcr0(ulong value) => throw new NotSupportedException();
 
     public void SetDebugRegisters(ReadOnlySpan<ulong> values) => throw new NotSupportedException();
+
+    public ulong TakeDebugStatus() => throw new NotSupportedException();
 
     public VcpuExit Run() => throw new NotSupportedException();
 

@@ -8,5 +8,29 @@ internal static class ProcessorScripts
 {
     public static IEnumerable<AbiScript> Create() =>
     [
+        SetTrapTableScript.Create(),
+        SetTrapTableScript.CreateEnding(),
+        ExceptionsScript.Create(user: false),
+        ExceptionsScript.Create(user: true),
+        ExceptionsScript.CreatePageFaults(),
+        .. ExceptionsScript.CreateEnding(),
+        CallbackScripts.CreateSetCallbacks(),
+        CallbackScripts.CreateCallbackOp(),
+        CallbackScripts.CreateSystemCalls(),
+        CallbackScripts.CreateNmi(),
+        IretScripts.CreateIret(),
+        IretScripts.CreateStackSwitch(),
+        .. IretScripts.CreateEnding(),
+        SegmentScripts.CreateSetSegmentBase(),
+        SegmentScripts.CreateSelectors(),
+        SegmentScripts.CreateTables(),
+        SegmentScripts.CreateCompatCode(),
+        PrivilegedScripts.CreatePrivileged(),
+        PrivilegedScripts.CreateControlRegisters(),
+        PrivilegedScripts.CreateDebugRegisters(),
+        PrivilegedScripts.CreateMsrs(),
+        PrivilegedScripts.CreateCpuid(),
+        PortScripts.CreatePrivilege(),
+        PortScripts.CreatePorts(),
     ];
 }

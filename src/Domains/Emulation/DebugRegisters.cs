@@ -75,6 +75,18 @@ public static unsafe class DebugRegisters
         return Errno.None;
     }
 
+    /// <summary>Takes what the processor says of a debug exception into the guest's DR6, as Xen's do_debug does.</summary>
+    /// <param name="state">The vCPU.</param>
+    /// <param name="status">The processor's DR6.</param>
+    public static void Note(VcpuState* state, ulong status)
+    {
+        ref ulong seen = ref state->DebugRegisters[6];
+
+        // Bits that say something when set stay until the guest clears them; so do those that say something when clear.
+        seen |= status & ~StatusOnes;
+        seen &= status | ~StatusOnes;
+    }
+
     /// <summary>Reads a debug register.</summary>
     /// <returns>False (#UD, -ENODEV) for one that does not exist.</returns>
     public static bool TryGet(VcpuState* state, int register, out ulong value)

@@ -28,8 +28,8 @@ public interface IPrivilegedState
     Errno SetPageTableRoot(Mfn root);
 
     /// <summary>
-    /// <see cref="VcpuState.Cr4"/> changed. TSD has to reach the processor; OSXSAVE and FSGSBASE are on there from the start
-    /// where <see cref="CpuidPolicy.GuestCr4Mask"/> has them.
+    /// <see cref="VcpuState.Cr4"/> changed. TSD and FSGSBASE have to reach the processor; OSXSAVE is on there from the start where
+    /// <see cref="CpuidPolicy.GuestCr4Mask"/> has it.
     /// </summary>
     void SetControlRegister4(ulong value);
 

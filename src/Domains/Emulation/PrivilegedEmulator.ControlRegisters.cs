@@ -29,7 +29,7 @@ public sealed unsafe partial class PrivilegedEmulator
                 value = Cr0Fixed | (State->TaskSwitched != 0 ? Cr0TaskSwitched : 0);
                 break;
             case Register.CR2:
-                value = _vcpu->Info->Cr2;
+                value = State->Cr2;
                 break;
             case Register.CR3:
                 value = State->KernelRoot << Paging.PageShift;
@@ -55,6 +55,7 @@ public sealed unsafe partial class PrivilegedEmulator
                     ? SetTaskSwitched((value & Cr0TaskSwitched) != 0)
                     : EmulationResult.NotHandled;
             case Register.CR2:
+                State->Cr2 = value;
                 _vcpu->Info->Cr2 = value;
                 return Retire();
             case Register.CR3:

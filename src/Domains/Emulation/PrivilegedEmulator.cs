@@ -1,5 +1,4 @@
 // Executes for a PV kernel at CPL 3 the privileged instructions that the PV ABI lets it keep.
-using System.Runtime.CompilerServices;
 using Iced.Intel;
 using XenSharp.Core;
 using XenSharp.Mmu;
@@ -72,8 +71,8 @@ public sealed unsafe partial class PrivilegedEmulator
 
     /// <summary>A #UD that the guest raised; RIP is on the instruction.</summary>
     /// <remarks>
-    /// Knows Xen's forced-emulation prefix before CPUID, and <c>int n</c> for hosts that raise #UD where hardware goes through the
-    /// IDT.
+    /// Knows Xen's forced-emulation prefix before CPUID, and <c>int n</c>, INT3, INTO and BOUND for hosts that raise #UD where
+    /// hardware goes through the IDT.
     /// </remarks>
     public EmulationResult InvalidOpcode()
     {
@@ -83,6 +82,19 @@ public sealed unsafe partial class PrivilegedEmulator
         {
             case Code.Ud2:
                 return ForcedEmulation();
+
+            // Where the host raises #UD for them, too; in 64-bit code INTO is one.
+            case Code.Int3:
+                return SoftwareInterrupt((byte)ExceptionVector.Breakpoint, NextRip);
+            case Code.Into:
+                return (Registers->Rflags & (ulong)Rflags.Overflow) != 0
+                    ? SoftwareInterrupt((byte)ExceptionVector.Overflow, NextRip)
+                    : Retire();
+
+            case Code.Bound_r16_m1616:
+                return CheckBounds(sizeof(short));
+            case Code.Bound_r32_m3232:
+                return CheckBounds(sizeof(int));
 
             case Code.Int_imm8:
                 byte vector = _instruction.Immediate8;
@@ -176,8 +188,6 @@ public sealed unsafe partial class PrivilegedEmulator
         const int length = 7;
         ReadOnlySpan<byte> signature = [0x0f, 0x0b, (byte)'x', (byte)'e', (byte)'n'];
         ReadOnlySpan<byte> cpuid = [0x0f, 0xa2];
-        if (_bitness != 64)
-            return EmulationResult.NotHandled;
         Span<byte> bytes = stackalloc byte[length];
         fixed (byte* to = bytes)
         {
@@ -219,6 +229,20 @@ public sealed unsafe partial class PrivilegedEmulator
     {
         Registers->Rip = next;
         return EmulationResult.SoftwareInterrupt(vector);
+    }
+
+    // BOUND, which is in 32-bit and 16-bit code only: a signed index against two bounds in memory.
+    private EmulationResult CheckBounds(int size)
+    {
+        long bounds;
+        if (!TryAddressOperand((uint)size * 2, out ulong address, out EmulationResult failure)
+            || !TryRead(address, &bounds, (uint)size * 2, PageFaultError.None, out failure))
+            return failure;
+        ulong register = RegisterFile.Read(Registers, _instruction.Op0Register);
+        (int index, int lower, int upper) = size == sizeof(short)
+            ? ((short)register, (short)bounds, (short)(bounds >> 16))
+            : ((int)register, (int)bounds, (int)(bounds >> 32));
+        return index < lower || index > upper ? EmulationResult.Raise(ExceptionVector.BoundRange) : Retire();
     }
 
     private ulong NextRip
@@ -338,18 +362,7 @@ public sealed unsafe partial class PrivilegedEmulator
         }
     }
 
-    [MethodImpl(MethodImplOptions.NoInlining)]
-    private EmulationResult PageFault(ulong address, PageFaultError access)
-    {
-        PageFaultError error = access | PageFaultError.User;
-        var linear = new VirtualAddress(address);
-        if (linear.IsGuest)
-        {
-            PageTableEntry* entry = GuestAccess.FindEntry(_vcpu, linear);
-            if (entry != null && entry->IsPresent)
-                error |= PageFaultError.Present;
-        }
-
-        return EmulationResult.PageFault(address, error);
-    }
+    // Xen does not look at the tables for why an access of the emulator's failed: its error code names a write and nothing else.
+    private static EmulationResult PageFault(ulong address, PageFaultError access)
+        => EmulationResult.PageFault(address, (access & PageFaultError.Write) | PageFaultError.User);
 }

@@ -3,7 +3,249 @@ namespace XenSharp.Oracle.Differences;
 
 internal static class ProcessorDifferences
 {
+    private const string QemuCanonical =
+        "QEMU's software CPU finds out at the fetch that the target of a jump is not canonical; hardware raises #GP at the jump.";
+
+    private const string QemuStackFault =
+        "QEMU's software CPU raises #GP for every address that is not canonical; hardware raises #SS where the stack segment is used.";
+
+    private const string QemuSimd =
+        "QEMU's software CPU never raises #XM; hardware does.";
+
+    private const string QemuAlignment =
+        "QEMU's software CPU does not check alignment; hardware does at CPL 3, with CR0.AM, which Xen sets.";
+
+    private const string QemuSoftwareInterrupt =
+        "QEMU's software CPU names vector 2n in the error code where hardware names n (AMD64 manual volume 2, 8.4.1): XenSharp answers as Xen on hardware does.";
+
+    private const string HostNestedTask =
+        "A KVM without hardware underneath enters the guest without the NT flag.";
+
+    private const string HostSelectors =
+        "A KVM without hardware underneath runs the guest with the host's own descriptor table: native instructions find the host's selectors there, not Xen's or the guest's.";
+
+    private const string HostSelectorRead =
+        "Where KVM emulates the load of a selector, the segment is loaded, but a native read of the register shows what the hardware has there.";
+
+    private const string QemuFsBase =
+        "QEMU's software CPU lets WRFSBASE take any address; hardware raises #GP for one that is not canonical.";
+
+    private const string HostFsgsbase =
+        "A KVM without hardware underneath runs guests with the host's CR4, where FSGSBASE is set.";
+
+    private const string HostXcr0 =
+        "XGETBV at CPL 3 shows the host's XCR0 on a KVM without hardware underneath.";
+
+    private const string HostTimeStamp =
+        "CR4.TSD has no effect on this host's KVM; xensharp info says so.";
+
+    private const string HostTaskSwitched =
+        "CR0.TS has no effect on this host's KVM; xensharp info says so.";
+
+    private const string HostBreakpoints =
+        "Debug registers have no effect on this host's KVM; xensharp info says so.";
+
+    private const string Ldt =
+        "The local descriptor table is kept, but not loaded into the processor yet: the issue about the complete MMU brings it.";
+
     public static IReadOnlyList<KnownDifference> All { get; } =
     [
+        KnownDifference.ByHost(
+            "exceptions-kernel", "#GP without a selector",
+            "kernel: jump to a non-canonical address, rcx 0x8000000000000000",
+            "#GP(0){rip code, cs e030, rflags 202, same stack, ss e02b, mask 0->0}",
+            QemuCanonical),
+        KnownDifference.ByHost(
+            "exceptions-kernel", "#SS: the stack at a non-canonical address",
+            "kernel: load by rbp from a non-canonical address, rbp 0x8000000000000000",
+            "#SS(0){rip code, cs e030, rflags 202, same stack, ss e02b, mask 0->0}",
+            QemuStackFault),
+        KnownDifference.ByHost(
+            "exceptions-kernel", "#XM of an unmasked SIMD exception",
+            "kernel: divide by 0 with the exception unmasked, rcx mxcsr",
+            "#XM{rip code+0xf, cs e030, rflags 202, same stack, ss e02b, mask 0->0}",
+            QemuSimd),
+        KnownDifference.ByHost(
+            "exceptions-kernel", "#AC with AC set",
+            "kernel: load of eight bytes that are not aligned, rflags 0x40002",
+            "#AC(0){rip code, cs e030, rflags 40202, same stack, ss e02b, mask 0->0}",
+            QemuAlignment),
+        KnownDifference.ByHost(
+            "exceptions-user", "#GP without a selector",
+            "user: jump to a non-canonical address, rcx 0x8000000000000000",
+            "#GP(0){rip code, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuCanonical),
+        KnownDifference.ByHost(
+            "exceptions-user", "#SS: the stack at a non-canonical address",
+            "user: load by rbp from a non-canonical address, rbp 0x8000000000000000",
+            "#SS(0){rip code, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuStackFault),
+        KnownDifference.ByHost(
+            "exceptions-user", "#XM of an unmasked SIMD exception",
+            "user: divide by 0 with the exception unmasked, rcx mxcsr",
+            "#XM{rip code+0xf, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuSimd),
+        KnownDifference.ByHost(
+            "exceptions-user", "#AC with AC set",
+            "user: load of eight bytes that are not aligned, rflags 0x40002",
+            "#AC(0){rip code, cs e033, rflags 40002, kernel stack, ss e02b, mask 1->1}",
+            QemuAlignment),
+        KnownDifference.ByHost(
+            "system-calls", "int n that the entry's level does not allow",
+            "kernel: int 0x31",
+            "#GP(18a){rip code, cs e030, rflags 202, same stack, ss e02b, mask 0->0}",
+            QemuSoftwareInterrupt),
+        KnownDifference.ByHost(
+            "system-calls", "int n that the entry's level does not allow",
+            "user: int 0x31",
+            "#GP(18a){rip code, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuSoftwareInterrupt),
+        KnownDifference.ByHost(
+            "system-calls", "int n without an entry",
+            "user: int 0x32",
+            "#GP(192){rip code, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuSoftwareInterrupt),
+        KnownDifference.ByHost(
+            "system-calls", "int 0x82, the hypercall gate of 32-bit guests",
+            "user: int 0x82",
+            "vector 0x82{rip code+0x2, cs e033, rflags 2, kernel stack, ss e02b, mask 1->1}",
+            QemuSoftwareInterrupt),
+        KnownDifference.ByHost(
+            "system-calls", "int 0x82, the hypercall gate of 32-bit guests",
+            "kernel: int 0x82",
+            "vector 0x82{rip code+0x2, cs e030, rflags 2, same stack, ss e02b, mask 1->1}",
+            QemuSoftwareInterrupt),
+        KnownDifference.ByHost(
+            "iret", "flags that the guest cannot have are dropped",
+            "kernel: iret to kernel code, rflags 0x4202 NT, rdx 0x4202, rbx 0xe02b, rsi 0xe030, r8 0x1111, r9 0x2222, r10 0, r12 0x3333",
+            "rax 0x1111, rcx 0x2222, r11 0x3333, rflags 0x202",
+            HostNestedTask),
+        KnownDifference.ByHost(
+            "stack-switch", "any selector is taken, and the flat one is what the kernel runs with",
+            "kernel: mov eax, ss",
+            "rax 43",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "set-segment-base", "GS of user mode by its selector",
+            "user: mov eax, gs",
+            "rax 0",
+            HostSelectorRead),
+        KnownDifference.ByHost(
+            "set-segment-base", "bases that the guest writes itself",
+            "kernel: wrfsbase, not canonical, rcx noncanonical",
+            "#GP(0){rip code, cs e030, rflags 2, same stack, ss e02b, mask 1->1}",
+            QemuFsBase),
+        KnownDifference.ByHost(
+            "set-segment-base", "without CR4.FSGSBASE there are no such instructions",
+            "kernel: rdfsbase",
+            "done",
+            HostFsgsbase),
+        KnownDifference.ByHost(
+            "set-segment-base", "without CR4.FSGSBASE there are no such instructions",
+            "user: wrgsbase",
+            "done",
+            HostFsgsbase),
+        KnownDifference.ByHost(
+            "selectors", "what was loaded is read back",
+            "kernel: mov ds, ecx; mov eax, ds, rcx 0xe02b",
+            "rax 0",
+            HostSelectorRead),
+        KnownDifference.ByHost(
+            "selectors", "selectors that a bare Linux has, and no guest has installed",
+            "kernel: retfq to cs 0x33",
+            "#UD{rip code+0x10, cs e030, rflags 2, same stack, ss e02b, mask 1->1}",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "selectors", "selectors that a bare Linux has, and no guest has installed",
+            "kernel: mov ds, ecx, rcx 43",
+            "done",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "selectors", "selectors that a bare Linux has, and no guest has installed",
+            "kernel: mov ss, ecx, rcx 43",
+            "done",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "selectors", "questions about selectors",
+            "kernel: lar, verr, verw, rcx 0xe02b",
+            "rax 0, rdx 0, rbx 0, rsi 0",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "selectors", "questions about selectors",
+            "kernel: lar, verr, verw, rcx 0xe033",
+            "rax 0, rdx 0, rbx 0, rsi 0",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "descriptor-table-selectors", "selectors of the guest's global table",
+            "kernel: mov fs, ecx; mov eax, fs, rcx 323",
+            "rax 0",
+            HostSelectorRead),
+        KnownDifference.ByHost(
+            "descriptor-table-selectors", "selectors of the guest's global table",
+            "kernel: lar, rcx 267",
+            "rax 0",
+            HostSelectors),
+        KnownDifference.ByHost(
+            "descriptor-table-selectors", "selectors of the guest's global table",
+            "user: mov eax, gs",
+            "rax 0",
+            HostSelectorRead),
+        KnownDifference.ByHost(
+            "privileged-instructions", "xsetbv",
+            "kernel: xsetbv(0) of x87 and SSE; xgetbv",
+            "rax 231, rdx 0",
+            HostXcr0),
+        KnownDifference.ByHost(
+            "control-registers", "CR4",
+            "user: rdtsc, TSD set",
+            "done",
+            HostTimeStamp),
+        KnownDifference.ByHost(
+            "control-registers", "#NM with TS set, which clears it",
+            "kernel: fnop",
+            "done",
+            HostTaskSwitched),
+        KnownDifference.ByHost(
+            "control-registers", "#NM with TS set, which clears it",
+            "kernel: xorps xmm0, xmm0, resumed",
+            "done",
+            HostTaskSwitched),
+        KnownDifference.ByHost(
+            "control-registers", "#NM with TS set, which clears it",
+            "kernel: mov rax, cr0",
+            "rax 0x8005003b",
+            HostTaskSwitched),
+        KnownDifference.ByHost(
+            "control-registers", "#NM with TS set, which clears it",
+            "user: fnop",
+            "done",
+            HostTaskSwitched),
+        KnownDifference.ByHost(
+            "control-registers", "#NM with TS set, which clears it",
+            "user: xorps xmm0, xmm0, resumed",
+            "done",
+            HostTaskSwitched),
+        KnownDifference.ByHost(
+            "debug-registers", "a breakpoint on an instruction, returned to",
+            "kernel: breakpoint on the third instruction from here",
+            "done",
+            HostBreakpoints),
+        KnownDifference.ByHost(
+            "debug-registers", "a breakpoint on an instruction, returned to",
+            "get_debugreg(6)",
+            "0xffff0ff0",
+            HostBreakpoints),
+        KnownDifference.ByHost(
+            "debug-registers", "a breakpoint on data",
+            "kernel: load; store; nop, rcx watched",
+            "done",
+            HostBreakpoints),
+        KnownDifference.ByHost(
+            "debug-registers", "a breakpoint on data",
+            "get_debugreg(6)",
+            "0xffff0ff0",
+            HostBreakpoints),
+        KnownDifference.CaseNotBuilt("descriptor-table-selectors", "selectors of the guest's local table", Ldt),
+        KnownDifference.CaseNotBuilt("descriptor-table-selectors", "a local table whose page cannot be one", Ldt),
     ];
 }

@@ -62,11 +62,11 @@ public sealed unsafe class PrivilegedInstructionTests
     [Test]
     public void Cr2IsTheGuestsOwn()
     {
-        _guest.Info->Cr2 = 0xdead_b000;
-        ExpectDone(c => c.mov(rsi, cr2));
-        Assert.That(_guest.Registers->Rsi, Is.EqualTo(0xdead_b000));
         ExpectDone(c => c.mov(cr2, rsp));
         Assert.That(_guest.Info->Cr2, Is.EqualTo(_guest.Registers->Rsp));
+        _guest.Info->Cr2 = 0xdead_b000;
+        ExpectDone(c => c.mov(rsi, cr2));
+        Assert.That(_guest.Registers->Rsi, Is.EqualTo(_guest.Registers->Rsp), "vcpu_info has a copy only");
     }
 
     [Test]
@@ -302,6 +302,51 @@ public sealed unsafe class PrivilegedInstructionTests
         }
     }
 
+    [Test]
+    public void ForcedEmulationKnowsNo32BitMode()
+    {
+        _guest.Segments->Cs = FlatSelectors.Ring3Cs32;
+        _guest.State->KernelMode = 0;
+        _guest.Poke(_guest.Rip, [0x0f, 0x0b, 0x78, 0x65, 0x6e, 0x0f, 0xa2]);
+        Assert.That(_guest.Emulator.InvalidOpcode(), Is.EqualTo(EmulationResult.Done));
+        Assert.That(_guest.Rip, Is.EqualTo(FakeGuest.CodeStart + 7));
+    }
+
+    [Test]
+    public void BreakpointAndOverflowOf32BitCodeMayArriveAsUndefined()
+    {
+        static EmulationResult Raised(ExceptionVector vector) => new(EmulationOutcome.Exception, vector, IsSoftwareInterrupt: true);
+        _guest.Segments->Cs = FlatSelectors.Ring3Cs32;
+        _guest.Poke(_guest.Rip, [0xcc, 0xce]);
+        Assert.That(_guest.Emulator.InvalidOpcode(), Is.EqualTo(Raised(ExceptionVector.Breakpoint)));
+        Assert.That(_guest.Rip, Is.EqualTo(FakeGuest.CodeStart + 1));
+        Assert.That(_guest.Emulator.InvalidOpcode(), Is.EqualTo(EmulationResult.Done), "INTO without OF");
+        Assert.That(_guest.Rip, Is.EqualTo(FakeGuest.CodeStart + 2));
+        _guest.Registers->Rip = FakeGuest.CodeStart + 1;
+        _guest.Registers->Rflags |= (ulong)Rflags.Overflow;
+        Assert.That(_guest.Emulator.InvalidOpcode(), Is.EqualTo(Raised(ExceptionVector.Overflow)));
+        Assert.That(_guest.Rip, Is.EqualTo(FakeGuest.CodeStart + 2));
+    }
+
+    [TestCase(5, true)]
+    [TestCase(-2, true)]
+    [TestCase(6, false)]
+    [TestCase(-3, false)]
+    public void BoundOf32BitCodeMayArriveAsUndefined(int index, bool holds)
+    {
+        *_guest.Segments = new SegmentRegisters { Cs = FlatSelectors.Ring3Cs32, Ds = FlatSelectors.Ring3Data, Ss = FlatSelectors.Ring3Data };
+        _guest.Poke(FakeGuest.DataStart, [0xfe, 0xff, 0xff, 0xff, 5, 0, 0, 0]);
+        _guest.Registers->Rax = (uint)index;
+        _guest.Registers->Rsi = FakeGuest.DataStart;
+
+        // bound eax, [esi]
+        _guest.Poke(_guest.Rip, [0x62, 0x06]);
+        Assert.That(
+            _guest.Emulator.InvalidOpcode(),
+            Is.EqualTo(holds ? EmulationResult.Done : EmulationResult.Raise(ExceptionVector.BoundRange)));
+        Assert.That(_guest.Rip, Is.EqualTo(FakeGuest.CodeStart + (holds ? 2UL : 0)));
+    }
+
     [TestCase(1, 0, 0x30, false)]
     [TestCase(1, 1, 0x30, true)]
     [TestCase(0, 1, 0x30, false)]
@@ -397,7 +442,7 @@ public sealed unsafe class PrivilegedInstructionTests
         Assert.That(_guest.Emulator.GeneralProtection(0), Is.EqualTo(EmulationResult.Done));
         _guest.Registers->Rip = rip + 1;
         _guest.Poke(rip + 1, [0x0f, 0x20]);
-        var fault = EmulationResult.PageFault(rip + 3, PageFaultError.User | PageFaultError.InstructionFetch);
+        var fault = EmulationResult.PageFault(rip + 3, PageFaultError.User);
         Assert.That(_guest.Emulator.GeneralProtection(0), Is.EqualTo(fault));
         Assert.That(_guest.Rip, Is.EqualTo(rip + 1));
         _guest.Poke(rip + 1, [0x0f, 0x0b]);
@@ -413,7 +458,7 @@ public sealed unsafe class PrivilegedInstructionTests
         _guest.Registers->Rip = 0x60_0000;
         Assert.That(
             _guest.Emulator.GeneralProtection(0),
-            Is.EqualTo(EmulationResult.PageFault(0x60_0000, PageFaultError.User | PageFaultError.InstructionFetch)));
+            Is.EqualTo(EmulationResult.PageFault(0x60_0000, PageFaultError.User)));
         _guest.Registers->Rip = 0x8000_0000_0000;
         Assert.That(_guest.Emulator.GeneralProtection(0), Is.EqualTo(EmulationResult.GeneralProtection));
         _guest.Registers->Rip = Paging.HypervisorVirtualStart;

@@ -99,6 +99,11 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public ulong[] DebugRegisters { get; private set; } = new ulong[8];
 
+    /// <summary>What <see cref="TakeDebugStatus"/> says next.</summary>
+    public ulong DebugStatus { get; set; } = 0xffff_0ff0;
+
+    public bool Fsgsbase { get; private set; }
+
     /// <summary>What the script threw: an assertion that failed, mostly.</summary>
     public Exception? Failure { get; private set; }
 
@@ -130,9 +135,19 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public void SetTimeStampDisable(bool value) => TimeStampDisabled = value;
 
+    public void SetFsgsbase(bool value) => Fsgsbase = value;
+
     public void SetXcr0(ulong value) => Xcr0 = value;
 
     public void SetDebugRegisters(ReadOnlySpan<ulong> values) => DebugRegisters = values.ToArray();
+
+    public ulong TakeDebugStatus()
+    {
+        const ulong none = 0xffff_0ff0;
+        ulong status = DebugStatus;
+        DebugStatus = none;
+        return status;
+    }
 
     public VcpuExit Run()
     {

@@ -229,6 +229,25 @@ public sealed class RunLoopTests : ScriptedGuest
     }
 
     [Test]
+    public void Debug_exceptions_add_to_DR6()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            SetTrap(ExceptionVector.Debug, Handler);
+            cpu.Rsp = Stack;
+            cpu.DebugStatus = 0xffff_4ff0;
+            yield return FakeVcpu.Exception(ExceptionVector.Debug);
+            Assert.That(cpu.Rip, Is.EqualTo(Handler));
+            cpu.DebugStatus = 0xffff_0ff1;
+            yield return FakeVcpu.Exception(ExceptionVector.Debug);
+            yield return cpu.Hypercall(HypercallNumber.GetDebugreg, 6);
+            Assert.That(cpu.Result, Is.EqualTo(0xffff_4ff1));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    [Test]
     public void Stores_to_page_tables_are_emulated_for_a_guest_that_asked([Values] bool assist)
     {
         IEnumerable<VcpuExit> Guest(FakeVcpu cpu)

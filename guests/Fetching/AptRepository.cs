@@ -144,8 +144,7 @@ sealed class AptRepository
     }
 
     Task<CommandResult> RunAsync(
-        string program, string? folder, Action<double>? onFraction, CancellationToken cancellation,
-        params string[] arguments)
+        string program, string? folder, Action<double>? onFraction, CancellationToken cancellation, params string[] arguments)
     {
         // Progress lines look like dlstatus:FILES:PERCENT:TEXT (apt's README.progress-reporting).
         void ReadProgress(string line)

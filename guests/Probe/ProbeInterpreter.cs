@@ -134,6 +134,11 @@ internal sealed partial class ProbeInterpreter
         _code.mov(__qword_ptr[rdi + PendingSelector], rax);
         _code.mov(__byte_ptr[rdi + UpcallPending], al);
 
+        // A back end may have been faster: what it left would be the first upcall, of no port.
+        _code.mov(rsi, __qword_ptr[rbx + ProbeLayout.VcpuInfo]);
+        _code.mov(__qword_ptr[rsi + PendingSelector], 0);
+        _code.mov(__byte_ptr[rsi + UpcallPending], 0);
+
         EmitFindTables();
         EmitInstallHandlers();
         EmitMakeUserRoot();

@@ -59,6 +59,15 @@ public static class TinyGuest
             case TinyGuestBehaviour.Crash:
                 guest.Shutdown(GuestShutdownReason.Crash);
                 break;
+            case TinyGuestBehaviour.Suspend:
+                guest.Shutdown(GuestShutdownReason.Suspend);
+                break;
+            case TinyGuestBehaviour.Watchdog:
+                guest.Shutdown(GuestShutdownReason.Watchdog);
+                break;
+            case TinyGuestBehaviour.SoftReset:
+                guest.Shutdown(GuestShutdownReason.SoftReset);
+                break;
             case TinyGuestBehaviour.UndefinedInstruction:
                 code.ud2();
                 break;

@@ -35,6 +35,15 @@ public enum TinyGuestBehaviour
 
     /// <summary>Echoes console input with a–z as A–Z until it reads ^D (byte 4), then powers off; crashes as initial domain.</summary>
     EchoInput,
+
+    /// <summary>SCHEDOP_shutdown with SHUTDOWN_suspend, without the preparations that a resume would need.</summary>
+    Suspend,
+
+    /// <summary>SCHEDOP_shutdown with SHUTDOWN_watchdog.</summary>
+    Watchdog,
+
+    /// <summary>SCHEDOP_shutdown with SHUTDOWN_soft_reset.</summary>
+    SoftReset,
 }
 
 /// <summary>The tiny guest's parameters.</summary>

@@ -53,6 +53,9 @@ public struct DomainState
     /// <summary>Assists that are on.</summary>
     public ulong VmAssists;
 
+    /// <summary>Entries of <see cref="DomainContext.MemoryMap"/>; 0 when there is no map.</summary>
+    public uint MemoryMapEntries;
+
     /// <summary>Machine frame of shared_info.</summary>
     public ulong SharedInfoFrame;
 
@@ -220,6 +223,9 @@ public unsafe struct DomainContext
     /// <summary>The 16 entries for the reserved L4 slots.</summary>
     public ulong* HypervisorSlots;
     public byte* SharedInfo;
+
+    /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>
+    public E820Entry* MemoryMap;
 
     /// <summary>Whether KVM may hold a shadow of the frame, made when it was a page table.</summary>
     public readonly bool MayBeShadowed(Mfn frame)

@@ -46,6 +46,9 @@ public enum HypercallNumber
     DmOp = 41,
     HypfsOp = 42,
     Mca = 48,
+
+    /// <summary>__HYPERVISOR_arch_1: how Xen continues an XEN_DOMCTL_shadow_op.</summary>
+    PagingDomctlContinue = 49,
 }
 
 /// <summary>The six arguments of a hypercall: RDI, RSI, RDX, R10, R8, R9, or a multicall entry's.</summary>

@@ -130,3 +130,18 @@ public struct RunstateTimes
 {
     private ulong _element;
 }
+
+/// <summary>struct e820entry: a range of a memory map.</summary>
+[StructLayout(LayoutKind.Sequential, Pack = 1)]
+public struct E820Entry
+{
+    /// <summary>Most entries of a domain's map (E820MAX).</summary>
+    public const int MaxEntries = 1024;
+
+    /// <summary>Ordinary memory, as a type.</summary>
+    public const uint Ram = 1;
+
+    public ulong Address;
+    public ulong Size;
+    public uint Type;
+}

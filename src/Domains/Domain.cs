@@ -2,6 +2,7 @@ using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
 
 namespace XenSharp.Domains;
@@ -56,7 +57,10 @@ public sealed unsafe class Domain : IDisposable
             StorePort = storePort.Value;
             _memory.VcpuContexts->Domain = Context;
             _memory.VcpuContexts->State = _memory.VcpuStates;
-            var vcpu = new Vcpu(this, machine.CreateVcpu(0), _memory.VcpuContexts, 0);
+            var vcpu = new Vcpu(this, machine.CreateVcpu(0), _memory.VcpuContexts, 0)
+            {
+                Trace = options.Trace is { } recorder ? new VcpuTrace(_memory.VcpuContexts, recorder.Stream(0), options.HostTsc) : null,
+            };
             _vcpus.Add(vcpu);
             Context->State->VcpuCount = 1;
             Layout = builder.Build(vcpu.Context, ConsolePort, StorePort);
@@ -120,6 +124,8 @@ public sealed unsafe class Domain : IDisposable
 
     internal IoPorts Ports { get; }
 
+    internal PhysicalInterrupts PhysicalInterrupts { get; } = new();
+
     internal Watchdogs Watchdogs { get; }
 
     /// <summary>The UUID's 16 bytes, for XENVER_guest_handle.</summary>
@@ -164,6 +170,9 @@ public sealed unsafe class Domain : IDisposable
         _memory.Dispose();
         NativeMemory.Free(_handle);
     }
+
+    /// <summary>Whether there is a domain of this number: itself, or the manager, which is domain 0 to it.</summary>
+    internal bool Knows(ushort id) => id == Id.Value || id == 0;
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 

@@ -29,6 +29,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         nuint stateAt = Take((nuint)sizeof(DomainState));
         nuint tableAt = Take((nuint)sizeof(FrameTable));
         nuint slotsAt = Take(Paging.HypervisorSlots * sizeof(ulong));
+        nuint memoryMapAt = Take((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
         nuint vcpuContextsAt = Take((nuint)(maxVcpus * sizeof(VcpuContext)));
         nuint vcpusAt = Take((nuint)(maxVcpus * sizeof(VcpuState)));
         nuint bitmapAt = Take(bitmap);
@@ -48,8 +49,11 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context->HypervisorSlots = (ulong*)(_block + slotsAt);
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
         Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
+        Context->MemoryMap = (E820Entry*)(_block + memoryMapAt);
+        *Context->MemoryMap = new E820Entry { Size = maxPages << Paging.PageShift, Type = E820Entry.Ram };
+        Context->State->MemoryMapEntries = 1;
         Context->Frames = _block + tableAt;
-        FrameTable.Of(Context)->Initialize((FrameInfo*)(_block + framesAt), machine.Memory, Context->State);
+        FrameTable.Of(Context)->Initialize((FrameInfo*)(_block + framesAt), machine.Memory, Context->State, Context->MachineToPhys);
         for (ulong i = 0; i < frames; i++)
             machine.MachineToPhys[i] = Mfn.Invalid.Value;
     }

@@ -1,3 +1,4 @@
+using XenSharp.Core.Trace;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
 
@@ -32,6 +33,9 @@ public sealed record DomainOptions
 
     /// <summary>Reads the host's TSC.</summary>
     public required Func<ulong> HostTsc { get; init; }
+
+    /// <summary>Records everything that the guest asks for; stays the caller's. Null for no trace.</summary>
+    public TraceRecorder? Trace { get; init; }
 
     /// <summary>KVM shadows the guest's page tables: host stores are seen only when repeated inside the VM.</summary>
     public bool ShadowPageTables { get; init; }

@@ -6,8 +6,8 @@ using XenSharp.Core;
 namespace XenSharp.Domains;
 
 /// <summary>
-/// System time is nanoseconds of CLOCK_MONOTONIC since the domain was made; each vCPU's vcpu_time_info says how to get it from
-/// the guest-visible TSC.
+/// System time is nanoseconds since the domain was made, by the TSC as each vCPU's vcpu_time_info says; it follows CLOCK_MONOTONIC. The
+/// manager reads it just as the guest does: no timer fires before its time on the guest's own clock.
 /// </summary>
 public sealed class Timekeeping
 {
@@ -34,6 +34,8 @@ public sealed class Timekeeping
     private ulong _anchorSystemTime;
     private double _anchorFraction;
     private double _nanosecondsPerTick;
+    private uint _multiplier;
+    private sbyte _shift;
     private double _rate;
     private ulong _measuredTsc;
     private long _measuredTime;
@@ -58,8 +60,9 @@ public sealed class Timekeeping
         BootUtc = utc;
         _nominalRate = _rate = _nanosecondsPerTick = 1_000_000.0 / counter.KiloHertz;
         _anchorTsc = _measuredTsc = GuestTsc;
-        _anchorSystemTime = (ulong)SystemTime;
+        _anchorSystemTime = (ulong)TrueTime;
         _measuredTime = (long)_anchorSystemTime;
+        UpdateFraction();
     }
 
     /// <summary>Nanoseconds until <see cref="Calibrate"/> should be called again.</summary>
@@ -68,11 +71,29 @@ public sealed class Timekeeping
     /// <summary>UTC at system time 0.</summary>
     public DateTime BootUtc { get; }
 
-    /// <summary>Nanoseconds since the domain was made.</summary>
-    public long SystemTime => _monotonic() - _bootTime;
+    /// <summary>Nanoseconds since the domain was made, as the guest computes them.</summary>
+    public long SystemTime
+    {
+        get
+        {
+            // The counter of another processor may be some ticks behind the one that the anchor is from.
+            ulong delta = (ulong)Math.Max((long)(GuestTsc - _anchorTsc), 0);
+            delta = _shift < 0 ? delta >> -_shift : delta << _shift;
+            return (long)_anchorSystemTime + (long)(ulong)(((UInt128)delta * _multiplier) >> 32);
+        }
+    }
 
-    /// <summary>CLOCK_MONOTONIC at a system time; saturates.</summary>
-    public long ToMonotonic(long systemTime) => systemTime > long.MaxValue - _bootTime ? long.MaxValue : systemTime + _bootTime;
+    private long TrueTime => _monotonic() - _bootTime;
+
+    /// <summary>CLOCK_MONOTONIC at a system time, as far as can be said now; saturates.</summary>
+    public long ToMonotonic(long systemTime)
+    {
+        long now = SystemTime;
+        long monotonic = _monotonic();
+        if (systemTime <= now)
+            return monotonic;
+        return systemTime - now > long.MaxValue - monotonic ? long.MaxValue : monotonic + (systemTime - now);
+    }
 
     /// <summary>The TSC as the guest reads it now.</summary>
     public ulong GuestTsc => _hostTsc() + (ulong)_counter.Offset;
@@ -84,7 +105,7 @@ public sealed class Timekeeping
     public void Calibrate()
     {
         ulong before = GuestTsc;
-        long now = SystemTime;
+        long now = TrueTime;
         ulong tsc = before + ((GuestTsc - before) / 2);
         MeasureRate(tsc, now);
 
@@ -96,6 +117,19 @@ public sealed class Timekeeping
         _anchorSystemTime += (ulong)elapsed;
         _anchorFraction = elapsed - Math.Floor(elapsed);
         _nanosecondsPerTick = _rate * (1 + Math.Clamp(correction, -MaxCorrection, MaxCorrection));
+        UpdateFraction();
+    }
+
+    /// <summary>tsc_to_system_mul is a 32-bit fraction: brings the factor into [0.5, 1) and remembers by how much in the shift.</summary>
+    private void UpdateFraction()
+    {
+        double factor = _nanosecondsPerTick;
+        _shift = 0;
+        for (; factor >= 1; _shift++)
+            factor /= 2;
+        for (; factor < 0.5; _shift--)
+            factor *= 2;
+        _multiplier = (uint)Math.Min(factor * 4294967296.0, uint.MaxValue);
     }
 
     /// <summary>The true length of a tick over the last period: what the host says of it may be some hundred millionths wrong.</summary>
@@ -113,21 +147,13 @@ public sealed class Timekeeping
     /// <summary>Stores the current parameters under the version protocol.</summary>
     public unsafe void Update(VcpuTimeInfo* info)
     {
-        // tsc_to_system_mul is a 32-bit fraction: bring the factor into [0.5, 1) and remember by how much in the shift.
-        double factor = _nanosecondsPerTick;
-        sbyte shift = 0;
-        for (; factor >= 1; shift++)
-            factor /= 2;
-        for (; factor < 0.5; shift--)
-            factor *= 2;
-
         uint version = Volatile.Read(ref info->Version);
         Volatile.Write(ref info->Version, version | 1);
         Thread.MemoryBarrier();
         info->TscTimestamp = _anchorTsc;
         info->SystemTime = _anchorSystemTime;
-        info->TscToSystemMul = (uint)Math.Min(factor * 4294967296.0, uint.MaxValue);
-        info->TscShift = shift;
+        info->TscToSystemMul = _multiplier;
+        info->TscShift = _shift;
         Thread.MemoryBarrier();
         Volatile.Write(ref info->Version, (version | 1) + 1);
     }

@@ -1,6 +1,7 @@
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Hypercalls;
+using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
 using XenSharp.Mmu;
 
@@ -26,6 +27,8 @@ internal sealed unsafe class Vcpu : IDisposable
     private ulong _lastFaultAddress;
     private int _repeatedFaults;
     private long _nextCalibration;
+    private long _wakeTime = long.MinValue;
+    private long _wakeDeadline;
 
     public Vcpu(Domain domain, IVirtualCpu cpu, VcpuContext* context, int id)
     {
@@ -69,6 +72,9 @@ internal sealed unsafe class Vcpu : IDisposable
 
     public HypercallHistory History { get; } = new();
 
+    /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
+    public VcpuTrace? Trace { get; init; }
+
     /// <summary>Set by SCHEDOP_block and poll: sleep before the guest runs on.</summary>
     public WaitState Waiting { get; set; }
 
@@ -79,6 +85,8 @@ internal sealed unsafe class Vcpu : IDisposable
     public void Run()
     {
         Runstate.Change(RunstateKind.Running);
+        Trace?.Boot();
+        Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
             long now = Domain.Time.SystemTime;
@@ -94,7 +102,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
             DeliverEvents();
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
-            Cpu.SetWakeTimer(Domain.Time.ToMonotonic(Math.Min(Timers.Next, _nextCalibration)));
+            Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
         }
@@ -141,7 +149,11 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         ref TrapInfo trap = ref Context->State->Traps[(int)vector];
         var bounce = new TrapBounce(trap.Address, trap.MasksEvents, errorCode.HasValue, errorCode.GetValueOrDefault());
-        if (!GuestMode.Bounce(Context, bounce))
+        if (GuestMode.Bounce(Context, bounce))
+        {
+            Trace?.Delivered(vector, errorCode.GetValueOrDefault());
+        }
+        else
         {
             Domain.Crash(
                 this,
@@ -160,13 +172,18 @@ internal sealed unsafe class Vcpu : IDisposable
             if (Context->State->Traps[(int)ExceptionVector.Nmi].Address != 0)
             {
                 Context->State->NmiMasked = 1;
+                Trace?.BeginTrap(ExceptionVector.Nmi, 0, default);
                 InjectTrap(ExceptionVector.Nmi, null);
+                Trace?.EndTrap(Domain.IsStopping);
             }
         }
 
         if (!Context->UpcallDue)
             return;
-        if (!GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true)))
+        Trace?.BeginUpcall();
+        bool delivered = GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true));
+        Trace?.EndUpcall(delivered);
+        if (!delivered)
             Domain.Crash(this, "An event is due, and the guest has no event callback or no kernel stack to take it on.");
     }
 
@@ -182,13 +199,13 @@ internal sealed unsafe class Vcpu : IDisposable
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;
-            if (now >= Timers.Next)
+            if (now >= Timers.NextWhileWaiting)
             {
                 FireTimers(now);
                 continue;
             }
 
-            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.Next));
+            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
             DrainNotifications();
         }
 
@@ -204,6 +221,19 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
         && (Waiting != WaitState.Polling || !Timers.PollExpired);
+
+    /// <summary>CLOCK_MONOTONIC at the next thing to do; the same while that is the same, so that the timer need not be set anew.</summary>
+    private long WakeDeadline()
+    {
+        long time = Math.Min(Timers.Next, _nextCalibration);
+        if (time != _wakeTime)
+        {
+            _wakeTime = time;
+            _wakeDeadline = Domain.Time.ToMonotonic(time);
+        }
+
+        return _wakeDeadline;
+    }
 
     private void DrainNotifications()
     {
@@ -224,13 +254,19 @@ internal sealed unsafe class Vcpu : IDisposable
                     BounceSyscall();
                 return;
             case VcpuExitKind.Exception:
+                Trace?.BeginTrap(exit.Vector, exit.ErrorCode, Cpu.FaultAddress);
                 HandleException(exit.Vector, exit.ErrorCode);
+                Trace?.EndTrap(Domain.IsStopping);
                 return;
             case VcpuExitKind.Kicked:
+                // It may have been the timer, on a clock that is a little ahead of the guest's.
+                _wakeTime = long.MinValue;
                 DrainNotifications();
                 return;
             case VcpuExitKind.GuestIo:
+                Trace?.BeginTrap(ExceptionVector.GeneralProtection, 0, default);
                 Apply(_emulator.GuestIo(), ExceptionVector.GeneralProtection, 0);
+                Trace?.EndTrap(Domain.IsStopping);
                 return;
             default:
                 Domain.Crash(this, exit.Failure ?? "The virtual machine stopped.");
@@ -247,16 +283,20 @@ internal sealed unsafe class Vcpu : IDisposable
         {
             // As on a processor without the instruction.
             Context->Registers->Rip -= SyscallLength;
+            Trace?.BeginTrap(ExceptionVector.InvalidOpcode, 0, default);
             InjectTrap(ExceptionVector.InvalidOpcode, null);
+            Trace?.EndTrap(Domain.IsStopping);
             return;
         }
 
+        Trace?.BeginSystemCall();
         bool masks = (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
         if (!GuestMode.Bounce(Context, new TrapBounce(callback, masks)))
             Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
 
         // The mask of the guest's virtual SYSCALL clears this flag and no other.
         Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
+        Trace?.End();
     }
 
     private void HandleException(ExceptionVector vector, uint errorCode)
@@ -323,8 +363,16 @@ internal sealed unsafe class Vcpu : IDisposable
             return;
         }
 
-        if (address.IsHypervisorReserved && _machineToPhysRead.TryEmulate(address, error))
-            return;
+        if (address.IsHypervisorReserved)
+        {
+            if (_machineToPhysRead.TryEmulate(address, error))
+                return;
+
+            // No entry of ours has a reserved bit: it is how a host shows that it has the slot to itself. To the guest nothing is there.
+            if ((error & PageFaultError.ReservedBit) != 0)
+                errorCode &= ~(uint)(PageFaultError.Present | PageFaultError.ReservedBit);
+        }
+
         if (IsSpurious(address, error))
             return;
         InjectPageFault(address.Value, errorCode);

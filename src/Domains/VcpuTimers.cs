@@ -8,8 +8,14 @@ internal sealed class VcpuTimers
     private long _periodicLast = long.MinValue;
     private long _poll = long.MaxValue;
 
+    /// <summary>The period that every vCPU of a PV domain starts with: 100 Hz.</summary>
+    public const long InitialPeriod = 10_000_000;
+
     /// <summary>The earliest of all.</summary>
     public long Next { get; private set; } = long.MaxValue;
+
+    /// <summary>The earliest of those that run while the vCPU waits: the periodic one rests, and ticks after the wait if it is due.</summary>
+    public long NextWhileWaiting => Math.Min(_singleshot, _poll);
 
     /// <summary>When the one-shot timer fires; <see cref="long.MaxValue"/> for never.</summary>
     public long Singleshot

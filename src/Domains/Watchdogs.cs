@@ -19,7 +19,7 @@ internal sealed class Watchdogs : IDisposable
     /// <summary>Arms, re-arms or disarms one.</summary>
     /// <param name="id">1-based; 0 takes a free one.</param>
     /// <param name="seconds">Time to run; 0 disarms one that was taken, and lets a new one run out at once.</param>
-    /// <returns>0, the id taken, or a negative errno.</returns>
+    /// <returns>0, the id taken, or a negative errno; where none is free, -ENOSPC as an unsigned 32-bit number, as Xen has it.</returns>
     public long Set(uint id, uint seconds)
     {
         if (id > Count)
@@ -28,7 +28,7 @@ internal sealed class Watchdogs : IDisposable
         {
             int free = Array.IndexOf(_timers, null);
             if (free < 0)
-                return -(long)Errno.ENOSPC;
+                return unchecked((uint)-(int)Errno.ENOSPC);
             Start(free, seconds);
             return free + 1;
         }

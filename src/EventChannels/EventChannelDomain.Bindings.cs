@@ -5,8 +5,11 @@ namespace XenSharp.EventChannels;
 
 public sealed unsafe partial class EventChannelDomain
 {
-    /// <summary>Pirqs that a domain without hardware can name: a 24-pin interrupt controller's and Xen's 32 extra for guests.</summary>
-    private const uint PirqCount = 24 + 32;
+    /// <summary>Interrupt lines: the pins of one interrupt controller.</summary>
+    public const uint LineCount = 24;
+
+    /// <summary>Pirqs that a domain without hardware can name: the lines, and Xen's 32 extra for guests.</summary>
+    public const uint PirqCount = LineCount + 32;
 
     private static readonly DomainId s_domainZero = new(0);
 

@@ -68,8 +68,16 @@ public sealed unsafe partial class EventChannelDomain
 
             // The FIFO ABI is not offered: the answer of a Xen that knows two levels only, by which guests fall back to them.
             case EventChannelOperation.InitControl:
+                return GuestAccess.Read(vcpu, address, out EvtchnInitControl control) ? InitControl(control) : -(long)Errno.EFAULT;
+
             case EventChannelOperation.ExpandArray:
+                return -(long)(GuestAccess.Read(vcpu, address, out ulong _) ? Errno.EOPNOTSUPP : Errno.EFAULT);
+
             case EventChannelOperation.SetPriority:
+                if (!GuestAccess.Read(vcpu, address, out EvtchnSetPriority priority))
+                    return -(long)Errno.EFAULT;
+                return -(long)(_context->IsValid(priority.Port) ? Errno.ENOSYS : Errno.EINVAL);
+
             default:
                 return -(long)Errno.ENOSYS;
         }
@@ -84,6 +92,15 @@ public sealed unsafe partial class EventChannelDomain
         if (operation.Command > (uint)EventChannelOperation.Unmask)
             return -(long)Errno.ENOSYS;
         return Execute(vcpu, new HypercallArguments { A0 = operation.Command, A1 = arguments.A0 + EvtchnOp.ArgumentOffset });
+    }
+
+    /// <summary>What Xen refuses before there is a control block; what it would take is -ENOSYS.</summary>
+    private long InitControl(in EvtchnInitControl request)
+    {
+        if (_context->Vcpu(request.Vcpu) == null)
+            return -(long)Errno.ENOENT;
+        bool fits = request.Offset <= Paging.PageSize - EvtchnInitControl.ControlBlockSize && request.Offset % 8 == 0;
+        return -(long)(fits && _context->Domain->Memory.Contains(new Mfn(request.Frame)) ? Errno.ENOSYS : Errno.EINVAL);
     }
 
     private long ResetOf(VcpuContext* vcpu, in HypercallArguments arguments)

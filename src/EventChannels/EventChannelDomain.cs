@@ -139,15 +139,18 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         _rundown.Exit();
     }
 
+    /// <summary>In a vCPU's PollPort: any port ends its poll.</summary>
+    private const int AnyPort = -1;
+
     /// <summary>
-    /// Says that a vCPU is about to wait in SCHEDOP_poll. Then look with <see cref="AnyPending"/>, and sleep while
+    /// Says that a vCPU is about to wait in SCHEDOP_poll. Then look with <see cref="IsPending"/>, and sleep while
     /// <see cref="IsPolling"/>: a port that becomes pending, masked or not, ends the poll and kicks the vCPU.
+    /// Any port does, until <see cref="NarrowPoll"/> names the one.
     /// </summary>
     /// <param name="vcpu">The vCPU on whose thread this is called.</param>
-    /// <param name="port">The one port that it waits for, or -1 where there are none or several: then any will do.</param>
-    public void BeginPoll(int vcpu, int port)
+    public void BeginPoll(int vcpu)
     {
-        Volatile.Write(ref _context->Vcpus[vcpu].PollPort, port);
+        Volatile.Write(ref _context->Vcpus[vcpu].PollPort, AnyPort);
         VcpuMask.AtomicAdd(&_context->State->Polling, vcpu);
     }
 
@@ -161,25 +164,13 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         Volatile.Write(ref _context->Vcpus[vcpu].PollPort, 0);
     }
 
-    /// <summary>Looks at ports in their order until one is pending or wrong.</summary>
-    /// <param name="ports">As the guest gave them, copied.</param>
-    /// <param name="error">0, or -EINVAL for a port that does not exist or is not in use.</param>
-    /// <returns>True for a pending port.</returns>
-    public bool AnyPending(ReadOnlySpan<uint> ports, out long error)
-    {
-        foreach (uint port in ports)
-        {
-            long result = EventDelivery.Poll(_context, port);
-            if (result != 0)
-            {
-                error = Math.Min(result, 0);
-                return result > 0;
-            }
-        }
+    /// <summary>Whether a port is pending, for a vCPU that began to poll.</summary>
+    /// <param name="port">As the guest gave it.</param>
+    /// <returns>1 or 0; -EINVAL for a port that does not exist or is not in use.</returns>
+    public long IsPending(uint port) => EventDelivery.Poll(_context, port);
 
-        error = 0;
-        return false;
-    }
+    /// <summary>Says that a vCPU that began to poll for any port waits for no other than this one.</summary>
+    public void NarrowPoll(int vcpu, uint port) => Volatile.Write(ref _context->Vcpus[vcpu].PollPort, (int)port);
 
     /// <summary>
     /// Closes every port, completes every back end and frees the state. Ports of other domains that were connected become

@@ -89,6 +89,24 @@ public struct EvtchnStatus
     public const uint BoundToIpi = 5;
 }
 
+/// <summary>struct evtchn_init_control.</summary>
+[StructLayout(LayoutKind.Sequential, Size = 24)]
+public struct EvtchnInitControl
+{
+    /// <summary>Bytes of a control block (struct evtchn_fifo_control_block).</summary>
+    public const uint ControlBlockSize = 72;
+
+    public ulong Frame;
+    public uint Offset, Vcpu;
+}
+
+/// <summary>struct evtchn_set_priority.</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct EvtchnSetPriority
+{
+    public uint Port, Priority;
+}
+
 /// <summary>struct evtchn_op of the older hypercall.</summary>
 [StructLayout(LayoutKind.Explicit, Size = 28)]
 public struct EvtchnOp

@@ -73,6 +73,7 @@ public unsafe struct FrameTable
     private MachineMemory _memory;
 
     private DomainState* _domain;
+    private ulong* _machineToPhys;
 
     /// <summary>No frame below this index is free.</summary>
     private ulong _firstFree;
@@ -84,11 +85,13 @@ public unsafe struct FrameTable
     /// <param name="frames">Zeroed, one element a frame.</param>
     /// <param name="memory">The frames' memory.</param>
     /// <param name="domain">Whose <see cref="DomainState.OwnedPages"/> is kept.</param>
-    public void Initialize(FrameInfo* frames, MachineMemory memory, DomainState* domain)
+    /// <param name="machineToPhys">The M2P table, where a frame that becomes free loses its entry.</param>
+    public void Initialize(FrameInfo* frames, MachineMemory memory, DomainState* domain, ulong* machineToPhys)
     {
         _frames = frames;
         _memory = memory;
         _domain = domain;
+        _machineToPhys = machineToPhys;
         FreeCount = memory.FrameCount;
     }
 
@@ -100,7 +103,10 @@ public unsafe struct FrameTable
 
     /// <summary>Takes the lowest free frames for the domain: 2^order of them, contiguous and aligned to their number.</summary>
     /// <returns>False when there are none. The contents are whatever they were: see <see cref="Clear"/>.</returns>
-    public bool TryAllocate(FrameFlags flags, int order, out Mfn frame)
+    public bool TryAllocate(FrameFlags flags, int order, out Mfn frame) => TryAllocate(flags, order, ulong.MaxValue, out frame);
+
+    /// <summary><see cref="TryAllocate(FrameFlags, int, out Mfn)"/> of frames whose numbers are below a limit.</summary>
+    public bool TryAllocate(FrameFlags flags, int order, ulong limit, out Mfn frame)
     {
         frame = default;
         ulong count = 1UL << order;
@@ -111,6 +117,8 @@ public unsafe struct FrameTable
         ulong alignment = count - 1;
         for (ulong first = AlignUp(_firstFree, alignment); first + count <= _memory.FrameCount; first += count)
         {
+            if (_memory.FirstFrame.Value + first + count > limit)
+                return false;
             if (!AllFree(first, count))
                 continue;
             for (ulong i = 0; i < count; i++)
@@ -123,6 +131,27 @@ public unsafe struct FrameTable
         }
 
         return false;
+    }
+
+    /// <summary>
+    /// Takes a frame from the domain that owns it and uses it for nothing (steal_page): the only reference is that of the owner. The
+    /// frame is free then.
+    /// </summary>
+    public bool TrySteal(Mfn frame)
+    {
+        FrameInfo* info = Find(frame);
+        if (info == null || info->ReferenceCount != 1 || info->Owner != _domain->Id || !info->Has(FrameFlags.Allocated) || info->Has(FrameFlags.Special))
+            return false;
+        PutPage(info);
+        return true;
+    }
+
+    /// <summary>Gives a frame back that was stolen and is still free.</summary>
+    public void Return(Mfn frame)
+    {
+        *Find(frame) = new FrameInfo { Owner = _domain->Id, Flags = FrameFlags.Allocated, ReferenceCount = 1 };
+        FreeCount--;
+        _domain->OwnedPages++;
     }
 
     /// <summary>Zeroes a frame.</summary>
@@ -150,6 +179,7 @@ public unsafe struct FrameTable
         if (!info->Has(FrameFlags.Special))
             _domain->OwnedPages--;
         *info = default;
+        _machineToPhys[index] = Mfn.Invalid.Value;
         FreeCount++;
         _firstFree = Math.Min(_firstFree, index);
     }

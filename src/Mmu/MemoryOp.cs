@@ -1,4 +1,6 @@
 // memory_op (12).
+using System.Numerics;
+using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 
@@ -23,7 +25,12 @@ public static unsafe class MemoryOp
     /// <summary>Largest extent that an unprivileged domain may ask for (CONFIG_DOMU_MAX_ORDER).</summary>
     private const uint MaxOrder = 9;
 
-    private const ulong RamType = 1;
+    /// <summary>Fields of a reservation's flags: address bits in the lowest byte (XENMEMF_address_bits), a NUMA node plus 1 in the next.</summary>
+    private const uint AddressBitsMask = 0xff;
+    private const uint NodeMask = 0xff00;
+
+    /// <summary>XENMEMF_exact_node_request.</summary>
+    private const uint ExactNodeRequest = 1 << 17;
 
     private enum Command : uint
     {
@@ -44,15 +51,19 @@ public static unsafe class MemoryOp
         RemoveFromPhysmap = 15,
         SetPodTarget = 16,
         GetPodTarget = 17,
+        GetSharingFreedPages = 18,
+        GetSharingSharedPages = 19,
+        AccessOp = 21,
         AddToPhysmapBatch = 23,
         ClaimPages = 24,
         GetVnumainfo = 26,
         ReservedDeviceMemoryMap = 27,
+        AcquireResource = 28,
     }
 
     /// <summary>struct xen_memory_reservation.</summary>
     [StructLayout(LayoutKind.Explicit, Size = 32)]
-    private struct Reservation
+    internal struct Reservation
     {
         [FieldOffset(0)] public ulong ExtentStart;
         [FieldOffset(8)] public ulong ExtentCount;
@@ -70,13 +81,12 @@ public static unsafe class MemoryOp
         public ulong Buffer;
     }
 
-    /// <summary>struct e820entry, packed.</summary>
-    [StructLayout(LayoutKind.Sequential, Pack = 1)]
-    private struct E820Entry
+    /// <summary>struct xen_foreign_memory_map.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    private struct ForeignMemoryMap
     {
-        public ulong Address;
-        public ulong Size;
-        public uint Type;
+        public ushort Domain;
+        public MemoryMap Map;
     }
 
     /// <summary>struct xen_machphys_mapping.</summary>
@@ -100,7 +110,7 @@ public static unsafe class MemoryOp
     }
 
     /// <summary>struct xen_vnuma_topology_info.</summary>
-    [StructLayout(LayoutKind.Explicit, Size = 48)]
+    [StructLayout(LayoutKind.Explicit, Size = 40)]
     private struct VirtualNumaTopology
     {
         [FieldOffset(0)] public ushort Domain;
@@ -115,6 +125,23 @@ public static unsafe class MemoryOp
         [FieldOffset(0)] public uint Flags;
         [FieldOffset(4)] public uint EntryCount;
         [FieldOffset(8)] public ulong Buffer;
+    }
+
+    /// <summary>struct xen_mem_access_op.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 32)]
+    private struct MemoryAccess
+    {
+        [FieldOffset(2)] public ushort Domain;
+    }
+
+    /// <summary>struct xen_mem_acquire_resource.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 32)]
+    private struct AcquiredResource
+    {
+        [FieldOffset(0)] public ushort Domain;
+        [FieldOffset(8)] public uint FrameCount;
+        [FieldOffset(12)] public uint Padding;
+        [FieldOffset(16)] public ulong Frame;
     }
 
     /// <summary>Offset of the domain id in struct xen_pod_target.</summary>
@@ -133,9 +160,14 @@ public static unsafe class MemoryOp
             case Command.DecreaseReservation:
             case Command.PopulatePhysmap:
                 return ChangeReservation(vcpu, command, arguments);
+            case Command.AccessOp:
+                return -(long)RefuseAccessOp(vcpu, pointer);
+            case Command.AcquireResource:
+                return -(long)RefuseResource(vcpu, pointer);
             case Command.AddToPhysmap:
             case Command.AddToPhysmapBatch:
                 return -(long)(done > ushort.MaxValue ? Errno.EDOM : RefusePhysmapChange(vcpu, command, pointer));
+            case Command.Exchange:
             case Command.MaximumRamPage:
             case Command.CurrentReservation:
             case Command.MaximumReservation:
@@ -156,8 +188,12 @@ public static unsafe class MemoryOp
 
         switch (command)
         {
+            case Command.Exchange:
+                return MemoryExchange.Execute(vcpu, arguments);
             case Command.MemoryMap:
                 return GetMemoryMap(vcpu, pointer);
+            case Command.SetMemoryMap:
+                return -(long)SetMemoryMap(vcpu, pointer);
             case Command.MachphysMapping:
                 return GetMachphysMapping(vcpu, pointer);
             case Command.MaximumRamPage:
@@ -183,9 +219,13 @@ public static unsafe class MemoryOp
                     return -(long)Errno.EFAULT;
                 return -(long)(IsOwn(vcpu, target, out Errno error) ? Errno.EINVAL : error == Errno.EPERM ? Errno.EINVAL : error);
 
+            // No page is shared between domains.
+            case Command.GetSharingFreedPages:
+            case Command.GetSharingSharedPages:
+                return 0;
+
             // For the privileged domain.
             case Command.MachineMemoryMap:
-            case Command.SetMemoryMap:
                 return -(long)Errno.EPERM;
             default:
                 return -(long)Errno.ENOSYS;
@@ -195,7 +235,7 @@ public static unsafe class MemoryOp
     /// <summary>
     /// Whether an id names the caller (rcu_lock_domain_by_any_id, and the right to look): by DOMID_SELF or by number.
     /// </summary>
-    private static bool IsOwn(VcpuContext* vcpu, ushort domain, out Errno error)
+    internal static bool IsOwn(VcpuContext* vcpu, ushort domain, out Errno error)
     {
         error = domain == DomainId.Self.Value || domain == vcpu->Domain->State->Id ? Errno.None
             : domain == 0 ? Errno.EPERM : Errno.ESRCH;
@@ -258,12 +298,55 @@ public static unsafe class MemoryOp
     {
         if (!GuestAccess.Read(vcpu, pointer, out MemoryMap map))
             return -(long)Errno.EFAULT;
-        var entry = new E820Entry { Size = vcpu->Domain->State->MaxPages << Paging.PageShift, Type = (uint)RamType };
-        map.EntryCount = Math.Min(map.EntryCount, 1);
-        if (map.EntryCount != 0 && !GuestAccess.Write(vcpu, map.Buffer, entry))
-            return -(long)Errno.EFAULT;
-        return GuestAccess.Write(vcpu, pointer, map) ? 0 : -(long)Errno.EFAULT;
+        if (vcpu->Domain->State->MemoryMapEntries == 0)
+            return -(long)Errno.ENOSYS;
+        map.EntryCount = Math.Min(map.EntryCount, vcpu->Domain->State->MemoryMapEntries);
+        return GuestAccess.CopyTo(vcpu, map.Buffer, vcpu->Domain->MemoryMap, map.EntryCount * (ulong)sizeof(E820Entry))
+            && GuestAccess.Write(vcpu, pointer, map) ? 0 : -(long)Errno.EFAULT;
     }
+
+    private static Errno SetMemoryMap(VcpuContext* vcpu, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out ForeignMemoryMap map))
+            return Errno.EFAULT;
+        if (map.Map.EntryCount > E820Entry.MaxEntries)
+            return Errno.EINVAL;
+        if (!IsOwn(vcpu, map.Domain, out Errno error))
+            return error;
+
+        // A map of which only a part can be read leaves the old one.
+        E820Entry* entries = stackalloc E820Entry[E820Entry.MaxEntries];
+        ulong size = map.Map.EntryCount * (ulong)sizeof(E820Entry);
+        if (!GuestAccess.CopyFrom(vcpu, map.Map.Buffer, entries, size))
+            return Errno.EFAULT;
+        Unsafe.CopyBlock(vcpu->Domain->MemoryMap, entries, (uint)size);
+        vcpu->Domain->State->MemoryMapEntries = map.Map.EntryCount;
+        return Errno.None;
+    }
+
+    /// <summary>Permissions of single pages are for domains with a translated physmap, and never one's own.</summary>
+    private static Errno RefuseAccessOp(VcpuContext* vcpu, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out MemoryAccess access))
+            return Errno.EFAULT;
+        Errno error = RefuseRemote(vcpu, access.Domain);
+        return error == Errno.None ? Errno.EINVAL : error;
+    }
+
+    /// <summary>Resources are mapped by whoever has rights over another domain.</summary>
+    private static Errno RefuseResource(VcpuContext* vcpu, ulong pointer)
+    {
+        if (!GuestAccess.Read(vcpu, pointer, out AcquiredResource resource))
+            return Errno.EFAULT;
+        if (resource.Padding != 0 || resource.Frame >> 32 != 0 || (resource.Frame + resource.FrameCount) >> 32 != 0)
+            return Errno.EINVAL;
+        Errno error = RefuseRemote(vcpu, resource.Domain);
+        return error == Errno.None ? Errno.EPERM : error;
+    }
+
+    /// <summary>Another domain by number: domain 0 is there, the caller's own number is refused (rcu_lock_remote_domain_by_id).</summary>
+    private static Errno RefuseRemote(VcpuContext* vcpu, ushort domain)
+        => domain == vcpu->Domain->State->Id ? Errno.EPERM : domain == 0 ? Errno.None : Errno.ESRCH;
 
     private static long GetMachphysMapping(VcpuContext* vcpu, ulong pointer)
     {
@@ -281,7 +364,11 @@ public static unsafe class MemoryOp
             return (long)done;
         if (reservation.ExtentCount > MaxExtents || done >= reservation.ExtentCount || reservation.ExtentOrder > MaxOrder)
             return (long)done;
-        if (!IsOwn(vcpu, reservation.Domain, out _))
+        if (!IsOwn(vcpu, reservation.Domain, out _) || !MayName(reservation.Flags)
+            || !TryLimit(vcpu, reservation.Flags, out ulong limit))
+            return (long)done;
+        bool told = command != Command.IncreaseReservation || reservation.ExtentStart != 0;
+        if (told && !new VirtualAddress(reservation.ExtentStart).IsGuest)
             return (long)done;
         if (command == Command.PopulatePhysmap && (reservation.Flags & PopulateOnDemand) != 0)
             return (long)done;
@@ -297,7 +384,7 @@ public static unsafe class MemoryOp
             ulong extent = reservation.ExtentStart + (done * sizeof(ulong));
             bool good = command == Command.DecreaseReservation
                 ? GiveBack(vcpu, extent, (int)reservation.ExtentOrder)
-                : Take(vcpu, reservation.ExtentStart == 0 ? 0 : extent, (int)reservation.ExtentOrder, command == Command.PopulatePhysmap);
+                : Take(vcpu, told ? extent : 0, told, (int)reservation.ExtentOrder, limit, command == Command.PopulatePhysmap);
             if (!good)
                 break;
         }
@@ -313,19 +400,45 @@ public static unsafe class MemoryOp
         for (ulong i = 0; i < 1UL << order; i++)
         {
             FrameInfo* info = frames->Find(new Mfn(first + i));
-            if (info == null || info->Owner != vcpu->Domain->State->Id || !info->Has(FrameFlags.Allocated) || info->Has(FrameFlags.Special))
+            if (info == null || info->ReferenceCount == 0 || info->Owner != vcpu->Domain->State->Id || info->Has(FrameFlags.Special))
                 return false;
 
-            // Still mapped somewhere, it stays until the last mapping goes; the domain has given it up all the same.
+            // Still mapped somewhere, it stays until the last mapping goes; until then it can be given up again, to no effect.
+            if (!info->Has(FrameFlags.Allocated))
+                continue;
             info->Flags &= ~FrameFlags.Allocated;
-            vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(new Mfn(first + i))] = Mfn.Invalid.Value;
             frames->PutPage(info);
         }
 
         return true;
     }
 
-    private static bool Take(VcpuContext* vcpu, ulong extent, int order, bool populate)
+    /// <summary>
+    /// Whether the flags of a reservation name a NUMA node as they may: which it is is not the domain's to say, so that a wish is
+    /// ignored and a demand refused (propagate_node).
+    /// </summary>
+    internal static bool MayName(uint flags) => (flags & NodeMask) == 0 || (flags & ExactNodeRequest) == 0;
+
+    /// <summary>What the address bits in the flags of a reservation ask of its frames. False where there can be no such frame.</summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="flags">XENMEMF_*.</param>
+    /// <param name="limit">The frames' numbers are below this.</param>
+    internal static bool TryLimit(VcpuContext* vcpu, uint flags, out ulong limit)
+    {
+        limit = ulong.MaxValue;
+        int addressBits = (int)(flags & AddressBitsMask);
+        int all = Paging.PageShift + BitOperations.Log2(BitOperations.RoundUpToPowerOf2(vcpu->Domain->Memory.EndFrame.Value));
+        if (addressBits != 0 && addressBits < all)
+        {
+            if (addressBits <= Paging.PageShift)
+                return false;
+            limit = 1UL << (addressBits - Paging.PageShift);
+        }
+
+        return true;
+    }
+
+    private static bool Take(VcpuContext* vcpu, ulong extent, bool told, int order, ulong limit, bool populate)
     {
         DomainState* domain = vcpu->Domain->State;
         ulong pfn = Mfn.Invalid.Value;
@@ -334,8 +447,16 @@ public static unsafe class MemoryOp
         if (domain->OwnedPages + (1UL << order) > domain->MaxPages)
             return false;
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
-        if (!frames->TryAllocate(FrameFlags.None, order, out Mfn frame))
+        if (!frames->TryAllocate(FrameFlags.None, order, limit, out Mfn frame))
             return false;
+        Receive(vcpu, frame, order, pfn);
+        return !told || GuestAccess.Write(vcpu, extent, frame.Value);
+    }
+
+    /// <summary>Makes new frames the domain's: empty, and with their pfns unless those are not known (-1).</summary>
+    internal static void Receive(VcpuContext* vcpu, Mfn frame, int order, ulong pfn)
+    {
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
 
         // A translation to the frame may be left from its earlier life, and the frame remembers no type to flush for.
         TlbFlush.OnThisVcpu(vcpu);
@@ -343,9 +464,7 @@ public static unsafe class MemoryOp
         {
             frames->Clear(frame + i);
             GuestAccess.Written(vcpu, frame + i, 0, Paging.PageSize);
-            vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame + i)] = populate ? pfn + i : Mfn.Invalid.Value;
+            vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame + i)] = pfn == Mfn.Invalid.Value ? pfn : pfn + i;
         }
-
-        return extent == 0 || GuestAccess.Write(vcpu, extent, frame.Value);
     }
 }

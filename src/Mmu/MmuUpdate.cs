@@ -29,6 +29,8 @@ public static unsafe class MmuUpdate
         uint count = (uint)arguments.A1;
         ulong donePointer = arguments.A2;
         uint done = 0;
+        if (IsEndOfContinuation(arguments))
+            return (int)arguments.A3;
         if ((count & Preempted) != 0)
         {
             count &= ~Preempted;
@@ -49,6 +51,11 @@ public static unsafe class MmuUpdate
             StoreDone(vcpu, donePointer, done);
             return -(long)refusal;
         }
+
+        // Anybody may name DOMID_IO, as the owner of what L1 entries map; whether it is theirs to map is another question.
+        bool ioMemory = (ushort)arguments.A3 == DomainId.Io.Value;
+        if (ioMemory)
+            refusal = Errno.None;
 
         // A domain that is known but not the caller's to change is refused request by request.
         if (!tableIsOwn)
@@ -76,7 +83,8 @@ public static unsafe class MmuUpdate
                 > NoTranslate => Errno.ENOSYS,
                 _ when refusal != Errno.None => refusal,
                 NormalPageTableUpdate or PreserveAccessedDirty or NoTranslate => UpdateEntry(
-                    vcpu, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value), command == PreserveAccessedDirty),
+                    vcpu, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value), command == PreserveAccessedDirty, ioMemory),
+                _ when ioMemory => Errno.EINVAL,
                 _ => UpdateMachineToPhys(vcpu, new MachineAddress(request.Pointer).Frame, request.Value),
             };
             if (error != Errno.None)
@@ -86,6 +94,12 @@ public static unsafe class MmuUpdate
         StoreDone(vcpu, donePointer, done + i);
         return -(long)error;
     }
+
+    /// <summary>
+    /// No requests, and the bit of a continuation: how Xen comes back from what a call had still to do when its result was known,
+    /// which it puts into the last argument.
+    /// </summary>
+    internal static bool IsEndOfContinuation(in HypercallArguments arguments) => (uint)arguments.A1 == Preempted && arguments.A0 == 0;
 
     /// <summary>update_va_mapping(address, entry, flags).</summary>
     public static long UpdateVaMapping(VcpuContext* vcpu, in HypercallArguments arguments)
@@ -123,7 +137,7 @@ public static unsafe class MmuUpdate
             _ = GuestAccess.Write(vcpu, pointer, done);
     }
 
-    private static Errno UpdateEntry(VcpuContext* vcpu, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty)
+    private static Errno UpdateEntry(VcpuContext* vcpu, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty, bool ioMemory)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->GetPage(address.Frame, vcpu->Domain->State->Id);
@@ -133,7 +147,9 @@ public static unsafe class MmuUpdate
         Errno error;
         if (info->IsPageTable && info->TypeCount != 0)
         {
-            error = PageTables.ModifyEntry(vcpu, (int)info->Type, entry, address, value, preserveAccessedDirty);
+            error = ioMemory && info->Type != PageType.L1PageTable
+                ? Errno.EINVAL
+                : PageTables.ModifyEntry(vcpu, (int)info->Type, entry, address, value, preserveAccessedDirty, ioMemory);
         }
         else if (PageTables.GetType(vcpu, address.Frame, info, PageType.Writable) == Errno.None)
         {

@@ -53,6 +53,8 @@ public static unsafe class MmuextOp
         uint count = (uint)arguments.A1;
         ulong donePointer = arguments.A2;
         uint done = 0;
+        if (MmuUpdate.IsEndOfContinuation(arguments))
+            return (int)arguments.A3;
         if ((count & MmuUpdate.Preempted) != 0)
         {
             count &= ~MmuUpdate.Preempted;
@@ -102,6 +104,8 @@ public static unsafe class MmuextOp
         Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.L4PageTable, out _);
         if (error != Errno.None)
             return error;
+        if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
+            PageTables.ShowMachineToPhys(vcpu, frame, shown: true);
         vcpu->State->KernelRoot = frame.Value;
         if (old.Value != 0)
             PageTables.PutPageAndType(vcpu, old, FrameTable.Of(vcpu->Domain)->Find(old));
@@ -188,6 +192,8 @@ public static unsafe class MmuextOp
             Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.L4PageTable, out _);
             if (error != Errno.None)
                 return error;
+            if (vcpu->Domain->State->Has(VmAssist.M2PStrict))
+                PageTables.ShowMachineToPhys(vcpu, frame, shown: false);
         }
 
         vcpu->State->UserRoot = frame.Value;

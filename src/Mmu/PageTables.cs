@@ -113,8 +113,10 @@ public static unsafe class PageTables
     /// <param name="address">Its machine address.</param>
     /// <param name="value">What the guest wants there.</param>
     /// <param name="preserveAccessedDirty">MMU_PT_UPDATE_PRESERVE_AD: bits that the processor sets meanwhile are kept.</param>
+    /// <param name="ioMemory">Of an L1: the frame is meant to be DOMID_IO's, not the domain's own.</param>
     public static Errno ModifyEntry(
-        VcpuContext* vcpu, int level, PageTableEntry* entry, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty)
+        VcpuContext* vcpu, int level, PageTableEntry* entry, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty,
+        bool ioMemory = false)
     {
         if (level == 4 && Paging.IsHypervisorSlot(address.Offset / sizeof(ulong)))
             return Errno.EINVAL;
@@ -126,7 +128,7 @@ public static unsafe class PageTables
             value = Adjust(level, value);
             if (old.IsPresent && ((old.Value ^ value.Value) & ~FastPathFlags) == 0)
                 return Update(vcpu, entry, address, old, value, preserveAccessedDirty) ? Errno.None : Errno.EBUSY;
-            Errno error = Reference(vcpu, address.Frame, level, value);
+            Errno error = ioMemory ? RefuseIoMemory(vcpu, value.Frame) : Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
             if (!Update(vcpu, entry, address, old, value, preserveAccessedDirty))
@@ -147,6 +149,20 @@ public static unsafe class PageTables
         if (level > 1 && old.IsPresent && vcpu->PageTableWrites->InGuest == 0)
             vcpu->PageTableWrites->Flush();
         return Errno.None;
+    }
+
+    /// <summary>
+    /// Shows or hides the M2P table in an L4: the kernel reads it, user mode does not. A new L4 has it where m2p_strict is on, and
+    /// loses it by becoming the root of user mode; else it gets it by becoming the kernel's, and keeps it (fill_ro_mpt, zap_ro_mpt).
+    /// </summary>
+    internal static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
+    {
+        int slot = vcpu->Domain->MachineToPhysStart.TableIndex(4);
+        PageTableEntry* entry = vcpu->Domain->Memory.Table(root) + slot;
+        var value = new PageTableEntry(shown ? vcpu->Domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot] : 0);
+        const ulong maySet = (ulong)(PageFlags.Accessed | PageFlags.Dirty);
+        if (((entry->Value ^ value.Value) & ~maySet) != 0)
+            vcpu->PageTableWrites->Store(entry, root.Address + ((ulong)slot * sizeof(ulong)), value);
     }
 
     /// <summary>Checks an L1 entry and takes the references that it needs, as <see cref="ModifyEntry"/> does.</summary>
@@ -223,7 +239,7 @@ public static unsafe class PageTables
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
         if (info == null)
-            return value.Frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL : Errno.EPERM;
+            return RefuseIoMemory(vcpu, value.Frame);
         if (frames->GetPage(value.Frame, vcpu->Domain->State->Id) == null)
             return Errno.EBUSY;
         if (!value.IsWritable || GetType(vcpu, value.Frame, info, PageType.Writable) == Errno.None)
@@ -231,6 +247,12 @@ public static unsafe class PageTables
         frames->PutPage(info);
         return Errno.EBUSY;
     }
+
+    /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
+    private static Errno RefuseIoMemory(VcpuContext* vcpu, Mfn frame)
+        => vcpu->Domain->Memory.Contains(frame) ? Errno.EBUSY
+            : frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL
+            : Errno.EPERM;
 
     /// <summary>
     /// A linear page table: an entry that names a table of the entry's own level, so that the guest reads its tables as one
@@ -305,9 +327,16 @@ public static unsafe class PageTables
 
         if (level == 4)
         {
-            // A stale shadow can hold nothing else here: the guest's own stores were seen, and these are always the same.
+            // A stale shadow can hold nothing else here: the guest's own stores were seen, and these are always the same; but for the
+            // M2P table's.
+            int machineToPhys = vcpu->Domain->MachineToPhysStart.TableIndex(4);
             for (int i = 0; i < Paging.HypervisorSlots; i++)
-                ((ulong*)table)[Paging.FirstHypervisorSlot + i] = vcpu->Domain->HypervisorSlots[i];
+            {
+                if (Paging.FirstHypervisorSlot + i != machineToPhys)
+                    ((ulong*)table)[Paging.FirstHypervisorSlot + i] = vcpu->Domain->HypervisorSlots[i];
+            }
+
+            ShowMachineToPhys(vcpu, frame, vcpu->Domain->State->Has(VmAssist.M2PStrict));
         }
 
         return Errno.None;

@@ -1,4 +1,5 @@
 // Writes of the guest kernel to page tables that it sees read-only: decoded, checked and performed (Xen's ro-page-fault.c).
+using System.Buffers.Binary;
 using System.Numerics;
 using Iced.Intel;
 using XenSharp.Core;
@@ -26,10 +27,11 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         if (((address ^ fault.Value) & ~Paging.PageOffsetMask) != 0 || (address & ((ulong)size - 1)) != 0)
             return false;
         var store = new Store { Table = table, Offset = (int)(address & Paging.PageOffsetMask), Size = size };
-        if (!Perform(instruction, store))
+        ulong next = instruction.NextIP;
+        if (!Perform(instruction, store, ref next))
             return false;
         if (!IsRepeated(instruction) || _vcpu->Registers->Rcx == 0)
-            _vcpu->Registers->Rip = instruction.NextIP;
+            _vcpu->Registers->Rip = next;
         _vcpu->Registers->Rflags &= ~(ulong)Rflags.Resume;
         return true;
     }
@@ -77,10 +79,11 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             Mnemonic.Stosd => 4,
             Mnemonic.Stosq or Mnemonic.Movsq => 8,
             Mnemonic.Movsd when instruction.IsStringInstruction => 4,
+            Mnemonic.Push or Mnemonic.Pushfq or Mnemonic.Call => -instruction.StackPointerIncrement,
             _ => instruction.Op0Kind == OpKind.Memory ? instruction.MemorySize.GetSize()
                 : instruction.Mnemonic == Mnemonic.Xchg && instruction.Op1Kind == OpKind.Memory ? instruction.MemorySize.GetSize() : 0,
         };
-        return size is 1 or 2 or 4 or 8
+        return (size is 1 or 2 or 4 or 8 || instruction.Mnemonic == Mnemonic.Cmpxchg16b)
             && (!instruction.IsStringInstruction || instruction.Op0Kind == OpKind.MemoryESRDI);
     }
 
@@ -92,7 +95,13 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     {
         if (instruction.IsStringInstruction)
             return _vcpu->Registers->Rdi;
+        if (instruction.Mnemonic is Mnemonic.Push or Mnemonic.Pushfq or Mnemonic.Call)
+            return _vcpu->Registers->Rsp + (ulong)instruction.StackPointerIncrement;
         ulong address = _decoder.MemoryAddress(instruction);
+
+        // POP's own operand is addressed with the stack pointer after it.
+        if (instruction.Mnemonic == Mnemonic.Pop && instruction.MemoryBase == Register.RSP)
+            address += (ulong)instruction.StackPointerIncrement;
 
         // A bit offset in a register reaches beyond the operand.
         if (instruction.Mnemonic is Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc && instruction.Op1Kind == OpKind.Register)
@@ -117,7 +126,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         _ => instruction.GetImmediate(operand),
     };
 
-    private bool Perform(in Instruction instruction, in Store store)
+    private bool Perform(in Instruction instruction, in Store store, ref ulong next)
     {
         PageTableEntry* entry = _vcpu->Domain->Memory.Table(store.Table) + (store.Offset / sizeof(ulong));
         ulong flags = _vcpu->Registers->Rflags;
@@ -127,7 +136,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             return false;
         switch (instruction.Mnemonic)
         {
-            case Mnemonic.Mov:
+            case Mnemonic.Mov or Mnemonic.Movnti:
                 return HasPlainSource(instruction) && Write(entry, store, Source(instruction, 1));
             case Mnemonic.Stosb or Mnemonic.Stosw or Mnemonic.Stosd or Mnemonic.Stosq:
                 return Write(entry, store, _vcpu->Registers->Rax) && AdvanceString(instruction, store.Size, moves: false);
@@ -137,6 +146,16 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
                 return CompareExchange(instruction, entry, store);
             case Mnemonic.Cmpxchg8b:
                 return CompareExchange8Bytes(entry, store);
+            case Mnemonic.Cmpxchg16b:
+                return CompareExchange16Bytes(entry);
+            case Mnemonic.Movbe:
+                return Write(entry, store, BinaryPrimitives.ReverseEndianness(Source(instruction, 1)) >> (64 - (store.Size * 8)));
+            case Mnemonic.Push or Mnemonic.Pushfq or Mnemonic.Call:
+                return Push(instruction, entry, store, ref next);
+            case Mnemonic.Pop:
+                return Pop(instruction, entry, store);
+            case var _ when instruction.ConditionCode != ConditionCode.None && instruction.OpCount == 1:
+                return Write(entry, store, Arithmetic.Holds(instruction.ConditionCode, flags) ? 1UL : 0);
         }
 
         // All others read, compute and store: atomically, locked or not.
@@ -221,6 +240,12 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
                     _ => value ^ bit,
                 };
                 return true;
+            case Mnemonic.Rol or Mnemonic.Ror or Mnemonic.Rcl or Mnemonic.Rcr or Mnemonic.Shl or Mnemonic.Sal or Mnemonic.Shr or Mnemonic.Sar:
+                result = Arithmetic.Shift(instruction.Mnemonic, value, (int)(byte)source, bits, ref flags);
+                return true;
+            case Mnemonic.Shld or Mnemonic.Shrd:
+                result = Arithmetic.DoubleShift(instruction.Mnemonic, value, source, (int)(byte)Source(instruction, 2), bits, ref flags);
+                return true;
             default:
                 return false;
         }
@@ -245,6 +270,57 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             registers->Rsi += step;
         if (IsRepeated(instruction))
             registers->Rcx--;
+        return true;
+    }
+
+    /// <summary>A push, also of the address that a call comes back to.</summary>
+    private bool Push(in Instruction instruction, PageTableEntry* entry, in Store store, ref ulong next)
+    {
+        CpuRegisters* registers = _vcpu->Registers;
+        ulong operand = 0;
+        switch (instruction.OpCount == 0 ? OpKind.Register : instruction.Op0Kind)
+        {
+            case OpKind.Register when instruction.OpCount == 0:
+                break;
+            case OpKind.Register when !InstructionDecoder.IsGeneralPurpose(instruction.Op0Register):
+                return false;
+            case OpKind.Register:
+                operand = _decoder.ReadRegister(instruction.Op0Register);
+                break;
+            case OpKind.Memory:
+                if (!GuestAccess.CopyFrom(_vcpu, _decoder.MemoryAddress(instruction), &operand, (ulong)store.Size))
+                    return false;
+                break;
+            case OpKind.NearBranch64:
+                operand = instruction.NearBranchTarget;
+                break;
+            case OpKind.FarBranch16 or OpKind.FarBranch32:
+                return false;
+            default:
+                operand = instruction.GetImmediate(0);
+                break;
+        }
+
+        ulong value = instruction.Mnemonic switch
+        {
+            Mnemonic.Call => instruction.NextIP,
+            Mnemonic.Pushfq => registers->Rflags & ~(ulong)(Rflags.Resume | Rflags.Virtual8086),
+            _ => operand,
+        };
+        if (instruction.IsCallFarIndirect || !Write(entry, store, value))
+            return false;
+        registers->Rsp -= (ulong)store.Size;
+        if (instruction.Mnemonic == Mnemonic.Call)
+            next = operand;
+        return true;
+    }
+
+    private bool Pop(in Instruction instruction, PageTableEntry* entry, in Store store)
+    {
+        ulong value = 0;
+        if (!GuestAccess.CopyFrom(_vcpu, _vcpu->Registers->Rsp, &value, (ulong)store.Size) || !Write(entry, store, value))
+            return false;
+        _vcpu->Registers->Rsp += (ulong)instruction.StackPointerIncrement;
         return true;
     }
 
@@ -302,6 +378,19 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
                 registers->Rflags |= (ulong)Rflags.Zero;
             return result == StoreResult.Done;
         }
+    }
+
+    /// <summary>Two entries are never exchanged in one, but may be compared.</summary>
+    private bool CompareExchange16Bytes(PageTableEntry* entry)
+    {
+        CpuRegisters* registers = _vcpu->Registers;
+        ulong low = Volatile.Read(ref *(ulong*)entry);
+        ulong high = Volatile.Read(ref *(ulong*)(entry + 1));
+        if (low == registers->Rax && high == registers->Rdx)
+            return false;
+        (registers->Rax, registers->Rdx) = (low, high);
+        registers->Rflags &= ~(ulong)Rflags.Zero;
+        return true;
     }
 
     private bool Write(PageTableEntry* entry, in Store store, ulong value)

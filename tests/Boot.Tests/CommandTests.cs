@@ -34,6 +34,9 @@ public sealed class CommandTests : KvmFixture
     [TestCase(TinyGuestBehaviour.PowerOff, 0, "")]
     [TestCase(TinyGuestBehaviour.Reboot, 3, "asked for a reboot")]
     [TestCase(TinyGuestBehaviour.Crash, 1, "reported that it has crashed")]
+    [TestCase(TinyGuestBehaviour.Suspend, 4, "suspended itself")]
+    [TestCase(TinyGuestBehaviour.Watchdog, 5, "stopped by its own watchdog")]
+    [TestCase(TinyGuestBehaviour.SoftReset, 6, "asked for a soft reset")]
     [TestCase(TinyGuestBehaviour.UndefinedInstruction, 1, "Code: 0f0b")]
     [TestCase(TinyGuestBehaviour.WriteTo, 1, "PageFault")]
     public async Task The_status_says_how_the_guest_ended(TinyGuestBehaviour behaviour, int status, string said)

@@ -22,6 +22,7 @@ public sealed class CommandLineTests
         File.WriteAllBytes(PathOf("tiny"), Guests.TinyGuest.Build());
         using FileStream large = File.Create(PathOf("large"));
         large.SetLength((8L << 20) + 1);
+        WriteTraces();
         using FileStream huge = File.Create(PathOf("huge"));
         huge.SetLength((1L << 30) + 1);
     }
@@ -60,6 +61,33 @@ public sealed class CommandLineTests
     [TestCase("run --kernel tiny --kvm-device text", "text")]
     [TestCase("run --kernel tiny --kvm-device .", "Cannot open .")]
     [TestCase("demo --tiny", "/nonexistent/kvm does not exist")]
+    [TestCase("demo --tiny --trace text", "/nonexistent/kvm does not exist")]
+    [TestCase("trace", "Required argument missing")]
+    [TestCase("trace summary", "See xensharp trace summary --help.")]
+    [TestCase("trace diff good", "See xensharp trace diff --help.")]
+    [TestCase("trace missing", "There is no file")]
+    [TestCase("trace .", "is a folder")]
+    [TestCase("trace empty", "is empty")]
+    [TestCase("trace text", "is no trace of XenSharp's")]
+    [TestCase("trace large", "is no trace of XenSharp's")]
+    [TestCase("trace summary missing", "There is no file")]
+    [TestCase("trace summary text --json", "is no trace of XenSharp's")]
+    [TestCase("trace diff good missing", "There is no file")]
+    [TestCase("trace diff text good", "text is no trace of XenSharp's")]
+    [TestCase("trace header", "breaks off within its header")]
+    [TestCase("trace nothing", "has no records")]
+    [TestCase("trace begun", "has no whole block")]
+    [TestCase("trace diff good begun", "has no whole block")]
+    [TestCase("trace newer", "is a trace of version 9")]
+    [TestCase("trace good --kind frob", "\"frob\" is none of them")]
+    [TestCase("trace good --hypercall frob", "\"frob\" is none")]
+    [TestCase("trace good --from yesterday", "\"yesterday\" is none")]
+    [TestCase("trace good --to NaN", "\"NaN\" is none")]
+    [TestCase("trace good --vcpu -1", "\"-1\" is none")]
+    [TestCase("trace good --limit 0", "--limit must be at least 1")]
+    [TestCase("trace good --frob", "does not know \"--frob\"")]
+    [TestCase("trace summary good --svg .", "is a folder")]
+    [TestCase("trace summary good --svg /nonexistent/picture", "its folder does not exist")]
     public async Task What_cannot_be_done_gets_one_sentence_and_status_2(string arguments, string sentence)
     {
         CommandEnd end = await RunAsync(arguments.Split(' '));
@@ -141,6 +169,9 @@ public sealed class CommandLineTests
     [TestCase("run --help", "--console-log")]
     [TestCase("demo --help", "--cloud")]
     [TestCase("info --help", "--json")]
+    [TestCase("trace --help", "--hypercall")]
+    [TestCase("trace summary --help", "--svg")]
+    [TestCase("trace diff --help", "Status 0: the same, 1: different.")]
     public async Task Help_needs_no_KVM(string arguments, string mentions)
     {
         CommandEnd end = await RunAsync(arguments.Split(' '));
@@ -164,6 +195,17 @@ public sealed class CommandLineTests
         CommandEnd end = await CommandProcess.RunAsync();
         Assert.That(end.Status, Is.EqualTo(2));
         Assert.That(end.Output, Does.Contain("demo"));
+    }
+
+    private void WriteTraces()
+    {
+        byte[] trace = TraceCommandTests.Trace(1);
+        File.WriteAllBytes(PathOf("good"), trace);
+        File.WriteAllBytes(PathOf("header"), trace[..20]);
+        File.WriteAllBytes(PathOf("nothing"), TraceCommandTests.Trace(0));
+        File.WriteAllBytes(PathOf("begun"), trace[..70]);
+        trace[8] = 9;
+        File.WriteAllBytes(PathOf("newer"), trace);
     }
 
     /// <summary>With names of the folder's files made absolute, and no KVM unless another device is named.</summary>

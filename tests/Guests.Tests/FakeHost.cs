@@ -16,10 +16,19 @@ sealed class FakeHost : IDisposable
         cat "$here/packages/$5"
         """;
 
-    // apt-get -c CONF -q -o APT::Status-Fd=1 (update | download NAME=VERSION). "stale-system-lists" fails downloads by the
+    // apt-get -c CONF install --print-uris --yes --no-install-recommends PACKAGE…; the file "closure" has the answer.
+    // apt-get -c CONF -q -o APT::Status-Fd=1 (update | download NAME=VERSION…). "stale-system-lists" fails downloads by the
     // system's lists; "download-fails" fails all; "hang" waits for ever once half of the file is written.
     const string AptGet = """
         echo "apt-get $*" >>"$here/calls"
+        case "$3" in
+        install)
+            case "$2" in */system.conf) [ -e "$here/no-system-lists" ] && { echo "E: Unable to locate package $7" >&2; exit 100; };; esac
+            [ -e "$here/closure" ] || { echo "E: Unable to locate package $7" >&2; exit 100; }
+            echo "NOTE: the following packages will be installed"
+            cat "$here/closure"
+            exit 0 ;;
+        esac
         case "$6" in
         update)
             [ -e "$here/update-fails" ] && { echo "E: Could not resolve 'deb.example'" >&2; exit 100; }
@@ -29,10 +38,13 @@ sealed class FakeHost : IDisposable
         case "$2" in */system.conf) [ -e "$here/stale-system-lists" ] && { echo "E: Failed to fetch x.deb  404  Not Found" >&2; exit 100; };; esac
         [ -e "$here/download-fails" ] && { echo "Err:1 x"; echo "E: Failed to fetch x.deb  Hash Sum mismatch" >&2; exit 100; }
         echo "dlstatus:1:25.0:Retrieving file 1 of 1"
-        name=${7%%=*}
-        printf half >"${name}_1_amd64.deb"
-        [ -e "$here/hang" ] && { touch "$here/hanging"; exec sleep 600; }
-        echo "$name" >"${name}_1_amd64.deb"
+        shift 6
+        for package; do
+            name=${package%%=*}
+            printf half >"${name}_1_amd64.deb"
+            [ -e "$here/hang" ] && { touch "$here/hanging"; exec sleep 600; }
+            echo "$name" >"${name}_1_amd64.deb"
+        done
         echo "dlstatus:1:100.0000:Retrieving file 1 of 1"
         """;
 
@@ -40,7 +52,7 @@ sealed class FakeHost : IDisposable
     const string DpkgDeb = """
         echo "dpkg-deb $*" >>"$here/calls"
         [ -e "$here/unpack-fails" ] && { mkdir -p "$3/boot"; echo "dpkg-deb: error: no space" >&2; exit 2; }
-        cp -r "$here/contents/$(cat "$2")" "$3"
+        mkdir -p "$3" && cp -r "$here/contents/$(cat "$2")/." "$3"
         """;
 
     public FakeHost()

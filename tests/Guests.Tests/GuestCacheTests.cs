@@ -240,6 +240,94 @@ public sealed class GuestCacheTests
     public void WithoutAnyOfTheVariablesThereIsNoCacheFolder() =>
         Assert.That(() => GuestCache.DefaultRoot(_ => null), Throws.InstanceOf<GuestFetchException>());
 
+    static readonly PackageSet Set = new("tool", "usr/bin/tool")
+    {
+        WithDependencies = ["tool"], Alone = ["extra"], Advice = "Install the tool.",
+    };
+
+    // A tool with a library that it depends on, and a package that is taken alone.
+    void OfferSet()
+    {
+        File.WriteAllText(
+            Path.Combine(host.Folder, "closure"),
+            "'http://deb.example/libtool1_2_amd64.deb' libtool1_2_amd64.deb 1500000 SHA256:00\n" +
+            "'http://deb.example/tool_1.0-1_amd64.deb' tool_1%3a1.0-1_amd64.deb 500000 SHA256:00\n");
+        host.Package("extra", "3", "Size: 1000000\nDepends: not-wanted\n");
+        host.Content("libtool1", "usr/lib/libtool.so", [1]);
+        host.Content("tool", "usr/bin/tool", [2]);
+        host.Content("extra", "usr/share/extra", [3]);
+    }
+
+    [TestCase(false)]
+    [TestCase(true)]
+    public async Task ASetOfPackagesIsOneFolder(bool withoutSystemLists)
+    {
+        OfferSet();
+        host.Steer("no-system-lists", withoutSystemLists);
+        Progress progress = new();
+        string folder = await host.Cache.GetPackagesAsync(Set, progress);
+        int calls = host.Calls.Length;
+        Assert.Multiple(async () =>
+        {
+            foreach (string file in (string[])["usr/lib/libtool.so", "usr/bin/tool", "usr/share/extra"])
+                Assert.That(Path.Combine(folder, file), Does.Exist);
+            Assert.That(GuestCache.VersionOf(folder), Is.EqualTo("libtool1 2\ntool 1:1.0-1\nextra 3"));
+            Assert.That(host.Calls, Has.Some.EndsWith(" install --print-uris --yes --no-install-recommends tool"));
+            Assert.That(host.Calls, Has.Some.EndsWith(" download libtool1=2 tool=1:1.0-1 extra=3"));
+            Assert.That(progress.Reports.Select(r => r.Stage), Has.Some.EqualTo("Downloading tool, 3 packages (3.0 MB)"));
+            Assert.That(await host.Cache.GetPackagesAsync(Set), Is.EqualTo(folder));
+            Assert.That(host.Calls, Has.Length.EqualTo(calls), "the second time nothing is run");
+            Assert.That(host.Leftovers, Is.Empty);
+        });
+    }
+
+    [Test]
+    public void ASetThatCannotBeHadSaysWhyAndWhatToDo()
+    {
+        Assert.That(() => host.Cache.GetPackagesAsync(Set), Throws.InstanceOf<GuestFetchException>()
+            .With.Message.Contains("Unable to locate package tool").And.Message.EndsWith("Install the tool."));
+        OfferSet();
+        File.Delete(Path.Combine(host.Folder, "packages/extra"));
+        Assert.That(() => host.Cache.GetPackagesAsync(Set), Throws.InstanceOf<GuestFetchException>()
+            .With.Message.Contains("have no tool").And.Message.EndsWith("Install the tool."));
+        File.WriteAllText(Path.Combine(host.Folder, "closure"), "'nonsense\n");
+        Assert.That(() => host.Cache.GetPackagesAsync(Set), Throws.InstanceOf<GuestFetchException>().With.Message.Contains("'nonsense"));
+        Assert.That(Path.Combine(host.CacheRoot, "tool"), Does.Not.Exist);
+        Assert.That(host.Leftovers, Is.Empty);
+    }
+
+    [Test]
+    public async Task AMadeFileIsMadeOnceForEachKey()
+    {
+        int made = 0;
+        Task<string> Get(string key) => host.Cache.GetFileAsync("image", key, "Making the image", async (path, cancellation) =>
+        {
+            Interlocked.Increment(ref made);
+            await File.WriteAllTextAsync(path, key, cancellation);
+        });
+        string[] files = await Task.WhenAll(Get("a"), Get("a"), Get("b"));
+        Assert.Multiple(() =>
+        {
+            Assert.That(files[0], Is.EqualTo(files[1]).And.Not.EqualTo(files[2]));
+            Assert.That(files.Select(File.ReadAllText), Is.EqualTo(new[] { "a", "a", "b" }));
+            Assert.That(made, Is.EqualTo(2));
+        });
+    }
+
+    [Test]
+    public async Task AFileWhoseMakingFailsIsNotThere()
+    {
+        Assert.That(() => host.Cache.GetFileAsync("image", "a", "Making the image", async (path, cancellation) =>
+        {
+            await File.WriteAllTextAsync(path, "half", cancellation);
+            throw new GuestFetchException("It is damaged.");
+        }), Throws.InstanceOf<GuestFetchException>().With.Message.EqualTo("It is damaged."));
+        Assert.That(host.Leftovers, Is.Empty);
+        string file = await host.Cache.GetFileAsync("image", "a", "Making the image",
+            (path, cancellation) => File.WriteAllTextAsync(path, "whole", cancellation));
+        Assert.That(await File.ReadAllTextAsync(file), Is.EqualTo("whole"));
+    }
+
     GuestFetchException FetchFails() =>
         Assert.ThrowsAsync<GuestFetchException>(() => host.Cache.GetKernelAsync(DebianKernelFlavour.Amd64))!;
 

@@ -46,7 +46,10 @@ internal sealed unsafe class TestMachine : IDisposable
         for (int i = 0; i < Paging.HypervisorSlots; i++)
             Context->HypervisorSlots[i] = 0xabc000UL + ((ulong)i << 12) + 7;
         Context->SharedInfo = (byte*)Allocate(4096);
-        Frames->Initialize((FrameInfo*)Allocate((nuint)frames * (nuint)sizeof(FrameInfo)), memory, Context->State);
+        Context->MemoryMap = (E820Entry*)Allocate((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
+        *Context->MemoryMap = new E820Entry { Size = (ulong)frames << Paging.PageShift, Type = E820Entry.Ram };
+        Context->State->MemoryMapEntries = 1;
+        Frames->Initialize((FrameInfo*)Allocate((nuint)frames * (nuint)sizeof(FrameInfo)), memory, Context->State, Context->MachineToPhys);
 
         Vcpu = (VcpuContext*)Allocate((nuint)sizeof(VcpuContext));
         Vcpu->Domain = Context;

@@ -8,5 +8,33 @@ internal static class EventScripts
 {
     public static IEnumerable<AbiScript> Create() =>
     [
+        EventChannelScript.CreatePorts(),
+        EventChannelScript.CreateBindings(),
+        EventChannelScript.CreatePointers(),
+        EventChannelScript.CreateCompat(),
+        EventChannelScript.CreateFifo(),
+        EventChannelScript.CreateReset(),
+        UpcallScript.Create(),
+        TimerScript.CreateSetTimer(),
+        TimerScript.CreateVcpuTimers(),
+        SchedulerScript.CreatePoll(),
+        SchedulerScript.CreateOthers(),
+        VcpuScript.CreateOwn(),
+        VcpuScript.CreateRunstate(),
+        VcpuScript.CreateVcpuInfo(),
+        VcpuScript.CreateTime(),
+        VcpuScript.CreateSecond(),
+        VcpuScript.CreateLastDown(),
+        MulticallScript.Create(),
+        HypervisorScript.CreateVersion(),
+        HypervisorScript.CreateUnprivileged(),
+        HypervisorScript.CreateUnknown(),
+        HypervisorScript.CreatePrivileged(),
+        HypervisorScript.CreateOthers(),
+        HypervisorScript.CreateConsole(),
+        PhysdevScript.CreateBoth(),
+        PhysdevScript.CreateUnprivileged(),
+        GrantScript.Create(),
+        .. ShutdownScript.Create(),
     ];
 }

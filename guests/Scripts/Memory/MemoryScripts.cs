@@ -8,6 +8,19 @@ internal static class MemoryScripts
 {
     public static IEnumerable<AbiScript> Create() =>
     [
+        MmuUpdateScript.Create(),
+        MmuUpdateDomainsScript.Create(),
+        UpperTablesScript.Create(),
+        PageTableStoresScript.Create(),
         UpdateVaMappingScript.Create(),
+        MmuextOpScript.Create(),
+        BaseptrScript.Create(),
+        MemoryOpScript.Create(),
+        ReservationScript.Create(),
+        ExchangeScript.Create(),
+        DescriptorTablesScript.SetGdt(),
+        DescriptorTablesScript.UpdateDescriptor(),
+        HypervisorMemoryScript.Create(),
+        VmAssistScript.Create(),
     ];
 }

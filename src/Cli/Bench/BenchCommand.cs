@@ -1,6 +1,7 @@
 // xensharp bench: what the ABI costs on this host.
 using System.CommandLine;
 using System.Globalization;
+using System.Runtime.CompilerServices;
 using System.Text.Json;
 using Microsoft.Extensions.DependencyInjection;
 using Spectre.Console;
@@ -12,22 +13,40 @@ namespace XenSharp.Cli.Bench;
 /// <summary>Measures and prints; every time is also given as a ratio to a bare KVM exit taken in the same run.</summary>
 internal static class BenchCommand
 {
+    private const int NestedRounds = 2;
+
     internal static Command Create(IServiceProvider services)
     {
         var rounds = new Option<int>("--rounds") { Description = "Times that each figure is taken; medians are shown.", DefaultValueFactory = static _ => 5 };
         var iterations = new Option<int>("--iterations") { Description = "Operations of a figure in one round.", DefaultValueFactory = static _ => 3000 };
         var hypercalls = new Option<int>("--hypercalls") { Description = "Hypercalls over which allocations are counted.", DefaultValueFactory = static _ => 1_000_000 };
         var noDebian = new Option<bool>("--no-debian") { Description = "Leave the Debian guest out; nothing is downloaded." };
+        var nested = new Option<bool>("--nested")
+        {
+            Description = "Instead, real Xen and this command side by side, each in an emulated machine: some minutes a round, 2 rounds unless --rounds says otherwise.",
+        };
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs." };
         AtLeast(rounds, 1);
         AtLeast(iterations, 64);
         AtLeast(hypercalls, 1);
-        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, json };
+        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, nested, json };
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
             try
             {
+                if (parsed.GetValue(nested))
+                {
+                    int nestedRounds = parsed.GetResult(rounds) is { Implicit: false } ? parsed.GetValue(rounds) : NestedRounds;
+                    NestedBenchResult sideBySide = await RunNestedAsync(
+                        new NestedBenchmarkPlan(nestedRounds, parsed.GetValue(iterations)), signals.Token).ConfigureAwait(false);
+                    if (parsed.GetValue(json))
+                        Console.Out.WriteLine(JsonSerializer.Serialize(sideBySide, BenchJson.Default.NestedBenchResult));
+                    else
+                        Print(sideBySide);
+                    return ExitStatus.Success;
+                }
+
                 var plan = new BenchmarkPlan(
                     parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian));
                 var benchmark = new Benchmark(
@@ -53,11 +72,48 @@ internal static class BenchCommand
             result.AddError($"{option.Name} must be at least {minimum}.");
     });
 
-    private static void Print(BenchResult result)
+    private static Task<NestedBenchResult> RunNestedAsync(NestedBenchmarkPlan plan, CancellationToken cancellation)
+    {
+        if (RuntimeFeature.IsDynamicCodeSupported || Environment.ProcessPath is not { } command)
+            throw new UsageException(
+                $"bench --nested puts the native command into an emulated machine, and this is not it; make it with "
+                + $"`dotnet publish src/Cli -c Release -r linux-x64 -o artifacts/native` and run artifacts/native/{Tool.Name} bench --nested.");
+        return new NestedBenchmark(command, plan, static stage => Console.Error.WriteLine($"{Tool.Name}: {stage}")).RunAsync(cancellation);
+    }
+
+    private static void Print(NestedBenchResult result)
+    {
+        IAnsiConsole console = CreateConsole();
+        var times = new Table { Border = TableBorder.Simple };
+        times.AddColumn("figure");
+        times.AddColumn(new TableColumn($"{result.Beds[0]}, µs").RightAligned());
+        foreach (string bed in result.Beds.Skip(1))
+        {
+            times.AddColumn(new TableColumn($"{bed}, µs").RightAligned());
+            times.AddColumn(new TableColumn("× Xen").RightAligned());
+        }
+
+        foreach (NestedBenchFigure figure in result.Figures)
+        {
+            IEnumerable<string> others = figure.Nanoseconds.Skip(1)
+                .SelectMany(time => new[] { Microseconds(time), Ratio(time / figure.Nanoseconds[0]) });
+            times.AddRow([figure.Name, Microseconds(figure.Nanoseconds[0]), .. others]);
+        }
+
+        console.Write(times);
+    }
+
+    private static IAnsiConsole CreateConsole()
     {
         IAnsiConsole console = AnsiConsole.Create(new AnsiConsoleSettings { Out = new AnsiConsoleOutput(Console.Out) });
         if (Console.IsOutputRedirected)
             console.Profile.Width = 160;
+        return console;
+    }
+
+    private static void Print(BenchResult result)
+    {
+        IAnsiConsole console = CreateConsole();
         var times = new Table { Border = TableBorder.Simple };
         times.AddColumn("figure");
         foreach (string name in (ReadOnlySpan<string>)["µs", "× floor", "lowest", "highest", "at most"])

@@ -33,7 +33,18 @@ public sealed record BenchCount(string Name, double Value, string Unit, double? 
 /// <param name="Counts">The rest.</param>
 public sealed record BenchResult(double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts);
 
+/// <summary>One figure of several hypervisors.</summary>
+/// <param name="Name">What was measured.</param>
+/// <param name="Nanoseconds">The lowest of all runs, for one operation; in the order of <see cref="NestedBenchResult.Beds"/>.</param>
+public sealed record NestedBenchFigure(string Name, IReadOnlyList<double> Nanoseconds);
+
+/// <summary>A run on emulated machines.</summary>
+/// <param name="Beds">The hypervisors; the first is real Xen.</param>
+/// <param name="Figures">The times.</param>
+public sealed record NestedBenchResult(IReadOnlyList<string> Beds, IReadOnlyList<NestedBenchFigure> Figures);
+
 /// <summary>JSON without reflection.</summary>
 [JsonSerializable(typeof(BenchResult))]
+[JsonSerializable(typeof(NestedBenchResult))]
 [JsonSourceGenerationOptions(WriteIndented = true, PropertyNamingPolicy = JsonKnownNamingPolicy.CamelCase)]
 internal sealed partial class BenchJson : JsonSerializerContext;

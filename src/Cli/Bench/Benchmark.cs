@@ -72,7 +72,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             _counts);
     }
 
-    private static string NameOf(BenchmarkFigure figure) => figure switch
+    internal static string NameOf(BenchmarkFigure figure) => figure switch
     {
         BenchmarkFigure.NullHypercall => "null hypercall (xen_version)",
         BenchmarkFigure.UserSystemCall => "user system call, bounced, and iret",

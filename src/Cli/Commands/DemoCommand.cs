@@ -22,7 +22,8 @@ internal static class DemoCommand
         var tiny = new Option<bool>("--tiny") { Description = "The tiny guest: it says hello and powers off. Nothing is downloaded." };
         var cloud = new Option<bool>("--cloud") { Description = "Debian's cloud kernel: a smaller download than the usual one." };
         Option<int> memory = GuestOptions.Memory();
-        var command = new Command(Name, "Boots a stock Debian kernel into a shell, downloading both at the first time.") { tiny, cloud, memory };
+        Option<string?> trace = GuestOptions.Trace();
+        var command = new Command(Name, "Boots a stock Debian kernel into a shell, downloading both at the first time.") { tiny, cloud, memory, trace };
         command.Validators.Add(result =>
         {
             if (result.GetValue(tiny) && result.GetValue(cloud))
@@ -37,7 +38,7 @@ internal static class DemoCommand
                     ? Tiny()
                     : await FetchAsync(parsed.GetValue(cloud), signals.Token).ConfigureAwait(false);
                 return await services.GetRequiredService<ForegroundRun>()
-                    .RunAsync(specification with { MemoryMiB = parsed.GetValue(memory) }, description, RebootAction.Exit, consoleLog: null, signals)
+                    .RunAsync(specification with { MemoryMiB = parsed.GetValue(memory) }, description, RebootAction.Exit, consoleLog: null, parsed.GetValue(trace), signals)
                     .ConfigureAwait(false);
             }
             catch (OperationCanceledException) when (signals.Received != 0)

@@ -8,7 +8,7 @@ internal static class ExitStatus
     /// <summary>The guest powered off, the user left with Ctrl-], or the command had nothing to run.</summary>
     internal const int Success = 0;
 
-    /// <summary>The guest crashed, or stopped in a way that is not served.</summary>
+    /// <summary>The guest crashed, or stopped for a reason that Xen's interface does not define.</summary>
     internal const int GuestCrash = 1;
 
     /// <summary>What was compared differs, and nothing says why.</summary>
@@ -19,6 +19,15 @@ internal static class ExitStatus
 
     /// <summary>The guest asked to be rebooted.</summary>
     internal const int GuestReboot = 3;
+
+    /// <summary>The guest suspended itself, which is not served.</summary>
+    internal const int GuestSuspend = 4;
+
+    /// <summary>The guest's own watchdog stopped it.</summary>
+    internal const int GuestWatchdog = 5;
+
+    /// <summary>The guest asked for a soft reset, which is not served.</summary>
+    internal const int GuestSoftReset = 6;
 
     /// <summary>A defect of XenSharp's own: EX_SOFTWARE of sysexits.h.</summary>
     internal const int Defect = 70;

@@ -20,6 +20,13 @@ internal static class GuestOptions
         CustomParser = ParseMemory,
     };
 
+    /// <summary><c>--trace FILE</c>.</summary>
+    internal static Option<string?> Trace() => new("--trace")
+    {
+        Description = "A file that gets a record of every hypercall, exception, upcall and emulated instruction; xensharp trace reads it.",
+        HelpName = "FILE",
+    };
+
     private static int ParseMemory(ArgumentResult result)
     {
         string text = result.Tokens[0].Value;

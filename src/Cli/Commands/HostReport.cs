@@ -34,7 +34,7 @@ internal sealed record KvmReport(
 internal sealed record HostReport
 {
     /// <summary>The version of Xen whose ABI guests see.</summary>
-    private const string AbiVersion = "4.17";
+    internal const string AbiVersion = "4.17";
 
     /// <summary>XenSharp's version.</summary>
     public required string XenSharp { get; init; }

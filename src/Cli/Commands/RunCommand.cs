@@ -54,10 +54,11 @@ internal static class RunCommand
             Description = "A file that gets a copy of what the guest prints, appended.",
             HelpName = "FILE",
         };
+        Option<string?> trace = GuestOptions.Trace();
 
         var command = new Command("run", "Boots a Xen PV kernel in this terminal. Ctrl-] ends the domain and leaves.")
         {
-            kernel, ramdisk, memory, commandLine, name, onReboot, consoleLog,
+            kernel, ramdisk, memory, commandLine, name, onReboot, consoleLog, trace,
         };
         command.SetAction(async (parsed, _) =>
         {
@@ -74,7 +75,8 @@ internal static class RunCommand
                 RamdiskFile = parsed.GetValue(ramdisk),
             };
             return await services.GetRequiredService<ForegroundRun>()
-                .RunAsync(specification, specification.KernelFile, action, parsed.GetValue(consoleLog), signals).ConfigureAwait(false);
+                .RunAsync(specification, specification.KernelFile, action, parsed.GetValue(consoleLog), parsed.GetValue(trace), signals)
+                .ConfigureAwait(false);
         });
         return command;
     }

@@ -2,6 +2,7 @@
 
 using System.CommandLine;
 using System.CommandLine.Help;
+using System.CommandLine.Parsing;
 using System.Reflection;
 using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
@@ -70,6 +71,7 @@ public static class Tool
             InfoCommand.Create(services),
             BenchCommand.Create(services),
             CompareCommand.Create(services),
+            TraceCommand.Create(),
         };
         root.Add(device);
         root.SetAction(parsed =>
@@ -90,10 +92,16 @@ public static class Tool
     /// follow from it.</summary>
     private static string Describe(ParseResult parsed)
     {
-        string command = parsed.CommandResult.Command is RootCommand ? Name : $"{Name} {parsed.CommandResult.Command.Name}";
+        string command = Name;
+        foreach (CommandResult result in Path(parsed.CommandResult))
+            command += " " + result.Command.Name;
         string what = parsed.UnmatchedTokens.Count > 0
             ? $"{command} does not know \"{parsed.UnmatchedTokens[0]}\"."
             : parsed.Errors[0].Message;
         return $"{what} See {command} --help.";
     }
+
+    /// <summary>The command and those that it is part of, from the root's on down.</summary>
+    private static IEnumerable<CommandResult> Path(CommandResult command)
+        => command.Parent is CommandResult parent ? Path(parent).Append(command) : [];
 }

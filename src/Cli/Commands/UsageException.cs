@@ -17,7 +17,8 @@ internal static class FailureSentence
     internal static string? Of(Exception exception) => exception switch
     {
         UsageException or KernelImageException or DomainBuildException or GuestFetchException or IOException => Sentence(exception.Message),
-        KvmException or OracleException => Sentence(exception.Message),
+        OracleException => exception.Message,
+        KvmException => Sentence(exception.Message),
         OutOfMemoryException => "There is not enough memory on this host for the domain; give it less with --memory, or end other programs.",
 
         // What fails in preparing a class is thrown wrapped.

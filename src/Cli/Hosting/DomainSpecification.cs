@@ -1,5 +1,6 @@
 // What a domain is to be, in the words of the person who asks for it.
 
+using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 
@@ -25,6 +26,9 @@ public sealed record DomainSpecification
 
     /// <summary>The domain's UUID, the same for each of its incarnations.</summary>
     public Guid Uuid { get; init; } = Guid.NewGuid();
+
+    /// <summary>Records what the guest asks for, in each of its incarnations; <see langword="null"/> for no trace.</summary>
+    public TraceRecorder? Trace { get; init; }
 
     /// <summary>The kernel's file, for people.</summary>
     public string KernelFile { get; init; } = string.Empty;

@@ -3,6 +3,7 @@
 using Tmds.Linux;
 using XenSharp.Cli.Commands;
 using XenSharp.Cli.Terminal;
+using XenSharp.Core.Trace;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 
@@ -31,26 +32,41 @@ internal sealed class ForegroundRun(KvmHost host)
     /// <param name="description">What is booted, for the line that is printed before: "the kernel vmlinuz".</param>
     /// <param name="onReboot">What to do when the guest asks for a reboot.</param>
     /// <param name="consoleLog">A file that gets a copy of the output, or <see langword="null"/>.</param>
+    /// <param name="trace">A file that gets the ABI trace, or <see langword="null"/>.</param>
     /// <param name="signals">What may ask the command to end.</param>
     /// <returns>The command's exit status.</returns>
     internal async Task<int> RunAsync(
-        DomainSpecification specification, string description, RebootAction onReboot, string? consoleLog, EndingSignals signals)
+        DomainSpecification specification, string description, RebootAction onReboot, string? consoleLog, string? trace, EndingSignals signals)
     {
         // Before anything is said of booting: whether there is a KVM at all.
         _ = host.Capabilities;
         using FileDescriptorSink? log = consoleLog is null ? null : OpenLog(consoleLog);
+        using TraceRecorder? recorder = trace is null ? null : TraceOutput.Open(trace, specification.Name, host);
+        specification = specification with { Trace = recorder };
         bool typed = LibC.isatty(0) == 1;
         Say($"Booting {description} with {specification.MemoryMiB} MiB of memory." + (typed ? $" {TerminalSession.DetachKeyName} ends the domain and leaves." : ""));
         try
         {
             Outcome outcome = await AttachAsync(specification, onReboot, log, signals.Token).ConfigureAwait(false);
-            return Conclude(outcome, specification);
+            int status = Conclude(outcome, specification);
+            return recorder is null || IsWhole(recorder, trace!) || status != ExitStatus.Success ? status : ExitStatus.Error;
         }
         catch (OperationCanceledException) when (signals.Received != 0)
         {
             Say($"The domain {specification.Name} was destroyed: signal {signals.Received} asked {Tool.Name} to end.");
+            _ = recorder is null || IsWhole(recorder, trace!);
             return ExitStatus.OfSignal + signals.Received;
         }
+    }
+
+    /// <summary>Ends a trace whose domain is gone, and says so if it is not all there.</summary>
+    private static bool IsWhole(TraceRecorder recorder, string path)
+    {
+        recorder.Dispose();
+        if (recorder.Failure is not { } failure)
+            return true;
+        Say($"The trace {path} ends early, since it could not be written ({TraceOutput.Reason(failure)}). Write it where there is room for it.");
+        return false;
     }
 
     private async Task<Outcome> AttachAsync(
@@ -107,13 +123,13 @@ internal sealed class ForegroundRun(KvmHost host)
                 return ExitStatus.GuestCrash;
             case ShutdownReason.Watchdog:
                 Say($"The domain {name} was stopped by its own watchdog: the guest did not rearm it in time, so it hung or was starved of CPU time.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestWatchdog;
             case ShutdownReason.Suspend:
                 Say($"The domain {name} suspended itself, which {Tool.Name} cannot save and resume; it is gone.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestSuspend;
             case ShutdownReason.SoftReset:
                 Say($"The domain {name} asked for a soft reset (kexec), which {Tool.Name} does not offer; it is gone.");
-                return ExitStatus.GuestCrash;
+                return ExitStatus.GuestSoftReset;
             default:
                 Say($"The domain {name} stopped with reason {(uint)exit.Reason}, which Xen's interface does not define.");
                 return ExitStatus.GuestCrash;

@@ -211,6 +211,7 @@ public sealed class RunningDomain : IAsyncDisposable
             Uuid = specification.Uuid,
             HostTsc = static () => HostClock.TimeStampCounter,
             ShadowPageTables = host.Capabilities.ShadowPageTables,
+            Trace = specification.Trace,
         };
         return new Domain(options, machine);
     }

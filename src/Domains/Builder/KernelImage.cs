@@ -104,6 +104,13 @@ public sealed class KernelImage
     public ulong GuestPhysicalEnd => VirtualKernelEnd - VirtualBase;
 
     /// <summary>
+    /// The ELF image in a kernel file of any kind that <see cref="Parse"/> takes, for a place where unpacking it is slow.
+    /// </summary>
+    /// <param name="file">The whole file; an ELF image is given back as it is.</param>
+    /// <exception cref="KernelImageException">Not a kernel, or it does not unpack; no other exception is thrown for any input.</exception>
+    public static ReadOnlyMemory<byte> Unpack(ReadOnlyMemory<byte> file) => KernelContainer.Unpack(file, out _, out _);
+
+    /// <summary>
     /// Reads a kernel: a bzImage (boot protocol 2.08 or later, any of the kernel's compressions), an ELF64 x86-64 executable, or
     /// either of them compressed as a whole.
     /// </summary>

@@ -1,4 +1,5 @@
 using XenSharp.Core;
+using XenSharp.Domains.Trace;
 
 namespace XenSharp.Domains.Hypercalls;
 
@@ -11,7 +12,7 @@ internal static unsafe class HypercallDispatcher
     public static void Dispatch(Vcpu vcpu)
     {
         CpuRegisters* registers = vcpu.Context->Registers;
-        ulong number = (uint)registers->Rax;
+        ulong number = registers->Rax;
         var arguments = new HypercallArguments
         {
             A0 = registers->Rdi,
@@ -54,6 +55,17 @@ internal static unsafe class HypercallDispatcher
 
     /// <summary>Serves one hypercall by number; a multicall comes here for each of its entries.</summary>
     public static long Call(Vcpu vcpu, ulong number, in HypercallArguments arguments)
+        => vcpu.Trace == null ? Serve(vcpu, number, arguments) : ServeTraced(vcpu, number, arguments);
+
+    private static long ServeTraced(Vcpu vcpu, ulong number, in HypercallArguments arguments)
+    {
+        HypercallInProgress call = vcpu.Trace!.BeginHypercall(number, arguments, vcpu.InMulticall);
+        long result = Serve(vcpu, number, arguments);
+        vcpu.Trace.EndHypercall(call, number, arguments, result);
+        return result;
+    }
+
+    private static long Serve(Vcpu vcpu, ulong number, in HypercallArguments arguments)
     {
         HypercallEntry entry = HypercallTable.Find(number);
         return entry.Function == null ? -(long)Errno.ENOSYS : entry.Function(vcpu, arguments);

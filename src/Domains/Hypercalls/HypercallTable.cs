@@ -68,13 +68,20 @@ internal static unsafe class HypercallTable
         Row(HypercallNumber.XenVersion, 2, &XenVersion.Execute);
         Row(HypercallNumber.ConsoleIo, 3, &ConsoleIo.Execute);
 
+        Row(HypercallNumber.HvmOp, 2, &HvmOp.Execute);
+
         // What real Xen has and gives to no unprivileged domain.
-        foreach (HypercallNumber number in (ReadOnlySpan<HypercallNumber>)[HypercallNumber.PlatformOp, HypercallNumber.Sysctl, HypercallNumber.Domctl, HypercallNumber.KexecOp, HypercallNumber.Mca])
-            Row(number, 1, &Privileged);
+        Row(HypercallNumber.PlatformOp, 1, &PrivilegedOp.Platform);
+        Row(HypercallNumber.Sysctl, 1, &PrivilegedOp.Sysctl);
+        Row(HypercallNumber.Domctl, 1, &PrivilegedOp.Domctl);
+        Row(HypercallNumber.PagingDomctlContinue, 1, &PrivilegedOp.PagingDomctlContinue);
+        Row(HypercallNumber.DmOp, 3, &PrivilegedOp.Dm);
+        Row(HypercallNumber.XenpmuOp, 2, &PrivilegedOp.Xenpmu);
+        Row(HypercallNumber.KexecOp, 2, &PrivilegedOp.Refuse);
+        Row(HypercallNumber.HypfsOp, 5, &PrivilegedOp.Refuse);
+        Row(HypercallNumber.Mca, 1, &PrivilegedOp.Refuse);
         return table;
     }
-
-    private static long Privileged(Vcpu vcpu, in HypercallArguments arguments) => -(long)Errno.EPERM;
 
     /// <summary>The hypercalls that need nothing but the vCPU's context.</summary>
     private static class OnContext

@@ -23,6 +23,8 @@ internal static unsafe class Multicall
     {
         if (vcpu.InMulticall)
             return -(long)Errno.EINVAL;
+        if (!new VirtualAddress(arguments.A0).IsGuest)
+            return -(long)Errno.EFAULT;
         vcpu.InMulticall = true;
         long result = Serve(vcpu, arguments);
         vcpu.InMulticall = false;

@@ -1,6 +1,7 @@
 // sched_op (29), sched_op_compat (6), set_timer_op (15).
 using System.Runtime.InteropServices;
 using XenSharp.Core;
+using XenSharp.EventChannels;
 
 namespace XenSharp.Domains.Hypercalls;
 
@@ -125,22 +126,40 @@ internal static unsafe class SchedOp
     {
         if (request.PortCount > MaxPollPorts)
             return -(long)Errno.EINVAL;
-        uint* ports = stackalloc uint[(int)MaxPollPorts];
-        if (!GuestAccess.CopyFrom(vcpu.Context, request.Ports, ports, request.PortCount * sizeof(uint)))
+        if (!new VirtualAddress(request.Ports).IsGuest)
             return -(long)Errno.EFAULT;
-        var list = new ReadOnlySpan<uint>(ports, (int)request.PortCount);
 
         // Announce, then look: an event in between ends the poll.
-        vcpu.Domain.Events.BeginPoll(vcpu.Id, list.Length == 1 ? (int)list[0] : -1);
-        long error = 0;
-        if (vcpu.Context->UpcallDue || vcpu.Domain.Events.AnyPending(list, out error) || error != 0)
+        vcpu.Domain.Events.BeginPoll(vcpu.Id);
+        long result = vcpu.Context->UpcallDue ? 1 : AnyPending(vcpu, request);
+        if (result != 0)
         {
             vcpu.Domain.Events.EndPoll(vcpu.Id);
-            return error;
+            return Math.Min(result, 0);
         }
 
         vcpu.Timers.Poll = request.Timeout == 0 ? long.MaxValue : request.Timeout;
         vcpu.Waiting = WaitState.Polling;
+        return 0;
+    }
+
+    /// <summary>Looks at the ports in their order until one is pending or wrong; those behind it are not even read.</summary>
+    /// <returns>1, 0, or a negative errno.</returns>
+    private static long AnyPending(Vcpu vcpu, in PollRequest request)
+    {
+        EventChannelDomain events = vcpu.Domain.Events;
+        uint port = 0;
+        for (uint i = 0; i < request.PortCount; i++)
+        {
+            if (!GuestAccess.Read(vcpu.Context, request.Ports + (i * sizeof(uint)), out port))
+                return -(long)Errno.EFAULT;
+            long result = events.IsPending(port);
+            if (result != 0)
+                return result;
+        }
+
+        if (request.PortCount == 1)
+            events.NarrowPoll(vcpu.Id, port);
         return 0;
     }
 }

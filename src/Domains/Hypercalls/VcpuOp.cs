@@ -75,12 +75,12 @@ internal static unsafe class VcpuOp
             case Command.GetRunstateInfo:
                 return GuestAccess.Write(context, argument, target.Runstate.Snapshot()) ? 0 : -(long)Errno.EFAULT;
             case Command.RegisterRunstateMemoryArea:
-                if (!GuestAccess.Read(context, argument, out ulong runstateArea) || !IsArea<VcpuRunstateInfo>(runstateArea))
+                if (!GuestAccess.Read(context, argument, out ulong runstateArea) || !new VirtualAddress(runstateArea).IsGuest)
                     return -(long)Errno.EFAULT;
                 target.Runstate.Register(runstateArea);
                 return 0;
             case Command.RegisterVcpuTimeMemoryArea:
-                if (!GuestAccess.Read(context, argument, out ulong timeArea) || !IsArea<VcpuTimeInfo>(timeArea))
+                if (!GuestAccess.Read(context, argument, out ulong timeArea) || !new VirtualAddress(timeArea).IsGuest)
                     return -(long)Errno.EFAULT;
                 target.TimeArea = timeArea;
                 target.UpdateClock(now);
@@ -136,11 +136,6 @@ internal static unsafe class VcpuOp
 
         return true;
     }
-
-    /// <summary>guest_handle_okay: the range lies in the guest's part of the address space.</summary>
-    private static bool IsArea<T>(ulong address)
-        where T : unmanaged
-        => new VirtualAddress(address).IsGuest && new VirtualAddress(address + (ulong)sizeof(T) - 1).IsGuest;
 
     /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
     private static Errno RegisterVcpuInfo(Vcpu caller, Vcpu target, in VcpuInfoRegistration registration)

@@ -9,7 +9,7 @@ public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
     /// <summary>The initial ramdisk; empty for none.</summary>
     public ReadOnlyMemory<byte> Ramdisk { get; init; }
 
-    /// <summary>The kernel's command line.</summary>
+    /// <summary>The kernel's command line, without control characters.</summary>
     public string CommandLine { get; init; } = string.Empty;
 
     /// <summary>Memory in MiB.</summary>
@@ -18,7 +18,7 @@ public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
     /// <summary>vCPUs, at least 1.</summary>
     public int Vcpus { get; init; } = 1;
 
-    /// <summary>How long it may run before it is taken for hung and destroyed.</summary>
+    /// <summary>How long it may run, by the clock of the wall, before it is taken for hung and destroyed.</summary>
     public TimeSpan Timeout { get; init; } = TimeSpan.FromSeconds(20);
 }
 
@@ -40,7 +40,7 @@ public enum GuestEnding
 
 /// <summary>What came of one guest.</summary>
 /// <param name="Name">The <see cref="BedGuest.Name"/>.</param>
-/// <param name="Console">All that it printed, and on some beds lines of the hypervisor's between.</param>
+/// <param name="Console">All that it printed, a character for each byte (Latin-1).</param>
 /// <param name="Ending">How it ended.</param>
 /// <param name="Report">What the hypervisor had to say of its end, for people; empty if nothing.</param>
 public sealed record GuestRun(string Name, string Console, GuestEnding Ending, string Report = "");
@@ -53,6 +53,7 @@ public interface IGuestBed
 
     /// <summary>Runs guests, one after another, each in a domain of its own, in as few boots of the hypervisor as it can.</summary>
     /// <returns>One result per guest, in the same order, each as soon as it is there.</returns>
+    /// <exception cref="ArgumentException">A guest is not as <see cref="BedGuest"/> says; the message names it.</exception>
     /// <exception cref="OracleException">The bed cannot be set up, or broke down; the message says what to do.</exception>
     IAsyncEnumerable<GuestRun> RunAsync(IReadOnlyList<BedGuest> guests, CancellationToken cancellation = default);
 }

@@ -20,7 +20,7 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
     // Xen itself, its console ring and frame table.
     const int HypervisorMiB = 128;
 
-    static readonly TimeSpan BootTimeout = TimeSpan.FromMinutes(1);
+    static readonly TimeSpan BootTimeout = TimeSpan.FromMinutes(2);
 
     /// <inheritdoc/>
     public string Name => $"Xen {XenPackages.Version(cache)} (dom0)";
@@ -101,8 +101,8 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
             cancellation).ConfigureAwait(false);
         if (log.Ending is not { } ending)
         {
-            // Only a guest that was started can have run too long.
-            if (!log.HasStarted || !switchOff.IsCancellationRequested)
+            // Only a guest that was started can have run too long, and only on a Xen that still ran.
+            if (!log.HasStarted || log.HasPanicked || !switchOff.IsCancellationRequested)
                 throw new OracleException(Multiboot.BrokeDown($"Real Xen with guest {guest.Name} as its dom0", end));
             ending = GuestEnding.TimedOut;
         }
@@ -111,7 +111,7 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
 
     /// <summary>Takes Xen's serial line apart.</summary>
     /// <param name="onStart">Called once, when the guest is about to run.</param>
-    /// <param name="onEnd">Called once, when Xen has said how the guest ended.</param>
+    /// <param name="onEnd">Called once, when Xen has said how the guest ended, or all that it has to say of its own panic.</param>
     internal sealed class Dom0Log(Action onStart, Action onEnd)
     {
         const string Prefix = "(XEN) ";
@@ -119,11 +119,18 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
         // What Xen prints last before it enters dom0 (init_done in its setup).
         const string Started = "Freed ";
 
+        // The first line and the last of Xen's panic (drivers/char/console.c).
+        const string Panic = "Panic on CPU ";
+        const string PanicIsOver = "Reboot in five seconds";
+
         readonly StringBuilder console = new();
         readonly StringBuilder report = new();
 
         /// <summary>Whether Xen was about to run the guest.</summary>
         public bool HasStarted { get; private set; }
+
+        /// <summary>Whether Xen itself came to grief.</summary>
+        public bool HasPanicked { get; private set; }
 
         /// <summary>How Xen said that the guest ended, or null.</summary>
         public GuestEnding? Ending { get; private set; }
@@ -137,6 +144,10 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
         {
             // Xen's lines can begin where the guest has not ended its own.
             int own = line.IndexOf(Prefix, StringComparison.Ordinal);
+            if (own >= 0 && line[own..].Contains(Panic, StringComparison.Ordinal))
+                HasPanicked = true;
+            if (HasPanicked && line.Contains(PanicIsOver, StringComparison.Ordinal))
+                onEnd();
             if (!HasStarted)
             {
                 if (own >= 0 && line[own..].Contains(Started, StringComparison.Ordinal) && line.EndsWith("init memory", StringComparison.Ordinal))

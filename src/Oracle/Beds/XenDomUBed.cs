@@ -13,6 +13,8 @@ namespace XenSharp.Oracle.Beds;
 /// Xen 4.17 with a dom0 of Debian's kernel and tools. All guests of a run share one boot; each is a domain of its own. The console
 /// is what the guest put into its ring, byte for byte (a character is a byte); the report is what Xen logged meanwhile.
 /// </summary>
+/// <remarks>A domain that shuts down with a reason that sched.h does not know counts as crashed; xl destroys it at once, so the last
+/// that it printed can be missing.</remarks>
 /// <param name="cache">Where QEMU, Xen and dom0 are kept; what is missing there is fetched.</param>
 /// <param name="progress">Told of fetches.</param>
 /// <param name="host">Looks for QEMU on the host; null for PATH.</param>
@@ -31,6 +33,9 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
 
     // Making, destroying and reporting one domain; seconds at most, but the host may be busy.
     static readonly TimeSpan DomainTimeout = TimeSpan.FromSeconds(30);
+
+    /// <summary>Emulated processors. More than one makes it slower: those that wait for each other burn what the host has.</summary>
+    public int Processors { get; init; } = 1;
 
     /// <inheritdoc/>
     public string Name => $"Xen {XenPackages.Version(cache)} (domU)";
@@ -56,19 +61,25 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         ResultReader? reader = null;
         async Task ReadAsync(Stream stream)
         {
+            OracleException? error = null;
+            reader = new ResultReader(stream, guests);
             try
             {
-                reader = new ResultReader(stream, guests);
                 while (await reader.ReadAsync().ConfigureAwait(false) is { } result)
                     results.Writer.TryWrite(result);
-                results.Writer.Complete();
             }
             catch (OracleException e)
             {
-                results.Writer.Complete(e);
+                error = e;
             }
-            // Nothing more comes that anybody would wait for.
-            await switchOff.CancelAsync().ConfigureAwait(false);
+            catch (IOException e)
+            {
+                error = new OracleException($"The results cannot be read from QEMU: {e.Message} Try again.", e);
+            }
+            results.Writer.Complete(error);
+            // Nothing more comes that anybody would wait for. Otherwise the channel has ended because the machine has.
+            if (reader.IsDone || error is not null)
+                await switchOff.CancelAsync().ConfigureAwait(false);
         }
 
         // dom0 holds each guest's files twice while it unpacks its initramfs; a domain can still be on its way out when the next is made.
@@ -76,10 +87,10 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         int domainMiB = guests.Max(guest => guest.MemoryMiB) + DomainOverheadMiB;
         QemuOptions options = new(xen)
         {
-            CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M dom0_mem={dom0MiB}M,max:{dom0MiB}M",
+            CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M bootscrub=0 dom0_mem={dom0MiB}M,max:{dom0MiB}M",
             InitialRamdisk = $"{Multiboot.Module(dom0.Kernel, "console=hvc0 quiet panic=1 cryptomgr.notests")},{Multiboot.Module(initramfs)}",
             MemoryMiB = HypervisorMiB + dom0MiB + 2 * domainMiB,
-            Processors = 2,
+            Processors = Processors,
             Timeout = BootTimeout + guests.Aggregate(TimeSpan.Zero, (sum, guest) => sum + guest.Timeout + DomainTimeout),
             ReadChannel = ReadAsync,
             SwitchOff = switchOff.Token,
@@ -163,7 +174,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
         return file.Length - before;
     }
 
-    // xl.cfg(5). What happens at the domain's end is not xl's business here: it is told not to wait for it.
+    // xl.cfg(5). The domain is left as it is at its end, so that xenconsoled can take the last that it printed.
     static string Configuration(BedGuest guest, int index)
     {
         string ramdisk = guest.Ramdisk.IsEmpty ? "" : $"ramdisk=\"/guests/{index}.ramdisk\"\n";
@@ -176,6 +187,11 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
             memory={guest.MemoryMiB}
             maxmem={guest.MemoryMiB}
             vcpus={guest.Vcpus}
+            on_poweroff="preserve"
+            on_reboot="preserve"
+            on_crash="preserve"
+            on_watchdog="preserve"
+            on_soft_reset="preserve"
 
             """.ReplaceLineEndings("\n");
     }

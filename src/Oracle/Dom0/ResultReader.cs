@@ -17,37 +17,50 @@ sealed class ResultReader(Stream stream, IReadOnlyList<BedGuest> guests)
     const int LargestPart = 1 << 30;
 
     readonly BufferedStream input = new(stream, 64 * 1024);
+    int delivered;
 
     /// <summary>Whether dom0 has said that it is done with all guests.</summary>
     public bool IsDone { get; private set; }
 
-    /// <summary>The next result, or null at the end of the channel or when dom0 is done.</summary>
+    /// <summary>The next result, or null when dom0 is done or the channel ends, wherever that is.</summary>
     /// <exception cref="OracleException">dom0 says that it cannot go on, or says what it never should.</exception>
     public async Task<GuestRun?> ReadAsync()
     {
-        int expected = delivered;
+        try
+        {
+            return await ReadNextAsync().ConfigureAwait(false);
+        }
+        catch (EndOfStreamException)
+        {
+            return null;
+        }
+    }
+
+    async Task<GuestRun?> ReadNextAsync()
+    {
         while (await ReadLineAsync().ConfigureAwait(false) is { } line)
         {
             switch (line.Split(' '))
             {
                 case ["ready"]:
                     break;
-                case ["done"] when expected == guests.Count:
+                case ["done"] when delivered == guests.Count:
                     IsDone = true;
                     return null;
                 case ["failed", var size] when TryParse(size, out int bytes):
                     throw new OracleException(
                         $"Xen's tools cannot run the guests: {Encoding.UTF8.GetString(await ReadPartAsync(bytes).ConfigureAwait(false)).Trim()}");
                 case ["guest", var index, [var ending], var console, var report]
-                    when TryParse(index, out int i) && i == expected && expected < guests.Count
+                    when TryParse(index, out int i) && i == delivered && i < guests.Count
                         && TryParse(console, out int consoleBytes) && TryParse(report, out int reportBytes):
-                    delivered++;
-                    return Result(
+                    GuestRun run = Result(
                         guests[i].Name,
                         await ReadPartAsync(consoleBytes).ConfigureAwait(false),
                         ending,
                         Encoding.Latin1.GetString(await ReadPartAsync(reportBytes).ConfigureAwait(false)),
                         await ReadLineAsync().ConfigureAwait(false));
+                    delivered++;
+                    return run;
                 default:
                     throw new OracleException($"dom0 sent \"{line}\" where a result was expected; try again, and if it stays so, report it.");
             }
@@ -55,11 +68,11 @@ sealed class ResultReader(Stream stream, IReadOnlyList<BedGuest> guests)
         return null;
     }
 
-    int delivered;
-
     static GuestRun Result(string name, byte[] console, char letter, string log, string? end)
     {
-        if (end is not "")
+        if (end is null)
+            throw new EndOfStreamException();
+        if (end.Length != 0)
             throw new OracleException($"The result of guest {name} came damaged out of dom0; try again, and if it stays so, report it.");
         const string Prefix = "(XEN) ";
         StringBuilder report = new();
@@ -104,14 +117,7 @@ sealed class ResultReader(Stream stream, IReadOnlyList<BedGuest> guests)
     async Task<byte[]> ReadPartAsync(int length)
     {
         byte[] part = new byte[length];
-        try
-        {
-            await input.ReadExactlyAsync(part).ConfigureAwait(false);
-        }
-        catch (EndOfStreamException e)
-        {
-            throw new OracleException("dom0 ended in the middle of a result.", e);
-        }
+        await input.ReadExactlyAsync(part).ConfigureAwait(false);
         return part;
     }
 }

@@ -6,7 +6,7 @@
 #
 # The host reads from a virtio serial port that nothing else writes to:
 #   ready
-#   guest INDEX ENDING CONSOLE-BYTES REPORT-BYTES     ENDING: -rscwS as xl list shows it, ? for another reason, T for timed out
+#   guest INDEX ENDING CONSOLE-BYTES REPORT-BYTES     ENDING: -rscwS as in xl list, ? for another reason, T for timed out
 #   …console bytes…report bytes…newline
 #   failed BYTES
 #   …what went wrong…
@@ -31,7 +31,8 @@ fail() { # TEXT: tells the host, with what the tools said, and ends.
     # Only one process can have the channel open.
     [ -z "$sender" ] || wait "$sender"
     if [ -n "$channel" ]; then
-        { echo "failed $(wc -c </tmp/failure)"; cat /tmp/failure; } >"$channel"
+        size /tmp/failure
+        { echo "failed $size"; cat /tmp/failure; } >"$channel"
     fi
     cat /tmp/failure
     poweroff -f
@@ -48,69 +49,84 @@ now() { # Hundredths of a second since dom0 started, in $now.
     now=${now#0}
 }
 
-# The end of the log where a domain's report begins, in $log_start.
-mark_log() { log_start=$(($(wc -c <"$hypervisor_log") + 1)); }
+nap() { read -r -t "$1" _ <&3; } # SECONDS: sleeps without a process of its own; nothing ever comes out of that pipe.
 
-# Reads the state of domain $id into $state: ---s-- and so on, empty when there is none.
-read_state() {
-    state=
-    xl list "$id" >/tmp/state 2>/dev/null && state=$(awk 'END { print $5 }' /tmp/state)
+size() { set -- $(wc -c "$1") && size=$1; } # FILE: its size in bytes, in $size.
+
+start() { # INDEX NAME: makes the domain; its number in $id, the process that waits for its end in $monitor.
+    tool xl create -q "/guests/$1.cfg"
+    id=
+    tries=0
+    # "Waiting for domain NAME (domid ID) to die [pid MONITOR]"
+    until [ -n "$id" ]; do
+        while read -r line; do
+            case $line in "Waiting for domain "*)
+                id=${line#*domid } id=${id%%)*} monitor=${line##*pid } monitor=${monitor%]*} ;;
+            esac
+        done <"/var/log/xen/xl-$2.log" 2>/dev/null
+        [ -n "$id" ] || nap 0.02
+        tries=$((tries + 1))
+        [ "$tries" -lt 1000 ] || fail "xl does not watch over guest $2:"
+    done
 }
 
-wait_for_end() { # HUNDREDTHS: waits for the end of domain $id; its letter in $ending.
+wait_for_end() { # NAME HUNDREDTHS: waits for the end of the domain; its letter in $ending.
     now
-    deadline=$((now + $1))
-    while :; do
-        # Take the events that are there before looking: one that comes after the look then ends the wait.
-        while read -r -t 0 <&3; do read -r _ <&3; done
-        read_state
-        case $state in
-        ???s*) ending=${state#????} ending=${ending%?}; return ;;
-        "") fail "domain $id of guest $name is gone:" ;;
-        esac
+    deadline=$((now + $2))
+    # It was told to leave the domain as it is, and ends once it has noted why the domain shut down.
+    while [ -d "/proc/$monitor" ]; do
+        nap 0.03
         now
-        left=$((deadline - now))
-        if [ "$left" -le 0 ]; then
+        if [ "$now" -ge "$deadline" ]; then
             tool xl pause "$id"
             ending=T
             return
         fi
-        read -r -t $((left / 100 + 1)) _ <&3
     done
+    ending=
+    while read -r line; do
+        # "Domain ID has shut down, reason code 3 0x3"
+        case $line in
+        "Unknown shutdown reason"*) ending=? ;;
+        *" reason code 0 "*) ending=- ;;
+        *" reason code 1 "*) ending=r ;;
+        *" reason code 2 "*) ending=s ;;
+        *" reason code 3 "*) ending=c ;;
+        *" reason code 4 "*) ending=w ;;
+        *" reason code 5 "*) ending=S ;;
+        esac
+    done <"/var/log/xen/xl-$1.log"
+    [ -n "$ending" ] || { cat "/var/log/xen/xl-$1.log" >/tmp/tools.log; fail "xl does not know how guest $1 ended:"; }
 }
 
-# Waits until xenconsoled has taken all that domain $id printed: then dom0's end of the domain's event channels is neither
-# pending nor masked in Xen's dump of them ("[0/0/…"), which xenconsoled writes to the log as it does all that Xen prints.
-settle() {
-    tries=0
+# Waits until xenconsoled has taken all that the domain printed, and all that Xen logged. It has when it sleeps in poll without a
+# timeout: a timeout means that it has put a domain off for printing too fast, and with something to take it would not sleep. dom0
+# has one processor, so what was signalled before the domain's end has reached xenconsoled by the time that this runs.
+settle() { # NAME
+    now
+    deadline=$((now + 6000))
     while :; do
-        mark=$(($(wc -c <"$hypervisor_log") + 1))
-        tool xl debug-keys e
-        polls=0
-        while :; do
-            tail -c "+$mark" "$hypervisor_log" >/tmp/dump
-            grep -q "information for domain $id:" /tmp/dump && break
-            polls=$((polls + 1))
-            [ "$polls" -lt 500 ] || fail "xenconsoled does not pass on what Xen prints:"
-            usleep 20000
-        done
-        sed "/information for domain $id:/,\$d" /tmp/dump | grep " d=$id p=" | grep -qvF '[0/0/' || return
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "xenconsoled does not take what guest $name printed:"
-        usleep 50000
+        # The number of the system call and its arguments in hexadecimal; 7 is poll, its third argument the timeout, -1 for none.
+        read -r call _ _ timeout _ <"/proc/$consoled/syscall"
+        case "$call $timeout" in "7 0xffffffff" | "7 0xffffffffffffffff") return ;; esac
+        nap 0.02
+        now
+        [ "$now" -lt "$deadline" ] || fail "xenconsoled does not take what guest $1 printed:"
     done
 }
 
 send() { # INDEX NAME ENDING ID: sends the result and lets the domain go.
     log=/var/log/xen/console/guest-$2.log
-    report=/tmp/report.$1
+    size "$log"; console_size=$size
+    size "/tmp/report.$1"
     {
-        echo "guest $1 $3 $(wc -c <"$log") $(wc -c <"$report")"
-        cat "$log" "$report"
+        echo "guest $1 $3 $console_size $size"
+        cat "$log" "/tmp/report.$1"
         echo
     } >"$channel"
-    rm -f "$log" "$report"
-    tool xl destroy "$4"
+    rm -f "$log" "/tmp/report.$1" "/var/log/xen/xl-$2.log"
+    # xl has already destroyed what gave no known reason.
+    [ "$3" = "?" ] || tool xl destroy "$4"
 }
 
 cd /modules
@@ -124,24 +140,22 @@ tool mount -t xenfs xenfs /proc/xen
 
 tool xenstored --pid-file /run/xenstored.pid
 tool xen-init-dom0
-# It keeps the descriptors that it starts with; /tmp/tools.log is only for what fails.
+# Whatever it says, it says on dom0's console: it keeps the descriptors that it starts with.
 xenconsoled --log=all --pid-file=/run/xenconsoled.pid >/dev/console 2>&1 || fail "xenconsoled does not start:"
-mkfifo /tmp/ends
-# xenstored fires this watch when any domain shuts down or is gone.
-xenstore-watch @releaseDomain >/tmp/ends 2>/dev/null &
-exec 3</tmp/ends
-until [ -s "$hypervisor_log" ]; do usleep 20000; done
+mkfifo /tmp/never
+exec 3<>/tmp/never
+until [ -s "$hypervisor_log" ] && read -r consoled </run/xenconsoled.pid; do nap 0.02; done
 
 echo ready >"$channel"
-id=0
+settle "before the first"
+size "$hypervisor_log"
 while read -r index name time <&4; do
-    # Xen counts domains up, and nobody else makes any here.
-    id=$((id + 1))
-    mark_log
-    tool xl create -q -e "/guests/$index.cfg"
-    wait_for_end "$time"
-    settle
-    tail -c "+$log_start" "$hypervisor_log" | sed "/ 'e' pressed -> /,\$d" >"/tmp/report.$index"
+    log_start=$((size + 1))
+    start "$index" "$name"
+    wait_for_end "$name" "$time"
+    settle "$name"
+    tail -c "+$log_start" "$hypervisor_log" >"/tmp/report.$index"
+    size "$hypervisor_log"
     # Sending and destroying go on while the next domain is made.
     [ -z "$sender" ] || wait "$sender"
     send "$index" "$name" "$ending" "$id" &

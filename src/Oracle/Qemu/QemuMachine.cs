@@ -48,7 +48,7 @@ public sealed record QemuOptions(string Kernel)
 /// <summary>How a machine's run ended.</summary>
 /// <param name="SerialOutput">All that the serial console said, with newlines alone as line ends; a lone carriage return ends a line too.</param>
 /// <param name="TimedOut">Whether it was switched off because its time was up.</param>
-/// <param name="ExitCode">QEMU's exit status; 0 when the guest switched the machine off or reset it.</param>
+/// <param name="ExitCode">QEMU's exit status; 0 when the guest switched the machine off or reset it, or the caller did.</param>
 /// <param name="Error">What QEMU itself complained of.</param>
 public sealed record QemuResult(string SerialOutput, bool TimedOut, int ExitCode, string Error);
 
@@ -92,6 +92,7 @@ public static class QemuMachine
         Task<string> serial = ReadLinesAsync(hasChannel ? process.StandardError : process.StandardOutput, options.OnLine);
         Task<string> error = hasChannel ? Task.FromResult("") : process.StandardError.ReadToEndAsync(CancellationToken.None);
         Task channel = options.ReadChannel is { } read ? ReadChannelAsync(read, process.StandardOutput.BaseStream) : Task.CompletedTask;
+        bool killed = false;
         bool timedOut = false;
         using (CancellationTokenSource stop =
             CancellationTokenSource.CreateLinkedTokenSource(cancellation, options.SwitchOff))
@@ -103,6 +104,7 @@ public static class QemuMachine
             }
             catch (OperationCanceledException)
             {
+                killed = true;
                 timedOut = !options.SwitchOff.IsCancellationRequested && !cancellation.IsCancellationRequested;
                 process.Kill();
                 await process.WaitForExitAsync(CancellationToken.None).ConfigureAwait(false);
@@ -112,8 +114,7 @@ public static class QemuMachine
         string complaint = await error.ConfigureAwait(false);
         await channel.ConfigureAwait(false);
         cancellation.ThrowIfCancellationRequested();
-        int exitCode = options.SwitchOff.IsCancellationRequested ? 0 : process.ExitCode;
-        return new QemuResult(output, timedOut, exitCode, complaint.Trim());
+        return new QemuResult(output, timedOut, killed && !timedOut ? 0 : process.ExitCode, complaint.Trim());
     }
 
     private static List<string> Arguments(QemuOptions options)

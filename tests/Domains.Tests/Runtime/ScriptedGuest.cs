@@ -18,9 +18,12 @@ public abstract unsafe class ScriptedGuest
     [SetUp]
     public void SetUpDomain()
     {
-        _domain = new FakeDomain();
+        _domain = new FakeDomain(change: Change);
         _domain.Context->State->EventCallback = Handler;
     }
+
+    /// <summary>What the domain is to be beyond the usual.</summary>
+    private protected virtual DomainOptions Change(DomainOptions options) => options;
 
     [TearDown]
     public void TearDownDomain() => _domain.Dispose();

@@ -132,6 +132,37 @@ public sealed unsafe class TimekeepingTests
     }
 
     [Test]
+    public void The_manager_reads_the_guest_s_own_clock()
+    {
+        var clocks = new Clocks(2_450_000, 300);
+        Timekeeping time = clocks.Start();
+        VcpuTimeInfo info = default;
+        for (int i = 0; i < 100; i++)
+        {
+            time.Calibrate();
+            time.Update(&info);
+            clocks.Now += 77_777_777;
+            Assert.That(time.SystemTime, Is.EqualTo((long)GuestTime(info, clocks.Tsc)));
+
+            // However wrong the rate is, a deadline is as far off on the host's clock as it is on the guest's.
+            Assert.That(time.ToMonotonic(time.SystemTime + Second) - clocks.Now, Is.EqualTo(Second));
+        }
+
+        Assert.That(time.ToMonotonic(long.MaxValue), Is.EqualTo(long.MaxValue));
+        Assert.That(time.ToMonotonic(long.MinValue), Is.EqualTo(clocks.Now));
+    }
+
+    [Test]
+    public void A_counter_that_is_a_little_behind_does_not_turn_time_over()
+    {
+        ulong tsc = 1_000_000;
+        var time = new Timekeeping(new TimeStampCounter(1_000_000, 0), () => tsc, () => 500, DateTime.UnixEpoch);
+        long before = time.SystemTime;
+        tsc -= 20;
+        Assert.That(time.SystemTime, Is.EqualTo(before));
+    }
+
+    [Test]
     public void The_version_is_even_and_grows()
     {
         Timekeeping time = new Clocks(2_000_000, 0).Start();

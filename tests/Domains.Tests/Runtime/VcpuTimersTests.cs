@@ -52,6 +52,17 @@ public sealed class VcpuTimersTests
     }
 
     [Test]
+    public void Periodic_rests_while_its_vCPU_waits()
+    {
+        _timers.SetPeriodic(100, 1000);
+        Assert.That(_timers.NextWhileWaiting, Is.EqualTo(long.MaxValue));
+        _timers.Poll = 3000;
+        Assert.That(_timers.NextWhileWaiting, Is.EqualTo(3000));
+        _timers.Singleshot = 2000;
+        Assert.That(_timers.NextWhileWaiting, Is.EqualTo(2000));
+    }
+
+    [Test]
     public void The_longest_period_does_not_overflow()
     {
         var timers = new VcpuTimers();

@@ -16,10 +16,10 @@ internal static class CallbackScripts
     {
         script.Case("all three are set", c =>
         {
-            c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), c.Handler((int)ProbeEntry.Syscall32));
+            SetCallbacks(c, c.Handler((int)ProbeEntry.Syscall32));
             SystemCall(c);
             SelfMadeUpcall(c);
-            c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), c.Handler((int)ProbeEntry.Syscall));
+            SetCallbacks(c, c.Handler((int)ProbeEntry.Syscall));
             SystemCall(c);
         });
         script.Case("addresses that are not canonical are passed over, the others set", c =>
@@ -27,16 +27,16 @@ internal static class CallbackScripts
             c.Hypercall(GuestHypercall.SetCallbacks, NonCanonical, NonCanonical, c.Handler((int)ProbeEntry.Sysenter));
             SystemCall(c);
             SelfMadeUpcall(c);
-            c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), NonCanonical);
+            SetCallbacks(c, NonCanonical);
             SystemCall(c);
-            c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), c.Handler((int)ProbeEntry.Syscall));
+            SetCallbacks(c, c.Handler((int)ProbeEntry.Syscall));
         });
         script.Case("the flags of callback_op are lost", c =>
         {
             c.RegisterCallback("masking", Callback.Syscall, Callback.MaskEvents, c.Handler((int)ProbeEntry.Syscall));
             SystemCall(c);
             c.MaskUpcalls(false);
-            c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), c.Handler((int)ProbeEntry.Syscall));
+            SetCallbacks(c, c.Handler((int)ProbeEntry.Syscall));
             SystemCall(c);
         });
     });
@@ -62,14 +62,14 @@ internal static class CallbackScripts
         });
         script.Case("an address that is not canonical, of every type", c =>
         {
-            foreach (int type in (int[])[Callback.Event, Callback.Failsafe, Callback.Syscall, Callback.Nmi, Callback.Sysenter, Callback.SyscallCompat, Callback.Unknown[0]])
+            foreach (int type in (int[])[.. Callback.Known, Callback.Unknown[0]])
                 c.RegisterCallback($"type{type}", type, 0, NonCanonical);
             SelfMadeUpcall(c);
             SystemCall(c);
         });
         script.Case("only the NMI callback can be unregistered", c =>
         {
-            foreach (int type in (int[])[Callback.Event, Callback.Failsafe, Callback.Syscall, Callback.Nmi, Callback.Nmi, Callback.Sysenter, Callback.SyscallCompat])
+            foreach (int type in (int[])[.. Callback.Known, Callback.Nmi])
                 c.Hypercall(GuestHypercall.CallbackOp, Callback.Unregister, c.Structure($"type{type}", 8, (0, 2, type)));
             SelfMadeUpcall(c);
             SystemCall(c);
@@ -103,7 +103,9 @@ internal static class CallbackScripts
             c.Hypercall(GuestHypercall.CallbackOp, Callback.Unregister, NonCanonical);
         });
         script.Case("the command's upper half is not looked at", c =>
-            c.Hypercall(GuestHypercall.CallbackOp, Value.Constant(0x1_0000_0000, "register + 2^32"), c.Structure("event", 16, (8, 8, c.UpcallHandler))));
+            c.Hypercall(
+                GuestHypercall.CallbackOp, Value.Constant(0x1_0000_0000, "register + 2^32"),
+                c.Structure("event", 16, (8, 8, c.UpcallHandler))));
     });
 
     public static AbiScript CreateSystemCalls() => new("system-calls", "callbacks", script =>
@@ -123,8 +125,11 @@ internal static class CallbackScripts
             a.syscall();
             a.mov(r8, rcx);
             a.mov(r9, r11);
-        }, [Register64.Rax, Register64.Rdx, Register64.Rsi, Register64.R8, Register64.R9], [(Register64.Rdx, 0x1111), (Register64.Rsi, 0x2222)], resumes: 1));
-        script.Case("with the stack pointer anywhere", c => c.User("syscall", static a => a.syscall(), with: [(Register64.Rsp, Addresses.NonCanonical)]));
+        },
+        [Register64.Rax, Register64.Rdx, Register64.Rsi, Register64.R8, Register64.R9],
+        [(Register64.Rdx, 0x1111), (Register64.Rsi, 0x2222)], resumes: 1));
+        script.Case("with the stack pointer anywhere", c => c.User("syscall", static a => a.syscall(),
+            with: [(Register64.Rsp, Addresses.NonCanonical)]));
         script.Case("with events masked", c =>
         {
             c.MaskUpcalls(true);
@@ -171,7 +176,8 @@ internal static class CallbackScripts
         script.Case("int n by the entry's level", c =>
         {
             // QEMU's software CPU names vector 2n where hardware names n: both have the entry, so that it does not matter.
-            void Both(string name, int flags) => c.Install(name, new Trap(0x30, flags, c.Handler(0x81)), new Trap(0x60, flags, c.Handler(0x81)));
+            void Both(string name, int flags) =>
+                c.Install(name, new Trap(0x30, flags, c.Handler(0x81)), new Trap(0x60, flags, c.Handler(0x81)));
             Both("level3", TrapFlags.UserMayRaise);
             c.User("int 0x30", static a => a.@int(0x30));
             c.Kernel("int 0x30", static a => a.@int(0x30));
@@ -190,7 +196,9 @@ internal static class CallbackScripts
             c.Install("level0", new Trap(0x31, 0, c.Handler(0x81)), new Trap(0x62, 0, c.Handler(0x81)));
             c.Kernel("int 0x31", static a => a.@int(0x31));
             c.User("int 0x31", static a => a.@int(0x31));
-            c.Install("level1", new Trap(0x31, TrapFlags.KernelMayRaise, c.Handler(0x81)), new Trap(0x62, TrapFlags.KernelMayRaise, c.Handler(0x81)));
+            c.Install(
+                "level1", new Trap(0x31, TrapFlags.KernelMayRaise, c.Handler(0x81)),
+                new Trap(0x62, TrapFlags.KernelMayRaise, c.Handler(0x81)));
             c.User("int 0x31", static a => a.@int(0x31));
         });
         script.Case("int n without an entry", c => c.User("int 0x32", static a => a.@int(0x32)));
@@ -247,6 +255,10 @@ internal static class CallbackScripts
             c.Hypercall(GuestHypercall.VcpuOp, VcpuOperation.SendNmi, 99, 0);
         });
     });
+
+    /// <summary>Sets the callbacks, the one of system calls among them.</summary>
+    private static void SetCallbacks(AbiCase c, Value syscall)
+        => c.Hypercall(GuestHypercall.SetCallbacks, c.UpcallHandler, c.Handler((int)ProbeEntry.Failsafe), syscall);
 
     /// <summary>An upcall without an event: the guest sets the pending flag itself, and makes a hypercall.</summary>
     private static void SelfMadeUpcall(AbiCase c)

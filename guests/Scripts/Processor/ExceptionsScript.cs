@@ -8,8 +8,6 @@ namespace XenSharp.Guests.Scripts.Processor;
 
 internal static class ExceptionsScript
 {
-    private const int Other = 0x82;
-
     /// <summary>The same cases at both privileges.</summary>
     public static AbiScript Create(bool user) => new(user ? "exceptions-user" : "exceptions-kernel", "exceptions", script =>
     {
@@ -80,8 +78,10 @@ internal static class ExceptionsScript
         script.Case("#GP without a selector", c =>
         {
             c.Run(user, "hlt", static a => a.hlt());
-            c.Run(user, "load from a non-canonical address", static a => a.mov(rax, __qword_ptr[rcx]), with: [(Register64.Rcx, Addresses.NonCanonical)]);
-            c.Run(user, "store to a non-canonical address", static a => a.mov(__qword_ptr[rcx], rax), with: [(Register64.Rcx, Addresses.NonCanonical)]);
+            c.Run(user, "load from a non-canonical address", static a => a.mov(rax, __qword_ptr[rcx]),
+                with: [(Register64.Rcx, Addresses.NonCanonical)]);
+            c.Run(user, "store to a non-canonical address", static a => a.mov(__qword_ptr[rcx], rax),
+                with: [(Register64.Rcx, Addresses.NonCanonical)]);
             c.Run(user, "jump to a non-canonical address", static a => a.jmp(rcx), with: [(Register64.Rcx, Addresses.NonCanonical)]);
             c.Run(user, "16-byte access that is not aligned", static a => a.movaps(xmm0, __xmmword_ptr[rsp + 4]));
         });
@@ -120,7 +120,8 @@ internal static class ExceptionsScript
             user, "load of eight bytes that are not aligned", static a => a.mov(rax, __qword_ptr[rsp + 1]),
             with: [(Register64.Rflags, Eflags.Fixed | Eflags.AlignmentCheck)]));
         script.Case("the flags that the handler's frame keeps, and that a fault is returned from", c => c.Run(
-            user, "ud2, returned to once", static a => a.ud2(), with: [(Register64.Rflags, Eflags.Fixed | Eflags.Direction | Eflags.Id)], resumes: 1));
+            user, "ud2, returned to once", static a => a.ud2(),
+                with: [(Register64.Rflags, Eflags.Fixed | Eflags.Direction | Eflags.Id)], resumes: 1));
         script.Case("events masked before", c =>
         {
             c.MaskUpcalls(true);
@@ -301,7 +302,8 @@ internal static class ExceptionsScript
         });
     }
 
-    internal static AbiScript Ending(string name, string @case, Action<AbiCase> steps) => new(name, "exceptions", script => script.Case(@case, c =>
+    internal static AbiScript Ending(string name, string @case, Action<AbiCase> steps) =>
+        new(name, "exceptions", script => script.Case(@case, c =>
     {
         steps(c);
         c.Show(1);

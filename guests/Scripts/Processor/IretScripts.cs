@@ -13,30 +13,31 @@ internal static class IretScripts
 
     public static AbiScript CreateIret() => new("iret", "iret", script =>
     {
-        script.Case("to kernel mode: registers and flags", c => ToKernel(c, "", Eflags.Fixed | Eflags.InterruptEnable | Eflags.Carry | Eflags.Direction | Eflags.Id));
+        script.Case("to kernel mode: registers and flags", c =>
+            ToKernel(c, "", Eflags.Usual | Eflags.Carry | Eflags.Direction | Eflags.Id));
         script.Case("to kernel mode as from a system call: RCX and R11 are RIP and RFLAGS", c =>
-            ToKernel(c, " VGCF_in_syscall", Eflags.Fixed | Eflags.InterruptEnable | Eflags.Carry, InSyscall));
-        script.Case("flags words that nobody knows are ignored", c => ToKernel(c, "", Eflags.Fixed | Eflags.InterruptEnable, 0xfeff));
+            ToKernel(c, " VGCF_in_syscall", Eflags.Usual | Eflags.Carry, InSyscall));
+        script.Case("flags words that nobody knows are ignored", c => ToKernel(c, "", Eflags.Usual, 0xfeff));
         script.Case("flags that the guest cannot have are dropped", c =>
         {
-            ToKernel(c, " IOPL", Eflags.Fixed | Eflags.InterruptEnable | Eflags.Iopl);
-            ToKernel(c, " VM", Eflags.Fixed | Eflags.InterruptEnable | Eflags.Virtual8086);
-            ToKernel(c, " NT", Eflags.Fixed | Eflags.InterruptEnable | Eflags.NestedTask);
+            ToKernel(c, " IOPL", Eflags.Usual | Eflags.Iopl);
+            ToKernel(c, " VM", Eflags.Usual | Eflags.Virtual8086);
+            ToKernel(c, " NT", Eflags.Usual | Eflags.NestedTask);
             ToKernel(c, " without the bit that is always set", Eflags.InterruptEnable);
-            ToKernel(c, " RF", Eflags.Fixed | Eflags.InterruptEnable | Eflags.Resume);
+            ToKernel(c, " RF", Eflags.Usual | Eflags.Resume);
         });
         script.Case("the upcall mask comes from IF", c =>
         {
             ToKernel(c, " without IF", Eflags.Fixed);
             c.Load(c.VcpuInfo() + 1, 1);
-            ToKernel(c, " with IF", Eflags.Fixed | Eflags.InterruptEnable);
+            ToKernel(c, " with IF", Eflags.Usual);
             c.Load(c.VcpuInfo() + 1, 1);
         });
         script.Case("an upcall that is due comes where iret leads", c =>
         {
             c.MaskUpcalls(true);
             c.Put(c.VcpuInfo(), 1, 1);
-            To(c, "iret to user code with IF, an upcall due", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable);
+            To(c, "iret to user code with IF, an upcall due", Selectors.FlatRing3Cs64, Eflags.Usual);
         });
         script.Case("an upcall that is due does not come while the frame masks it", c =>
         {
@@ -49,45 +50,46 @@ internal static class IretScripts
         });
         script.Case("to user mode: the frame of what it does next", c =>
         {
-            To(c, "iret to user code", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Carry);
-            To(c, "iret to user code, as from a system call", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Carry, flags: InSyscall);
+            To(c, "iret to user code", Selectors.FlatRing3Cs64, Eflags.Usual | Eflags.Carry);
+            To(c, "iret to user code, as from a system call", Selectors.FlatRing3Cs64, Eflags.Usual | Eflags.Carry, flags: InSyscall);
             To(c, "iret to user code without IF", Selectors.FlatRing3Cs64, Eflags.Fixed);
             c.MaskUpcalls(false);
         });
         script.Case("single step of the first instruction of user mode", c =>
-            To(c, "iret to user code with TF", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Trap));
+            To(c, "iret to user code with TF", Selectors.FlatRing3Cs64, Eflags.Usual | Eflags.Trap));
         script.Case("code selectors: RPL 1 and 2 are kernel mode, the hypervisor makes 3 of them", c =>
         {
-            To(c, "iret to cs 0xe031", Selectors.FlatKernelCs64 | 1, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0xe032", Selectors.FlatKernelCs64 | 2, Eflags.Fixed | Eflags.InterruptEnable);
+            To(c, "iret to cs 0xe031", Selectors.FlatKernelCs64 | 1, Eflags.Usual);
+            To(c, "iret to cs 0xe032", Selectors.FlatKernelCs64 | 2, Eflags.Usual);
         });
         script.Case("code selectors that cannot be loaded", c =>
         {
-            To(c, "iret to cs 0", 0, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 3", 3, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0x1233", 0x1233, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0x1230", 0x1230, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0xe02b, a data segment", Selectors.FlatRing3Ds, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0x17, of a table that is not there", 0x17, Eflags.Fixed | Eflags.InterruptEnable);
-            To(c, "iret to cs 0xfff8, past the table", 0xfffb, Eflags.Fixed | Eflags.InterruptEnable);
+            To(c, "iret to cs 0", 0, Eflags.Usual);
+            To(c, "iret to cs 3", 3, Eflags.Usual);
+            To(c, "iret to cs 0x1233", 0x1233, Eflags.Usual);
+            To(c, "iret to cs 0x1230", 0x1230, Eflags.Usual);
+            To(c, "iret to cs 0xe02b, a data segment", Selectors.FlatRing3Ds, Eflags.Usual);
+            To(c, "iret to cs 0x17, of a table that is not there", 0x17, Eflags.Usual);
+            To(c, "iret to cs 0xfff8, past the table", 0xfffb, Eflags.Usual);
         });
         script.Case("stack selectors that cannot be loaded", c =>
         {
-            To(c, "iret to ss 0x1233", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, ss: 0x1233);
-            To(c, "iret to ss 0xe033, a code segment", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, ss: Selectors.FlatRing3Cs64);
-            To(c, "iret to ss 0xe02b in kernel mode, RPL 0", Selectors.FlatKernelCs64, Eflags.Fixed | Eflags.InterruptEnable, ss: 0xe028);
+            To(c, "iret to ss 0x1233", Selectors.FlatRing3Cs64, Eflags.Usual, ss: 0x1233);
+            To(c, "iret to ss 0xe033, a code segment", Selectors.FlatRing3Cs64, Eflags.Usual, ss: Selectors.FlatRing3Cs64);
+            To(c, "iret to ss 0xe02b in kernel mode, RPL 0", Selectors.FlatKernelCs64, Eflags.Usual, ss: 0xe028);
         });
         script.Case("bad selectors do not matter on the way of a system call", c =>
-            To(c, "iret to cs 0x1233 ss 0x1233, as from a system call", 0x1233, Eflags.Fixed | Eflags.InterruptEnable, ss: 0x1233, flags: InSyscall));
+            To(c, "iret to cs 0x1233 ss 0x1233, as from a system call", 0x1233, Eflags.Usual, ss: 0x1233, flags: InSyscall));
         script.Case("to addresses where there is nothing", c =>
         {
-            To(c, "iret to a non-canonical address", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, rip: Addresses.NonCanonical);
-            To(c, "iret to a non-canonical address of the kernel's", Selectors.FlatKernelCs64, Eflags.Fixed | Eflags.InterruptEnable, rip: Addresses.NonCanonical);
-            To(c, "iret to a non-canonical address, as from a system call", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, rip: Addresses.NonCanonical, flags: InSyscall);
-            To(c, "iret to an address without a page", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, rip: Addresses.Unmapped);
+            To(c, "iret to a non-canonical address", Selectors.FlatRing3Cs64, Eflags.Usual, rip: Addresses.NonCanonical);
+            To(c, "iret to a non-canonical address of the kernel's", Selectors.FlatKernelCs64, Eflags.Usual, rip: Addresses.NonCanonical);
+            To(c, "iret to a non-canonical address, as from a system call",
+                Selectors.FlatRing3Cs64, Eflags.Usual, rip: Addresses.NonCanonical, flags: InSyscall);
+            To(c, "iret to an address without a page", Selectors.FlatRing3Cs64, Eflags.Usual, rip: Addresses.Unmapped);
         });
         script.Case("with a stack pointer that is not canonical", c =>
-            To(c, "iret to user code", Selectors.FlatRing3Cs64, Eflags.Fixed | Eflags.InterruptEnable, rsp: Addresses.NonCanonical));
+            To(c, "iret to user code", Selectors.FlatRing3Cs64, Eflags.Usual, rsp: Addresses.NonCanonical));
         script.Case("the processor's own iret at the guest's privilege", c => c.Kernel("iretq to the next instruction", static a =>
         {
             Label next = a.CreateLabel();

@@ -67,8 +67,10 @@ internal static class PortScripts
             c.Kernel("ud2", static a => a.ud2());
             c.User("in al, 0x20", static a => a.@in(al, Pic), [Register64.Rax]);
             c.User("ud2, flags without IOPL", static a => a.ud2(), with: [(Register64.Rflags, Eflags.Fixed | Eflags.InterruptEnable)]);
-            c.User("ud2, flags with IOPL 3", static a => a.ud2(), with: [(Register64.Rflags, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Iopl)]);
-            c.User("in al, 0x20, flags with IOPL 3", static a => a.@in(al, Pic), [Register64.Rax], [(Register64.Rflags, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Iopl)]);
+            c.User("ud2, flags with IOPL 3", static a => a.ud2(),
+                with: [(Register64.Rflags, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Iopl)]);
+            c.User("in al, 0x20, flags with IOPL 3", static a => a.@in(al, Pic),
+                [Register64.Rax], [(Register64.Rflags, Eflags.Fixed | Eflags.InterruptEnable | Eflags.Iopl)]);
             c.Hypercall(GuestHypercall.VmAssist, VmAssistOperation.Disable, VmAssistOperation.ArchitecturalIopl);
             c.Kernel("ud2", static a => a.ud2());
             c.SetIopl("iopl0", 0);
@@ -123,10 +125,14 @@ internal static class PortScripts
             In(c, Pic, 2);
             In(c, 0xa0, 1);
             Out(c, Pic, 1, 0x20);
-            c.Kernel("in al, 0x20: the upper bytes of RAX stay", static a => a.@in(al, Pic), [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788)]);
-            c.Kernel("in ax, dx", static a => a.@in(ax, dx), [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788), (Register64.Rdx, Pic)]);
-            c.Kernel("in eax, dx: the upper half of RAX is cleared", static a => a.@in(eax, dx), [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788), (Register64.Rdx, PciAddress)]);
-            c.Kernel("in al, dx: the upper half of RDX is not looked at", static a => a.@in(al, dx), [Register64.Rax], [(Register64.Rdx, 0x1234_0020)]);
+            c.Kernel("in al, 0x20: the upper bytes of RAX stay", static a => a.@in(al, Pic),
+                [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788)]);
+            c.Kernel("in ax, dx", static a => a.@in(ax, dx),
+                [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788), (Register64.Rdx, Pic)]);
+            c.Kernel("in eax, dx: the upper half of RAX is cleared", static a => a.@in(eax, dx),
+                [Register64.Rax], [(Register64.Rax, 0x1122_3344_5566_7788), (Register64.Rdx, PciAddress)]);
+            c.Kernel("in al, dx: the upper half of RDX is not looked at", static a => a.@in(al, dx),
+                [Register64.Rax], [(Register64.Rdx, 0x1234_0020)]);
         });
         script.Case("the PCI address register", c =>
         {
@@ -200,9 +206,11 @@ internal static class PortScripts
         script.Case("string input", c =>
         {
             ScriptBuffer area = c.Structure("area", 32, (0, 8, 0), (8, 8, 0x1111));
-            c.Kernel("rep insb", static a => a.rep.insb(), [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 6), (Register64.Rdx, Pic), (Register64.Rdi, area)]);
+            c.Kernel("rep insb", static a => a.rep.insb(),
+                [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 6), (Register64.Rdx, Pic), (Register64.Rdi, area)]);
             c.Load(area);
-            c.Kernel("insw", static a => a.insw(), [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 6), (Register64.Rdx, Pic), (Register64.Rdi, area[8])]);
+            c.Kernel("insw", static a => a.insw(),
+                [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 6), (Register64.Rdx, Pic), (Register64.Rdi, area[8])]);
             c.Load(area[8]);
             c.Kernel("std; insd; cld", static a =>
             {
@@ -210,13 +218,16 @@ internal static class PortScripts
                 a.insd();
                 a.cld();
             }, [Register64.Rdi], [(Register64.Rdx, PciAddress), (Register64.Rdi, area[16])]);
-            c.Kernel("rep insb of none", static a => a.rep.insb(), [Register64.Rcx, Register64.Rdi], [(Register64.Rdx, Pic), (Register64.Rdi, area)]);
+            c.Kernel("rep insb of none", static a => a.rep.insb(),
+                [Register64.Rcx, Register64.Rdi], [(Register64.Rdx, Pic), (Register64.Rdi, area)]);
         });
         script.Case("string output", c =>
         {
             ScriptBuffer area = c.Structure("area", 16, (0, 8, 0x11_2233_4455));
-            c.Kernel("rep outsb", static a => a.rep.outsb(), [Register64.Rcx, Register64.Rsi], [(Register64.Rcx, 3), (Register64.Rdx, Pic), (Register64.Rsi, area)]);
-            c.Kernel("outsd to the PCI address register", static a => a.outsd(), [Register64.Rsi], [(Register64.Rdx, PciAddress), (Register64.Rsi, area)]);
+            c.Kernel("rep outsb", static a => a.rep.outsb(),
+                [Register64.Rcx, Register64.Rsi], [(Register64.Rcx, 3), (Register64.Rdx, Pic), (Register64.Rsi, area)]);
+            c.Kernel("outsd to the PCI address register", static a => a.outsd(),
+                [Register64.Rsi], [(Register64.Rdx, PciAddress), (Register64.Rsi, area)]);
             In(c, PciAddress, 4);
         });
         script.Case("string input that faults in the midst", c =>
@@ -225,15 +236,21 @@ internal static class PortScripts
             ScratchPage hole = c.UnmappedPage("hole");
             ScratchPage readOnly = c.Page("readonly");
             c.Hypercall(GuestHypercall.UpdateVaMapping, readOnly.At, readOnly.Entry(Pte.ReadOnly), Pte.InvalidatePage);
-            c.Kernel("rep insb across the end of a page", static a => a.rep.insb(), [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 4), (Register64.Rdx, Pic), (Register64.Rdi, page[4094])]);
+            c.Kernel("rep insb across the end of a page", static a => a.rep.insb(),
+                [Register64.Rcx, Register64.Rdi], [(Register64.Rcx, 4), (Register64.Rdx, Pic), (Register64.Rdi, page[4094])]);
             c.Load(page[4092], 4);
             c.Kernel("insw across the end of a page", static a => a.insw(), with: [(Register64.Rdx, Pic), (Register64.Rdi, page[4095])]);
             c.Kernel("insb to a page that is not there", static a => a.insb(), with: [(Register64.Rdx, Pic), (Register64.Rdi, hole.At)]);
-            c.Kernel("insb to a page that is read-only", static a => a.insb(), with: [(Register64.Rdx, Pic), (Register64.Rdi, readOnly.At)]);
-            c.Kernel("insb to a non-canonical address", static a => a.insb(), with: [(Register64.Rdx, Pic), (Register64.Rdi, Addresses.NonCanonical)]);
-            c.Kernel("insb to the hypervisor's range", static a => a.insb(), with: [(Register64.Rdx, Pic), (Register64.Rdi, Addresses.Hypervisor)]);
-            c.Kernel("outsb from a page that is not there", static a => a.outsb(), with: [(Register64.Rdx, Pic), (Register64.Rsi, hole[8])]);
-            c.Kernel("outsb from a non-canonical address", static a => a.outsb(), with: [(Register64.Rdx, Pic), (Register64.Rsi, Addresses.NonCanonical)]);
+            c.Kernel("insb to a page that is read-only", static a => a.insb(),
+                with: [(Register64.Rdx, Pic), (Register64.Rdi, readOnly.At)]);
+            c.Kernel("insb to a non-canonical address", static a => a.insb(),
+                with: [(Register64.Rdx, Pic), (Register64.Rdi, Addresses.NonCanonical)]);
+            c.Kernel("insb to the hypervisor's range", static a => a.insb(),
+                with: [(Register64.Rdx, Pic), (Register64.Rdi, Addresses.Hypervisor)]);
+            c.Kernel("outsb from a page that is not there", static a => a.outsb(),
+                with: [(Register64.Rdx, Pic), (Register64.Rsi, hole[8])]);
+            c.Kernel("outsb from a non-canonical address", static a => a.outsb(),
+                with: [(Register64.Rdx, Pic), (Register64.Rsi, Addresses.NonCanonical)]);
         });
         script.Case("under a single step", c => c.Kernel("popf with TF; in al, 0x20; nop", static a =>
         {

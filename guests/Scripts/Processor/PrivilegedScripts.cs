@@ -162,7 +162,12 @@ internal static class PrivilegedScripts
         {
             c.Kernel("mov rax, cr0", static a => a.mov(rax, cr0), [Register64.Rax]);
             c.Kernel("mov cr0, rcx: as it was", static a => a.mov(cr0, rcx), with: [(Register64.Rcx, 0x8005_0033)]);
-            foreach ((string what, ulong value) in ((string, ulong)[])[("without PG", 0x0005_0033), ("without WP", 0x8004_0033), ("with CD", 0xc005_0033), ("with EM", 0x8005_0037), ("with an upper bit", 0x1_8005_0033)])
+            (string What, ulong Value)[] refused =
+            [
+                ("without PG", 0x0005_0033), ("without WP", 0x8004_0033), ("with CD", 0xc005_0033), ("with EM", 0x8005_0037),
+                ("with an upper bit", 0x1_8005_0033),
+            ];
+            foreach ((string what, ulong value) in refused)
                 c.Kernel($"mov cr0, rcx: {what}", static a => a.mov(cr0, rcx), with: [(Register64.Rcx, value)]);
             c.Kernel("mov rax, cr0", static a => a.mov(rax, cr0), [Register64.Rax]);
         });
@@ -189,7 +194,8 @@ internal static class PrivilegedScripts
             c.Show((registers[Register64.Rax] - (c.Root << 12)).Named("cr3-root"));
             c.Kernel("mov cr3, rcx: the same", static a => a.mov(cr3, rcx), with: [(Register64.Rcx, (c.Root << 12).Named("root"))]);
             ScratchPage page = c.Page("page");
-            c.Kernel("mov cr3, rcx: a page that is no root", static a => a.mov(cr3, rcx), with: [(Register64.Rcx, (page.Mfn << 12).Named("page"))]);
+            c.Kernel("mov cr3, rcx: a page that is no root", static a => a.mov(cr3, rcx),
+                with: [(Register64.Rcx, (page.Mfn << 12).Named("page"))]);
             c.Kernel("mov cr3, rcx: beyond all memory", static a => a.mov(cr3, rcx), with: [(Register64.Rcx, 0x000f_ffff_ffff_f000)]);
         });
         script.Case("CR4", c =>
@@ -358,7 +364,8 @@ internal static class PrivilegedScripts
                 a.mov(rax, dr7);
             }, [Register64.Rax], [(Register64.Rcx, 0x8000)]);
             c.Kernel("mov dr1, rcx", static a => a.mov(dr1, rcx), with: [(Register64.Rcx, NonCanonical)]);
-            c.Kernel("mov dr1, rcx", static a => a.mov(dr1, rcx), with: [(Register64.Rcx, Value.Constant(Addresses.Hypervisor, "hypervisor"))]);
+            c.Kernel("mov dr1, rcx", static a => a.mov(dr1, rcx),
+                with: [(Register64.Rcx, Value.Constant(Addresses.Hypervisor, "hypervisor"))]);
             c.Kernel("mov dr7, rcx", static a => a.mov(dr7, rcx), with: [(Register64.Rcx, 0x2000)]);
             c.Kernel("mov dr7, rcx", static a => a.mov(dr7, rcx), with: [(Register64.Rcx, Value.Constant(0x1_0000_0000, "2^32"))]);
             c.Kernel("mov rax, dr4", static a => a.db(0x0f, 0x21, 0xe0), [Register64.Rax]);
@@ -407,7 +414,8 @@ internal static class PrivilegedScripts
     {
         script.Case("segment bases", c =>
         {
-            foreach ((string name, uint number) in ((string, uint)[])[("FS_BASE", MsrNumber.FsBase), ("GS_BASE", MsrNumber.GsBase), ("KERNEL_GS_BASE", MsrNumber.KernelGsBase)])
+            foreach ((string name, uint number) in ((string, uint)[])
+                [("FS_BASE", MsrNumber.FsBase), ("GS_BASE", MsrNumber.GsBase), ("KERNEL_GS_BASE", MsrNumber.KernelGsBase)])
             {
                 c.WriteMsr(name, number, 0x1234_5678_9abc);
                 c.ReadMsr(name, number);
@@ -427,7 +435,10 @@ internal static class PrivilegedScripts
         script.Case("registers of SYSCALL and SYSENTER", c =>
         {
             foreach ((string name, uint number) in ((string, uint)[])
-                [("STAR", MsrNumber.Star), ("LSTAR", MsrNumber.Lstar), ("CSTAR", MsrNumber.Cstar), ("SF_MASK", MsrNumber.SyscallMask), ("SYSENTER_CS", MsrNumber.SysenterCs)])
+                [
+                    ("STAR", MsrNumber.Star), ("LSTAR", MsrNumber.Lstar), ("CSTAR", MsrNumber.Cstar), ("SF_MASK", MsrNumber.SyscallMask),
+                    ("SYSENTER_CS", MsrNumber.SysenterCs),
+                ])
             {
                 c.ReadMsr(name, number);
                 c.WriteMsr(name, number, 0);
@@ -482,7 +493,8 @@ internal static class PrivilegedScripts
             c.ReadMsr("0xffffffff", uint.MaxValue);
         });
         script.Case("only the lower half of RCX counts", c => c.Kernel(
-            "rdmsr", static a => a.rdmsr(), [Register64.Rax, Register64.Rdx], [(Register64.Rcx, 0x1234_0000_0000 | (ulong)MsrNumber.ApicBase)]));
+            "rdmsr", static a => a.rdmsr(),
+                [Register64.Rax, Register64.Rdx], [(Register64.Rcx, 0x1234_0000_0000 | (ulong)MsrNumber.ApicBase)]));
         script.Case("a hypercall page", c =>
         {
             ScratchPage page = c.Page("hypercalls");
@@ -510,7 +522,9 @@ internal static class PrivilegedScripts
             c.Install("none", new Trap(Vectors.Divide, 0, c.Handler(Vectors.Divide)));
             c.Hypercall(GuestHypercall.SetTrapTable, 0);
             c.ReadMsr("LSTAR", MsrNumber.Lstar);
-            c.Install("usual", new Trap(Vectors.GeneralProtection, 0, c.Handler(Vectors.GeneralProtection)), new Trap(Vectors.PageFault, 0, c.Handler(Vectors.PageFault)));
+            c.Install(
+                "usual", new Trap(Vectors.GeneralProtection, 0, c.Handler(Vectors.GeneralProtection)),
+                new Trap(Vectors.PageFault, 0, c.Handler(Vectors.PageFault)));
             c.ReadMsr("LSTAR", MsrNumber.Lstar);
         });
     });
@@ -538,8 +552,9 @@ internal static class PrivilegedScripts
         });
         script.Case("what is hidden from a PV guest, leaf 1", c =>
         {
-            // DTES64, MONITOR, DS-CPL, VMX, SMX, TM2, xTPR, PDCM, PCID, DCA, x2APIC, TSC deadline.
-            const ulong HiddenInRcx = (1 << 2) | (1 << 3) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 14) | (1 << 15) | (1 << 17) | (1 << 18) | (1 << 24);
+            // DTES64, MONITOR, DS-CPL, VMX, SMX, TM2, xTPR, PDCM, PCID, DCA, TSC deadline.
+            const ulong HiddenInRcx =
+                (1 << 2) | (1 << 3) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 14) | (1 << 15) | (1 << 17) | (1 << 18) | (1 << 24);
 
             // VME, PSE, PGE, PSE36, DS, TM, PBE.
             const ulong HiddenInRdx = (1 << 1) | (1 << 3) | (1 << 13) | (1 << 17) | (1 << 21) | (1 << 29) | (1UL << 31);

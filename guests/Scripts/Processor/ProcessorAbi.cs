@@ -25,7 +25,6 @@ internal static class Eflags
     public const ulong Resume = 1 << 16;
     public const ulong Virtual8086 = 1 << 17;
     public const ulong AlignmentCheck = 1 << 18;
-    public const ulong VirtualInterrupt = 1 << 19;
     public const ulong Id = 1 << 21;
 
     /// <summary>Interrupts on and nothing else: what leaves the upcall mask clear when iret leads to user mode.</summary>
@@ -36,13 +35,10 @@ internal static class Eflags
 internal static class Vectors
 {
     public const int Divide = 0;
-    public const int Debug = 1;
     public const int Nmi = 2;
     public const int Breakpoint = 3;
     public const int Overflow = 4;
-    public const int Bound = 5;
     public const int InvalidOpcode = 6;
-    public const int DeviceNotAvailable = 7;
     public const int GeneralProtection = 13;
     public const int PageFault = 14;
 }
@@ -87,7 +83,11 @@ internal static class Callback
     public const int Sysenter = 5;
     public const int SyscallCompat = 7;
 
-    /// <summary>CALLBACKTYPE_sysenter_deprecated and CALLBACKTYPE_vm86, which 64-bit Xen does not know, and one that nobody knows.</summary>
+    public static readonly int[] Known = [Event, Failsafe, Syscall, Nmi, Sysenter, SyscallCompat];
+
+    /// <summary>
+    /// CALLBACKTYPE_sysenter_deprecated and CALLBACKTYPE_vm86, which 64-bit Xen does not know, and one that nobody knows.
+    /// </summary>
     public static readonly int[] Unknown = [3, 6, 99];
 
     public const int MaskEvents = 1;

@@ -100,9 +100,10 @@ public sealed unsafe class HostileGuestTests
                 domain.Channels.SendVirq((int)(step.B % 128), (int)(step.C % Virq.Count));
                 return 0;
             case 19:
-                domain.Channels.BeginPoll(step.Vcpu, (int)step.A);
-                _ = domain.Channels.AnyPending([step.B, step.C], out long error);
-                return error;
+                domain.Channels.BeginPoll(step.Vcpu);
+                long pending = domain.Channels.IsPending(step.B);
+                domain.Channels.NarrowPoll(step.Vcpu, step.A);
+                return Math.Min(pending, 0);
             default:
                 domain.Channels.EndPoll(step.Vcpu);
                 domain.Channels.VcpuInfoMoved(step.Vcpu);

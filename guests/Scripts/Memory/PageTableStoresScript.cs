@@ -280,9 +280,12 @@ internal static class PageTableStoresScript
             ScratchPage table = c.PinnedTable(1, "l1");
             foreach ((string text, Action<Assembler> emit) in operations)
             {
-                c.Store(table.At, 8, text.Contains("8b", StringComparison.Ordinal) ? 0x0000_0002_89ab_cdeeUL : Absent);
+                // Of eight bytes the upper half is compared with EDX.
+                bool isPair = text.Contains("8b", StringComparison.Ordinal);
+                ulong expected = isPair ? Absent & uint.MaxValue : Absent;
+                c.Store(table.At, 8, isPair ? expected | (2UL << 32) : expected);
                 c.Kernel(text, emit, [Register64.Rax, Register64.Rdx, Register64.Rflags],
-                    [(Register64.Rdi, table.At), (Register64.Rax, text.Contains("8b", StringComparison.Ordinal) ? 0x89ab_cdeeUL : Absent), (Register64.Rcx, 0x40), (Register64.Rdx, 2), (Register64.Rbx, 0x60)]);
+                    [(Register64.Rdi, table.At), (Register64.Rax, expected), (Register64.Rcx, 0x40), (Register64.Rdx, 2), (Register64.Rbx, 0x60)]);
                 c.Load(table.At);
             }
         });

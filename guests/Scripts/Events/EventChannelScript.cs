@@ -528,6 +528,9 @@ internal static class EventChannelScript
             ScriptBuffer request = c.Structure("request", 8, (0, 2, DomainIds.Self), (2, 2, DomainIds.Self));
             ScriptBuffer good = c.Structure("good", 8, (0, 4, (int)GuestShutdownReason.Reboot));
             ScriptBuffer bad = c.Structure("bad", 8, (0, 4, (int)GuestShutdownReason.Crash));
+
+            // What the console's other end has not taken before, it never will.
+            c.Settle();
             c.Kernel("reset, status, alloc_unbound, shutdown", a =>
             {
                 Iced.Intel.Label failed = a.CreateLabel();

@@ -118,9 +118,30 @@ public sealed unsafe class MmuextOpTests
         for (int slot = 256; slot < 272; slot++)
             *machine.Entry(20, slot) = new PageTableEntry(ulong.MaxValue);
         Assert.That(machine.Pin(4, 20), Is.Zero);
+        int machineToPhys = machine.Context->MachineToPhysStart.TableIndex(4) - 256;
         for (int slot = 0; slot < 16; slot++)
-            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(machine.Context->HypervisorSlots[slot]));
+            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(slot == machineToPhys ? 0 : machine.Context->HypervisorSlots[slot]));
         Assert.That(machine.Unpin(20), Is.Zero);
+    }
+
+    [Test]
+    public void The_M2P_table_is_seen_from_roots_of_the_kernel()
+    {
+        using TestMachine machine = NewMachine();
+        int slot = machine.Context->MachineToPhysStart.TableIndex(4);
+        ulong shown = machine.Context->HypervisorSlots[slot - 256];
+        Assert.That(machine.Extended(15, Frame(20).Value), Is.Zero);
+        Assert.That(machine.Entry(20, slot)->Value, Is.Zero, "a root of user mode");
+        Assert.That(machine.Extended(5, Frame(20).Value), Is.Zero);
+        Assert.That(machine.Entry(20, slot)->Value, Is.EqualTo(shown), "of the kernel");
+        Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(0)), Is.EqualTo(Errno.None));
+        Assert.That(machine.Entry(20, slot)->Value, Is.EqualTo(shown), "of the kernel once");
+
+        machine.Context->State->VmAssists = (ulong)VmAssist.M2PStrict;
+        Assert.That(machine.Pin(4, 21), Is.Zero);
+        Assert.That(machine.Entry(21, slot)->Value, Is.EqualTo(shown), "a new L4 under m2p_strict");
+        Assert.That(machine.Extended(15, Frame(21).Value), Is.Zero);
+        Assert.That(machine.Entry(21, slot)->Value, Is.Zero, "which becomes a root of user mode");
     }
 
     [Test]

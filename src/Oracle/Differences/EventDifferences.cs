@@ -13,19 +13,22 @@ internal static class EventDifferences
     [
         KnownDifference.NotBuilt("event-channel-fifo", "control blocks that are refused", "event_channel_op(init_control, frame of the root table)", "-ENOSYS", NoFifo),
         KnownDifference.CaseNotBuilt("event-channel-fifo", "a port under the FIFO ABI", NoFifo),
-        .. ((string Step, string Answer)[])[
+        .. new (string Step, string Answer)[]
+        {
             ("console_io(0, 0, null)", "0"), ("console_io(0, 8, null)", "-EFAULT"), ("console_io(0, 8, non-canonical)", "-EFAULT"),
-            ("console_io(0, 8, 4 bytes before a page's end)", "-EFAULT"), ("console_io(0, 1, text)", "0")]
-            .Select(static write => KnownDifference.ByDesign("console-io", "writing is not for a domU", write.Step, write.Answer, Console)),
-        .. ((string[])[
+            ("console_io(0, 8, 4 bytes before a page's end)", "-EFAULT"), ("console_io(0, 1, text)", "0"),
+        }.Select(static write => KnownDifference.ByDesign("console-io", "writing is not for a domU", write.Step, write.Answer, Console)),
+        .. new[]
+        {
             "the version of the table", "the size of the table", "setting the table up", "references that cannot be mapped", "handles that nobody has",
             "copies between frames of one's own", "status frames, which version 1 does not have", "swapping and flushing", "transfers",
-            "unknown operations and counts"])
-            .Select(static name => KnownDifference.CaseNotBuilt("grant-table", name, NoGrants)),
-        .. ((string[])[
+            "unknown operations and counts",
+        }.Select(static name => KnownDifference.CaseNotBuilt("grant-table", name, NoGrants)),
+        .. new[]
+        {
             "a vCPU that was not initialised", "contexts that are refused", "a vCPU runs its own steps", "it is down again, and was initialised",
             "an IPI to another vCPU", "a port that is moved to another vCPU", "bindings to other vCPUs",
-            "the vcpu_info of a vCPU that is down, and of one that is not"])
-            .Select(static name => KnownDifference.CaseNotBuilt("vcpu-second", name, OneVcpu)),
+            "the vcpu_info of a vCPU that is down, and of one that is not",
+        }.Select(static name => KnownDifference.CaseNotBuilt("vcpu-second", name, OneVcpu)),
     ];
 }

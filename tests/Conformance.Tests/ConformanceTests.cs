@@ -21,7 +21,7 @@ public sealed class ConformanceTests : KvmFixture
         AbiScript script = AbiScripts.Create().Single(script => script.Name == name);
         ScriptRun run = await ScriptRun.RunAsync(new XenSharpBed(Host), [script]).SingleAsync();
         ScriptComparison comparison = ScriptComparison.Make(script.Subject, RecordedTruth.Of(name), run.Transcript, KnownDifferences.All);
-        Assert.That(Complaints(comparison), Is.Empty, run.Run.Report);
+        Assert.That(comparison.Complaints(), Is.Empty, run.Run.Report);
     }
 
     [Test]
@@ -59,11 +59,4 @@ public sealed class ConformanceTests : KvmFixture
         Assert.That(script.Read(run.Console, "timed out").ToText(), Is.EqualTo(
             "== a loop\n1 = 1\nkernel: jmp $ = (not reached)\n2 = (not reached)\n-- ended: timed out, before the script's end\n"));
     }
-
-    private static string[] Complaints(ScriptComparison comparison) =>
-    [
-        .. comparison.Cases.SelectMany(static c => c.Lines.Where(static line => line.Verdict == Verdict.Differ)
-            .Select(line => $"{c.Name}: {line.Step}\n    Xen:      {line.Expected}\n    XenSharp: {line.Actual}")),
-        .. comparison.Stale.Select(static stale => $"{stale.Case}: {stale.Step}: listed as a known difference, but not seen"),
-    ];
 }

@@ -21,6 +21,9 @@ internal static class CompareCommand
     private const string Xen = "xen";
     private const string XenDom0 = "xen-dom0";
 
+    /// <summary>What a script may take on real Xen, which runs on an emulated processor here.</summary>
+    private static readonly TimeSpan EmulatedTimeout = TimeSpan.FromSeconds(60);
+
     internal static Command Create(IServiceProvider services)
     {
         var names = new Argument<string[]>("script") { Description = "Scripts, or what they are about (see --list); all, if none is named.", Arity = ArgumentArity.ZeroOrMore };
@@ -94,7 +97,7 @@ internal static class CompareCommand
         IGuestBed bed = await OpenXenAsync(reference, cancellation).ConfigureAwait(false);
         int changed = 0;
         List<string> bad = [];
-        await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, cancellation).ConfigureAwait(false))
+        await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, EmulatedTimeout, cancellation).ConfigureAwait(false))
         {
             if (run.Run.Ending == GuestEnding.TimedOut)
             {
@@ -130,7 +133,7 @@ internal static class CompareCommand
         {
             IGuestBed xen = await OpenXenAsync(reference, cancellation).ConfigureAwait(false);
             name = xen.Name;
-            await foreach (ScriptRun run in ScriptRun.RunAsync(xen, Rebuild(scripts), cancellation).ConfigureAwait(false))
+            await foreach (ScriptRun run in ScriptRun.RunAsync(xen, Rebuild(scripts), EmulatedTimeout, cancellation).ConfigureAwait(false))
             {
                 ComparisonDisplay.Progress($"{name}: {run.Script.Name}");
                 expected[run.Script.Name] = run.Transcript;
@@ -138,7 +141,7 @@ internal static class CompareCommand
         }
 
         List<ScriptComparison> comparisons = [];
-        await foreach (ScriptRun run in ScriptRun.RunAsync(new XenSharpBed(host), scripts, cancellation).ConfigureAwait(false))
+        await foreach (ScriptRun run in ScriptRun.RunAsync(new XenSharpBed(host), scripts, cancellation: cancellation).ConfigureAwait(false))
         {
             ScriptComparison comparison = ScriptComparison.Make(run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
             comparisons.Add(comparison);

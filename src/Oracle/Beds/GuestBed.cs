@@ -15,7 +15,7 @@ public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
     /// <summary>Memory in MiB.</summary>
     public int MemoryMiB { get; init; } = 32;
 
-    /// <summary>vCPUs, at least 1.</summary>
+    /// <summary>vCPUs, at least 1. XenSharp's domains have one so far, whatever is asked for: a guest finds the others absent.</summary>
     public int Vcpus { get; init; } = 1;
 
     /// <summary>How long it may run, by the clock of the wall, before it is taken for hung and destroyed.</summary>

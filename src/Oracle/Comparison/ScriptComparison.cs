@@ -53,6 +53,14 @@ public sealed record ScriptComparison(
     /// <summary>Whether all is as it should be.</summary>
     public bool IsGood => Stale.Count == 0 && Cases.All(static c => c.Verdict != Verdict.Differ);
 
+    /// <summary>What is not as it should be, a text each; none if <see cref="IsGood"/>.</summary>
+    public IReadOnlyList<string> Complaints() =>
+    [
+        .. Cases.SelectMany(static c => c.Lines.Where(static line => line.Verdict == Verdict.Differ)
+            .Select(line => $"{c.Name}: {line.Step}\n    Xen:      {line.Expected}\n    XenSharp: {line.Actual}")),
+        .. Stale.Select(static stale => $"{stale.Case}: {stale.Step ?? "any step"}: listed as a known difference, but not seen"),
+    ];
+
     /// <summary>Compares.</summary>
     /// <param name="subject">What the script is about.</param>
     /// <param name="expected">Xen's transcript.</param>

@@ -38,7 +38,7 @@ public sealed class SeededFaultTests : KvmFixture
     [Test]
     public async Task A_wrong_errno_is_caught()
     {
-        Change("XenSharp.Domains.dll", "XenSharp.Domains.Hypercalls.HypercallDispatcher", "Call", static body =>
+        Change("XenSharp.Domains.dll", "XenSharp.Domains.Hypercalls.HypercallDispatcher", "Serve", static body =>
         {
             Instruction constant = body.Instructions.Single(static i => i.OpCode == OpCodes.Ldc_I4_S && (sbyte)i.Operand == -(int)Errno.ENOSYS);
             constant.Operand = (sbyte)-(int)Errno.EINVAL;

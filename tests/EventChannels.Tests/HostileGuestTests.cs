@@ -7,7 +7,7 @@ namespace XenSharp.EventChannels.Tests;
 [TestFixture]
 public sealed unsafe class HostileGuestTests
 {
-    private static readonly long[] s_errors = [0, -1, -2, -3, -11, -14, -16, -17, -22, -28, -38];
+    private static readonly long[] s_errors = [0, -1, -2, -3, -11, -14, -16, -17, -22, -28, -38, -95];
 
     /// <summary>One step of a guest: what it writes over shared_info, and what it calls.</summary>
     private readonly record struct Step(int Domain, int Vcpu, int Operation, uint A, uint B, uint C, uint Noise, int Address);

@@ -18,7 +18,6 @@ internal static unsafe class PhysdevOp
 
     private enum Command : uint
     {
-        Eoi = 12,
         IrqUnmaskNotify = 4,
         IrqStatusQuery = 5,
         SetIopl = 6,
@@ -26,10 +25,12 @@ internal static unsafe class PhysdevOp
         ApicRead = 8,
         ApicWrite = 9,
         AllocIrqVector = 10,
+        Eoi = 12,
         MapPirq = 13,
         UnmapPirq = 14,
         ManagePciAdd = 15,
         ManagePciRemove = 16,
+        PirqEoiGmfn1 = 17,
         RestoreMsi = 19,
         ManagePciAddExt = 20,
         SetupGsi = 21,
@@ -38,11 +39,10 @@ internal static unsafe class PhysdevOp
         PciDeviceAdd = 25,
         PciDeviceRemove = 26,
         RestoreMsiExt = 27,
-        PirqEoiGmfn1 = 17,
         PirqEoiGmfn2 = 28,
+        DbgpOp = 29,
         PrepareMsix = 30,
         ReleaseMsix = 31,
-        DbgpOp = 29,
     }
 
     /// <summary>struct physdev_set_iobitmap.</summary>

@@ -43,7 +43,10 @@ public class TinyGuestTests
 
     [TestCase(TinyGuestBehaviour.PowerOff, 0u)]
     [TestCase(TinyGuestBehaviour.Reboot, 1u)]
+    [TestCase(TinyGuestBehaviour.Suspend, 2u)]
     [TestCase(TinyGuestBehaviour.Crash, 3u)]
+    [TestCase(TinyGuestBehaviour.Watchdog, 4u)]
+    [TestCase(TinyGuestBehaviour.SoftReset, 5u)]
     public void ItGreetsAndShutsDown(TinyGuestBehaviour behaviour, uint reason)
     {
         PvMachine machine = new(TinyGuest.Build(new TinyGuestOptions { Behaviour = behaviour }));

@@ -24,6 +24,7 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
 {
     private const string Hello = "hello\n";
     private const string Silent = "silent";
+    private const string Waiting = "waiting";
     private const string Debian = "debian";
     private const string Flood = "flood";
     private const int Forks = 20;
@@ -36,11 +37,12 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
     private NestedKvmBed _bed = null!;
     private DateTimeOffset _started;
 
-    /// <summary>Each way to end that a guest can choose, and some that it cannot.</summary>
+    /// <summary>Each way to end that a guest can choose, and some that it cannot. One waits for input, and there is none, not even an end.</summary>
     private static (string Name, TinyGuestOptions Options, GuestEnding Ending)[] TinyGuests { get; } =
     [
         ("poweroff", new() { Message = Hello }, GuestEnding.PowerOff),
         ("spin", new() { Message = Hello, Behaviour = TinyGuestBehaviour.SpinForever }, GuestEnding.TimedOut),
+        (Waiting, new() { Message = "", Behaviour = TinyGuestBehaviour.EchoInput }, GuestEnding.TimedOut),
         ("reboot", new() { Message = Hello, Behaviour = TinyGuestBehaviour.Reboot }, GuestEnding.Reboot),
         ("crash", new() { Message = Hello, Behaviour = TinyGuestBehaviour.Crash }, GuestEnding.Crash),
         ("suspend", new() { Message = Hello, Behaviour = TinyGuestBehaviour.Suspend }, GuestEnding.Suspend),
@@ -72,7 +74,7 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
         }
         List<BedGuest> guests = [.. TinyGuests.Select(static guest => new BedGuest(guest.Name, TinyGuest.Build(guest.Options))
         {
-            Timeout = TimeSpan.FromSeconds(guest.Ending == GuestEnding.TimedOut ? 15 : 60),
+            Timeout = TimeSpan.FromSeconds(guest.Name == Waiting ? 6 : guest.Ending == GuestEnding.TimedOut ? 15 : 60),
         })];
         guests.Add(new(Flood, TinyGuest.Build(new() { Message = "", Behaviour = TinyGuestBehaviour.ConsoleFlood, FloodBytes = FloodLength }))
         {

@@ -151,7 +151,9 @@ public sealed class NestedKvmBed : IGuestBed
             fail "xensharp finds no KVM to its liking in the emulated machine: $(cat /tmp/report)"
         echo "{{InfoWord}} $(base64 -w 0 /tmp/info)" >&3
 
-        mkfifo /tmp/console.pipe /tmp/report.pipe
+        mkfifo /tmp/input.pipe /tmp/console.pipe /tmp/report.pipe
+        # The end of its input would be typed to the guest, as a ^D with an event.
+        exec 4<>/tmp/input.pipe
         keep() {
             head -c $2 >$1
             cat >/dev/null
@@ -161,7 +163,7 @@ public sealed class NestedKvmBed : IGuestBed
             keep /tmp/report {{MostReportBytes}} </tmp/report.pipe &
             set -- run --name $name --kernel $kernel --memory $memory --cmdline "$(cat /guests/$name.cmdline)"
             [ $ramdisk = - ] || set -- "$@" --ramdisk $ramdisk
-            xensharp "$@" </dev/null >/tmp/console.pipe 2>/tmp/report.pipe 3>&- &
+            xensharp "$@" <&4 >/tmp/console.pipe 2>/tmp/report.pipe 3>&- &
             guest=$!
             (exec 3>&-; sleep $seconds; kill -ALRM $guest) &
             alarm=$!

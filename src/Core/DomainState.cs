@@ -182,6 +182,9 @@ public unsafe struct VcpuContext
     public PageTableEntry* GdtEntries;
     public MachineAddress GdtEntriesAddress;
 
+    /// <summary>What stands there for no frame: <see cref="GdtWindow.Empty"/>.</summary>
+    public PageTableEntry GdtEmptyEntry;
+
     /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
     public int* KickPending;
 

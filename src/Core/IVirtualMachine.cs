@@ -95,7 +95,8 @@ public unsafe interface IVirtualCpu : IDisposable
 /// <summary>Machine addresses of the entries that map a vCPU's descriptor-table frames, for <c>set_gdt</c>.</summary>
 /// <param name="Entries">Host view of 16 consecutive L1 entries; the guest's frames are the first 14.</param>
 /// <param name="Address">Machine address of the first of them.</param>
-public readonly unsafe record struct GdtWindow(nint Entries, MachineAddress Address);
+/// <param name="Empty">What stands in the guest's entries for no frame: a page of null descriptors, as Xen's zero page there.</param>
+public readonly unsafe record struct GdtWindow(nint Entries, MachineAddress Address, PageTableEntry Empty);
 
 /// <summary>The VM around one domain: its machine memory and its virtual processors.</summary>
 public unsafe interface IVirtualMachine : IDisposable

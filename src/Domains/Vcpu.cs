@@ -38,6 +38,8 @@ internal sealed unsafe class Vcpu : IDisposable
         Id = id;
         context->State->Id = id;
         context->State->Xcr0 = InitialXcr0;
+        if (domain.Cpuid.MaxXcr0 != 0)
+            cpu.SetXcr0(InitialXcr0);
         context->State->Cr4 = PrivilegedEmulator.GuestCr4(domain.Cpuid, 0);
         context->State->DebugRegisters[6] = DebugRegisters.StatusOnes;
         context->State->DebugRegisters[7] = DebugRegisters.ControlOnes;
@@ -46,6 +48,7 @@ internal sealed unsafe class Vcpu : IDisposable
         context->PageTableWrites = cpu.PageTableWrites;
         context->GdtEntries = (PageTableEntry*)cpu.GdtWindow.Entries;
         context->GdtEntriesAddress = cpu.GdtWindow.Address;
+        context->GdtEmptyEntry = cpu.GdtWindow.Empty;
         context->KickPending = cpu.KickPending;
         context->Info = (VcpuInfo*)domain.Context->SharedInfo + id;
         context->State->VcpuInfoFrame = domain.Context->State->SharedInfoFrame;

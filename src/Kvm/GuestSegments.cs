@@ -126,9 +126,10 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWind
             return false;
         int index = selector >> 3;
         PageTableEntry entry = ((PageTableEntry*)window.Entries)[index / EntriesPerPage];
-        if (!entry.IsPresent)
+        bool reserved = index / EntriesPerPage >= MonitorLayout.ReservedGdtPage;
+        if (!reserved && !machine.Memory.Contains(entry.Frame))
             return false;
-        ulong* page = machine.Memory.Contains(entry.Frame) ? (ulong*)machine.Memory.Page(entry.Frame) : machine.ReservedDescriptors;
+        ulong* page = reserved ? machine.ReservedDescriptors : (ulong*)machine.Memory.Page(entry.Frame);
         descriptor = Volatile.Read(ref page[index % EntriesPerPage]);
         return true;
     }

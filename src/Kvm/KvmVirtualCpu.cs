@@ -30,9 +30,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
         | Rflags.Direction | Rflags.Overflow | Rflags.NestedTask | Rflags.Resume | Rflags.AlignmentCheck | Rflags.Id);
 
-    /// <summary>Bytes of a GDT window that <c>set_gdt</c> fills.</summary>
-    private const ulong GuestTableSize = MonitorLayout.ReservedGdtPage * Paging.PageSize;
-
     private const int RunsFrom = 6;
 
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
@@ -722,15 +719,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         if (vector is ExceptionVector.Breakpoint or ExceptionVector.Overflow)
             ForgetException();
-        ulong inTable = _sregs->Cr2 - _pages.GdtStart;
-        if (vector == ExceptionVector.PageFault && inTable < GuestTableSize && (errorCode & (uint)PageFaultError.User) == 0)
-        {
-            // The guest named a descriptor past what set_gdt installed: for it that is a bad selector (Xen's
-            // handle_gdt_ldt_mapping_fault), and the address is the monitor's.
-            vector = ExceptionVector.GeneralProtection;
-            errorCode = (uint)inTable & ~7U;
-        }
-
         _run->Regs.Rip = frame[0];
         _segments->Cs = (ushort)frame[1];
         _run->Regs.Rflags = frame[2];

@@ -108,6 +108,9 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     private ulong ReservedGdtPage { get; set; }
 
+    /// <summary>A page of null descriptors, for the part of a table that <c>set_gdt</c> has no frame for.</summary>
+    private ulong EmptyGdtPage { get; set; }
+
     private ulong IoBitmapPages { get; set; }
 
     private ulong GdtTables { get; set; }
@@ -264,6 +267,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Host<ulong>(table + (ulong)(vector * 16) + 8) = stub >> 32;
         }
 
+        EmptyGdtPage = TakePages(1);
         ReservedGdtPage = TakePages(1);
         SetDescriptor(MonitorLayout.MonitorCs, 0x00af_9b00_0000_ffff);
         SetDescriptor(MonitorLayout.MonitorSs, 0x00cf_9300_0000_ffff);
@@ -323,8 +327,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         const uint taskStateLimit = taskStateSize + 8192;
         ulong windowStart = MonitorLayout.GdtStart + ((ulong)(number * MonitorLayout.GdtWindowPages) << Paging.PageShift);
         ulong window = TableEntry(windowStart, 1);
-        for (int page = MonitorLayout.ReservedGdtPage; page < MonitorLayout.GdtWindowPages; page++)
-            Host<ulong>(window + (ulong)(page * sizeof(ulong))) = ReservedGdtPage | (ulong)(SupervisorData & ~PageFlags.Writable);
+        const PageFlags tableFlags = SupervisorData & ~PageFlags.Writable;
+        for (int page = 0; page < MonitorLayout.GdtWindowPages; page++)
+        {
+            ulong frame = page < MonitorLayout.ReservedGdtPage ? EmptyGdtPage : ReservedGdtPage;
+            Host<ulong>(window + (ulong)(page * sizeof(ulong))) = frame | (ulong)tableFlags;
+        }
 
         ushort selector = (ushort)(MonitorLayout.FirstTss + (number * 16));
         SetDescriptor(selector, (taskStateLimit & 0xffff) | ((taskState & 0xff_ffff) << 16) | (0x8bUL << 40) | ((taskState & 0xff00_0000) << 32));
@@ -339,7 +347,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ReturnAreaTop = area + ((ulong)MonitorLayout.ReturnAreaPages << Paging.PageShift),
             ReturnArea = (ulong*)(Host(areaPages) + (MonitorLayout.ReturnAreaPages << Paging.PageShift)),
             GdtStart = windowStart,
-            GdtWindow = new GdtWindow((nint)Host(window), new MachineAddress(window)),
+            GdtWindow = new GdtWindow((nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
         };
     }
 }

@@ -48,7 +48,7 @@ public static unsafe class DescriptorTables
             ref ulong current = ref vcpu->State->GdtFrames[i];
             ulong next = i < frameList.Length ? frameList[i] : 0;
             PageTableEntry entry = next == 0
-                ? default
+                ? vcpu->GdtEmptyEntry
                 : new PageTableEntry(new Mfn(next), PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute);
             vcpu->PageTableWrites->Store(vcpu->GdtEntries + i, vcpu->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
             if (current != 0)

@@ -15,7 +15,6 @@ public sealed unsafe partial class PrivilegedEmulator
     private const uint ErrorExternal = 1;
     private const uint ErrorIdt = 2;
 
-    private const int IntLength = 2;
     private const byte LegacySyscallVector = 0x80;
 
     private readonly VcpuContext* _vcpu;
@@ -57,15 +56,13 @@ public sealed unsafe partial class PrivilegedEmulator
         if ((errorCode & ErrorExternal) != 0)
             return EmulationResult.NotHandled;
 
-        // The IDT lets no int n through, so that the guest's own table decides: the error code names the vector.
-        if ((errorCode & ErrorIdt) != 0)
-        {
-            byte vector = (byte)(errorCode >> 3);
-            return MayInterrupt(vector) ? SoftwareInterrupt(vector, Registers->Rip + IntLength) : EmulationResult.NotHandled;
-        }
-
         if (!Fetch(out EmulationResult failure))
             return failure;
+
+        // The IDT lets no int n through, so that the guest's own table decides. The vector is the instruction's: QEMU's software
+        // CPU gets it wrong in the error code.
+        if ((errorCode & ErrorIdt) != 0)
+            return _instruction.Code == Code.Int_imm8 ? Interrupt() : EmulationResult.NotHandled;
         return errorCode == 0 ? Execute() : LoadSegment(errorCode);
     }
 
@@ -97,13 +94,7 @@ public sealed unsafe partial class PrivilegedEmulator
                 return CheckBounds(sizeof(int));
 
             case Code.Int_imm8:
-                byte vector = _instruction.Immediate8;
-                ulong next = NextRip;
-
-                // Gates 3 and 4 are open to CPL 3 on hardware: the guest's DPL for them is not looked at.
-                if (vector is (byte)ExceptionVector.Breakpoint or (byte)ExceptionVector.Overflow || MayInterrupt(vector))
-                    return SoftwareInterrupt(vector, next);
-                return EmulationResult.Raise(ExceptionVector.GeneralProtection, ((uint)vector << 3) | ErrorIdt);
+                return Interrupt();
 
             default:
                 return EmulationResult.NotHandled;
@@ -223,6 +214,16 @@ public sealed unsafe partial class PrivilegedEmulator
         if (vector == LegacySyscallVector && entry.Address != 0)
             return true;
         return entry.PrivilegeLevel >= (KernelMode ? 1 : 3);
+    }
+
+    /// <summary><c>int n</c>, by the guest's trap table.</summary>
+    private EmulationResult Interrupt()
+    {
+        // Gates 3 and 4 are open to CPL 3 on hardware: the guest's DPL for them is not looked at.
+        byte vector = _instruction.Immediate8;
+        return vector is (byte)ExceptionVector.Breakpoint or (byte)ExceptionVector.Overflow || MayInterrupt(vector)
+            ? SoftwareInterrupt(vector, NextRip)
+            : EmulationResult.Raise(ExceptionVector.GeneralProtection, ((uint)vector << 3) | ErrorIdt);
     }
 
     private EmulationResult SoftwareInterrupt(byte vector, ulong next)

@@ -372,7 +372,7 @@ public sealed unsafe class PrivilegedInstructionTests
         }
         else
         {
-            Assert.That(asGp, Is.EqualTo(EmulationResult.NotHandled));
+            Assert.That(asGp, Is.EqualTo(asUd));
             Assert.That(asUd, Is.EqualTo(EmulationResult.Raise(ExceptionVector.GeneralProtection, error)));
             Assert.That((afterGp, _guest.Rip), Is.EqualTo((FakeGuest.CodeStart, FakeGuest.CodeStart)));
         }
@@ -382,7 +382,17 @@ public sealed unsafe class PrivilegedInstructionTests
     public void LegacySyscallWithoutHandlerNeedsThePrivilege()
     {
         _guest.State->KernelMode = 0;
-        Assert.That(_guest.Execute(c => c.@int(0x80), 0x402), Is.EqualTo(EmulationResult.NotHandled));
+        Assert.That(_guest.Execute(c => c.@int(0x80), 0x402), Is.EqualTo(EmulationResult.Raise(ExceptionVector.GeneralProtection, 0x402)));
+    }
+
+    [Test]
+    public void TheVectorOfASoftwareInterruptIsTheInstructions()
+    {
+        _guest.State->Traps[0x80].Flags = 3;
+        _guest.State->Traps[0x80].Address = FakeGuest.CodeStart;
+        EmulationResult expected = new(EmulationOutcome.Exception, (ExceptionVector)0x80, IsSoftwareInterrupt: true);
+        Assert.That(_guest.Execute(c => c.@int(0x80), 0x802), Is.EqualTo(expected));
+        Assert.That(_guest.Execute(c => c.clts(), 0x402), Is.EqualTo(EmulationResult.NotHandled), "another processor changed the code");
     }
 
     [Test]

@@ -87,7 +87,7 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public PageTableWriteQueue* PageTableWrites => &_block->Writes;
 
-    public GdtWindow GdtWindow => new((nint)_block->Gdt, new MachineAddress(0xfee1_0000));
+    public GdtWindow GdtWindow => new((nint)_block->Gdt, new MachineAddress(0xfee1_0000), default);
 
     public int* KickPending => &_block->Kick;
 

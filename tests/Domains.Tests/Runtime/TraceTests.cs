@@ -128,7 +128,8 @@ public sealed class TraceTests : ScriptedGuest
             yield return FakeVcpu.Exception(ExceptionVector.GeneralProtection);
 
             // int 0x80.
-            cpu.Rip = Data + 0x100;
+            Fake.WriteAll(Data + 0x200, 0x80cd);
+            cpu.Rip = Data + 0x200;
             yield return FakeVcpu.Exception(ExceptionVector.GeneralProtection, (0x80 << 3) | 2);
         }
 

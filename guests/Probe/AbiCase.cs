@@ -35,7 +35,6 @@ public sealed record ScriptBuffer(ulong Address, int Size, string Name)
 /// </summary>
 public sealed partial class AbiCase
 {
-    private const int Words = 8;
     private const int MaxArguments = 6;
 
     private readonly AbiScript _script;
@@ -129,7 +128,8 @@ public sealed partial class AbiCase
     public void Put(Value address, int size, Value value)
     {
         RequireSize(size);
-        Step(StepOperation.Store, $"put{size * 8} {Text(address)} := {Text(value)}", AnswerFormat.None, [(ulong)size], [address, value], quiet: true);
+        string text = $"put{size * 8} {Text(address)} := {Text(value)}";
+        Step(StepOperation.Store, text, AnswerFormat.None, [(ulong)size], [address, value], quiet: true);
     }
 
     /// <summary>Loads bytes at kernel privilege.</summary>
@@ -169,7 +169,10 @@ public sealed partial class AbiCase
     /// <param name="value">The first word.</param>
     /// <param name="increment">By how much each is more than the one before.</param>
     public void Fill(Value address, Value count, Value stride, Value value, Value? increment = null)
-        => Step(StepOperation.Fill, $"fill {Text(count)} words from {Text(address)}", AnswerFormat.None, [], [address, count, stride, value, increment ?? 0], quiet: true);
+    {
+        string text = $"fill {Text(count)} words from {Text(address)}";
+        Step(StepOperation.Fill, text, AnswerFormat.None, [], [address, count, stride, value, increment ?? 0], quiet: true);
+    }
 
     /// <summary>Runs instructions at kernel privilege.</summary>
     /// <param name="text">What they are, for the transcript.</param>
@@ -215,8 +218,10 @@ public sealed partial class AbiCase
     /// <param name="count">How many, those of the step included.</param>
     /// <param name="timeout">At most so long.</param>
     public void WaitUpcalls(int count, TimeSpan timeout)
-        => Step(StepOperation.WaitUpcalls, $"wait for {count} upcall{(count == 1 ? "" : "s")}, {timeout.TotalMilliseconds:0} ms at most", AnswerFormat.None, [],
-            [count, (ulong)timeout.TotalNanoseconds]);
+    {
+        string text = $"wait for {count} upcall{(count == 1 ? "" : "s")}, {timeout.TotalMilliseconds:0} ms at most";
+        Step(StepOperation.WaitUpcalls, text, AnswerFormat.None, [], [count, (ulong)timeout.TotalNanoseconds]);
+    }
 
     /// <summary>Sets evtchn_upcall_mask; no hypervisor looks before the next hypercall.</summary>
     public void MaskUpcalls(bool masked) => Put(Value.Load(ProbeLayout.VcpuInfoPointer(0)) + 1, 1, masked ? 1 : 0);
@@ -249,7 +254,8 @@ public sealed partial class AbiCase
         foreach ((Register64 register, _) in given)
             set |= 1UL << (int)register;
         string inputs = string.Concat(given.Select(static pair => $", {pair.Register.ToString().ToLowerInvariant()} {Text(pair.Value)}"));
-        Step(operation, text + inputs, AnswerFormat.None, [code.Start, set, shown, (ulong)resumes, userEnd], [.. given.Select(static pair => pair.Value)], code: code);
+        ReadOnlySpan<ulong> words = [code.Start, set, shown, (ulong)resumes, userEnd];
+        Step(operation, text + inputs, AnswerFormat.None, words, [.. given.Select(static pair => pair.Value)], code: code);
     }
 
     private void Step(

@@ -119,7 +119,8 @@ public sealed class AbiScript
 
     internal int AddStep(string text, AnswerFormat format, bool quiet, AddressRange? code)
     {
-        if (text.Contains(" = ", StringComparison.Ordinal) || text.Contains('\n') || text.StartsWith('#') || text.StartsWith("==", StringComparison.Ordinal))
+        if (text.Contains(" = ", StringComparison.Ordinal) || text.Contains('\n') || text.StartsWith('#')
+            || text.StartsWith("==", StringComparison.Ordinal))
             throw new ArgumentException($"\"{text}\" would not be told apart in a transcript.");
         if (_steps.Count > ushort.MaxValue)
             throw new InvalidOperationException($"The script {Name} has too many steps.");

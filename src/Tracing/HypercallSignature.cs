@@ -141,6 +141,7 @@ internal sealed record HypercallSignature(string Name, params ArgumentForm[] Arg
         [HypercallNumber.DmOp] = new("dm_op", Domain, Number, Pointer),
         [HypercallNumber.HypfsOp] = new("hypfs_op", Number, Pointer, Number, Pointer, Number),
         [HypercallNumber.Mca] = new("mca", Pointer),
+        [HypercallNumber.PagingDomctlContinue] = new("paging_domctl_cont", Pointer),
     };
 
     private static readonly string[] MmuextCommands =

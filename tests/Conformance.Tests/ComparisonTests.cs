@@ -28,7 +28,8 @@ public sealed class ComparisonTests
     {
         ScriptComparison comparison = ScriptComparison.Make("x", Xen, Transcript.Parse("s", text), []);
         Assert.That(comparison.IsGood, Is.False);
-        Assert.That(comparison.Cases.SelectMany(static c => c.Lines).Where(static line => line.Verdict == Verdict.Differ).Select(static line => line.Step), Is.EqualTo(new[] { step }));
+        IEnumerable<LineComparison> differing = comparison.Cases.SelectMany(static c => c.Lines).Where(static line => line.Verdict == Verdict.Differ);
+        Assert.That(differing.Select(static line => line.Step), Is.EqualTo(new[] { step }));
     }
 
     [Test]

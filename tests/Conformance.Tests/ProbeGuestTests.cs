@@ -76,7 +76,8 @@ public sealed class ProbeGuestTests : KvmFixture
     [Test]
     public async Task Code_gets_and_gives_every_register_at_both_privileges()
     {
-        (Register64, Value)[] with = [.. Enum.GetValues<Register64>().Where(static r => r is not (Register64.Rsp or Register64.Rflags)).Select(static r => (r, (Value)(1000 + (int)r)))];
+        IEnumerable<Register64> given = Enum.GetValues<Register64>().Where(static r => r is not (Register64.Rsp or Register64.Rflags));
+        (Register64, Value)[] with = [.. given.Select(static r => (r, (Value)(1000 + (int)r)))];
         Register64[] kept = [.. with.Select(static pair => pair.Item1).Where(static r => r is not (Register64.Rcx or Register64.R11))];
         IReadOnlyList<string?> answers = await RunAsync(c =>
         {

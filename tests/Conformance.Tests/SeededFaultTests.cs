@@ -33,7 +33,10 @@ public sealed class SeededFaultTests : KvmFixture
 
     [Test]
     public async Task The_copy_as_it_is_agrees()
-        => Assert.That(await CompareAsync("update-va-mapping", "upcalls"), Has.Property(nameof(CommandEnd.Status)).Zero);
+    {
+        CommandEnd end = await CompareAsync("update-va-mapping", "upcalls");
+        Assert.That(end.Status, Is.Zero, end.Output + end.Error);
+    }
 
     [Test]
     public async Task A_wrong_errno_is_caught()

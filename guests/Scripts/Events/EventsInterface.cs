@@ -273,6 +273,11 @@ internal static class EventSteps
         return s;
     }
 
+    /// <summary>Unmasks the ports from <see cref="FirstPort"/> to 63 by a store; the toolstack's would bring what its back ends send.</summary>
+    public static void UnmaskOwnPorts(this AbiCase c)
+        => c.Store(
+            Value.Constant(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnMask, "event masks"), 8, Value.Constant(~OwnPorts, "own ports unmasked"));
+
     /// <summary>Shows which ports from <see cref="FirstPort"/> to 63 are pending, a bit each.</summary>
     public static void ShowPending(this AbiCase c)
         => c.Show((Value.Load(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnPending) & OwnPorts).Named("pending ports"));

@@ -117,7 +117,7 @@ internal static class UpcallScript
         {
             Value port = c.Keep(c.BindIpi(0), "port");
             c.Send(port);
-            c.Store(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnMask, 8, 0);
+            c.UnmaskOwnPorts();
             c.MaskUpcalls(false);
             c.Send(port);
             c.ShowPending();

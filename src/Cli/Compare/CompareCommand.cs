@@ -26,18 +26,30 @@ internal static class CompareCommand
 
     internal static Command Create(IServiceProvider services)
     {
-        var names = new Argument<string[]>("script") { Description = "Scripts, or what they are about (see --list); all, if none is named.", Arity = ArgumentArity.ZeroOrMore };
+        var names = new Argument<string[]>("script")
+        {
+            Description = "Scripts, or what they are about (see --list); all, if none is named.",
+            Arity = ArgumentArity.ZeroOrMore,
+        };
         var against = new Option<string>("--against")
         {
-            Description = "What to hold XenSharp against: the recorded transcripts, real Xen in QEMU with a domU for each script, or with each as its dom0.",
+            Description = "What to hold XenSharp against: the recorded transcripts, real Xen in QEMU with a domU for each script, or with "
+                + "each as its dom0.",
             DefaultValueFactory = static _ => Recorded,
         };
         _ = against.AcceptOnlyFromAmong(Recorded, Xen, XenDom0);
         var html = new Option<string?>("--html") { Description = "Write the comparison as a web page.", HelpName = "FILE" };
-        var record = new Option<string?>("--record") { Description = "Do not compare: run the scripts on real Xen and write the transcripts into a folder.", HelpName = "FOLDER" };
+        var record = new Option<string?>("--record")
+        {
+            Description = "Do not compare: run the scripts on real Xen and write the transcripts into a folder.",
+            HelpName = "FOLDER",
+        };
         var all = new Option<bool>("--all") { Description = "Show the steps of cases that agree, too." };
         var list = new Option<bool>("--list") { Description = "List the scripts." };
-        var command = new Command("compare", "Runs ABI scripts here and on real Xen, and shows the differences.") { names, against, html, record, all, list };
+        var command = new Command("compare", "Runs ABI scripts here and on real Xen, and shows the differences.")
+        {
+            names, against, html, record, all, list,
+        };
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
@@ -53,7 +65,8 @@ internal static class CompareCommand
                 string reference = parsed.GetValue(against)!;
                 if (parsed.GetValue(record) is { } folder)
                     return await RecordAsync(scripts, reference == Recorded ? Xen : reference, folder, signals.Token).ConfigureAwait(false);
-                return await CompareAsync(services.GetRequiredService<KvmHost>(), scripts, reference, parsed.GetValue(html), parsed.GetValue(all), signals.Token)
+                KvmHost host = services.GetRequiredService<KvmHost>();
+                return await CompareAsync(host, scripts, reference, parsed.GetValue(html), parsed.GetValue(all), signals.Token)
                     .ConfigureAwait(false);
             }
             catch (OperationCanceledException) when (signals.Received != 0)
@@ -76,22 +89,24 @@ internal static class CompareCommand
         return names.Length == 0 ? scripts : [.. scripts.Where(script => names.Contains(script.Name) || names.Contains(script.Subject))];
     }
 
-    private static Task<IGuestBed> OpenXenAsync(string kind, CancellationToken cancellation) => FetchDisplay.RunAsync<IGuestBed>(async progress =>
-    {
-        var cache = new GuestCache(GuestCache.DefaultRoot());
-        if (kind == XenDom0)
+    private static Task<IGuestBed> OpenXenAsync(string kind, CancellationToken cancellation)
+        => FetchDisplay.RunAsync<IGuestBed>(async progress =>
         {
-            var dom0 = new XenDom0Bed(cache, progress);
-            await dom0.PrepareAsync(cancellation).ConfigureAwait(false);
-            return dom0;
-        }
+            var cache = new GuestCache(GuestCache.DefaultRoot());
+            if (kind == XenDom0)
+            {
+                var dom0 = new XenDom0Bed(cache, progress);
+                await dom0.PrepareAsync(cancellation).ConfigureAwait(false);
+                return dom0;
+            }
 
-        var domU = new XenDomUBed(cache, progress);
-        await domU.PrepareAsync(cancellation).ConfigureAwait(false);
-        return domU;
-    });
+            var domU = new XenDomUBed(cache, progress);
+            await domU.PrepareAsync(cancellation).ConfigureAwait(false);
+            return domU;
+        });
 
-    private static async Task<int> RecordAsync(IReadOnlyList<AbiScript> scripts, string reference, string folder, CancellationToken cancellation)
+    private static async Task<int> RecordAsync(
+        IReadOnlyList<AbiScript> scripts, string reference, string folder, CancellationToken cancellation)
     {
         Directory.CreateDirectory(folder);
         IGuestBed bed = await OpenXenAsync(reference, cancellation).ConfigureAwait(false);
@@ -121,7 +136,7 @@ internal static class CompareCommand
     {
         // Before anything long begins: whether there is a KVM, and a place for the page.
         _ = host.Capabilities;
-        using StreamWriter? page = html is null ? null : new StreamWriter(html);
+        using StreamWriter? page = html is null ? null : OpenPage(html);
         Dictionary<string, Transcript> expected = [];
         string name = "recorded Xen";
         if (reference == Recorded)
@@ -143,7 +158,8 @@ internal static class CompareCommand
         List<ScriptComparison> comparisons = [];
         await foreach (ScriptRun run in ScriptRun.RunAsync(new XenSharpBed(host), scripts, cancellation: cancellation).ConfigureAwait(false))
         {
-            ScriptComparison comparison = ScriptComparison.Make(run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
+            ScriptComparison comparison = ScriptComparison.Make(
+                run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
             comparisons.Add(comparison);
             if (!comparison.IsGood && run.Run.Report.Length != 0)
                 ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Run.Report}");
@@ -153,6 +169,18 @@ internal static class CompareCommand
         if (page is not null)
             await page.WriteAsync(HtmlReport.Of(name, comparisons)).ConfigureAwait(false);
         return comparisons.All(static comparison => comparison.IsGood) ? ExitStatus.Success : ExitStatus.Different;
+    }
+
+    private static StreamWriter OpenPage(string file)
+    {
+        try
+        {
+            return new StreamWriter(file);
+        }
+        catch (UnauthorizedAccessException)
+        {
+            throw new UsageException($"{file} is a folder or may not be written; give --html another name.");
+        }
     }
 
     /// <summary>The same scripts again: one can be built once only.</summary>

@@ -76,13 +76,16 @@ internal static class ComparisonDisplay
         {
             foreach (CaseComparison c in comparison.Cases.Where(c => c.Verdict == verdict))
             {
-                var table = new Table { Border = TableBorder.Simple, Expand = true, Title = new TableTitle($"{Markup.Escape(comparison.Script)}: {Markup.Escape(c.Name)}") };
+                var title = new TableTitle($"{Markup.Escape(comparison.Script)}: {Markup.Escape(c.Name)}");
+                var table = new Table { Border = TableBorder.Simple, Expand = true, Title = title };
                 table.AddColumns("step", Markup.Escape(reference), "XenSharp");
                 foreach (LineComparison line in c.Lines)
                 {
                     var style = new Style(ColorOf(line.Verdict));
                     table.AddRow(
-                        new Text(line.Step), new Text(line.Expected ?? Transcript.NotReached, style), new Text(line.Actual ?? Transcript.NotReached, style));
+                        new Text(line.Step),
+                        new Text(line.Expected ?? Transcript.NotReached, style),
+                        new Text(line.Actual ?? Transcript.NotReached, style));
                 }
 
                 console.Write(table);
@@ -98,8 +101,12 @@ internal static class ComparisonDisplay
         {
             foreach (CaseComparison c in comparison.Cases)
             {
-                foreach (KnownDifference known in c.Lines.Select(static line => line.Known).OfType<KnownDifference>().DistinctBy(static known => known.Reason))
-                    table.AddRow(new Text($"{comparison.Script}: {c.Name}"), new Text(known.Kind == DifferenceKind.NotBuilt ? $"Not built: {known.Reason}" : known.Reason));
+                IEnumerable<KnownDifference> known = c.Lines.Select(static line => line.Known).OfType<KnownDifference>();
+                foreach (KnownDifference difference in known.DistinctBy(static difference => difference.Reason))
+                {
+                    string reason = difference.Kind == DifferenceKind.NotBuilt ? $"Not built: {difference.Reason}" : difference.Reason;
+                    table.AddRow(new Text($"{comparison.Script}: {c.Name}"), new Text(reason));
+                }
             }
         }
 
@@ -117,8 +124,12 @@ internal static class ComparisonDisplay
         foreach (SubjectSummary row in SubjectSummary.Of(comparisons).Append(total))
         {
             table.AddRow(
-                new Text(row.Subject), Count(row.Agree, Verdict.Agree), Count(row.ByDesign, Verdict.Explained), Count(row.NotBuilt, Verdict.Explained),
-                Count(row.Differ, Verdict.Differ), Count(row.NotReached, Verdict.NotReached));
+                new Text(row.Subject),
+                Count(row.Agree, Verdict.Agree),
+                Count(row.ByDesign, Verdict.Explained),
+                Count(row.NotBuilt, Verdict.Explained),
+                Count(row.Differ, Verdict.Differ),
+                Count(row.NotReached, Verdict.NotReached));
         }
 
         console.Write(table);

@@ -1,6 +1,7 @@
 // A comparison as one self-contained web page.
 using System.Net;
 using System.Text;
+using XenSharp.Guests.Probe;
 using XenSharp.Oracle.Differences;
 
 namespace XenSharp.Oracle.Comparison;
@@ -13,7 +14,8 @@ public static class HtmlReport
         @media (prefers-color-scheme: dark) { :root { --good: #6fcf87; --known: #e0b64a; --bad: #ff8a80; --none: #999; } }
         body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
         h1 { font-size: 1.5rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-        table { border-collapse: collapse; width: 100%; } th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
+        table { border-collapse: collapse; width: 100%; }
+        th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
         table.summary { width: auto; } table.summary td + td, table.summary th + th { text-align: right; }
         table.steps { table-layout: fixed; } table.steps td { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
         table.steps th:nth-child(1) { width: 34%; } table.steps th:nth-child(2), table.steps th:nth-child(3) { width: 33%; }
@@ -49,7 +51,8 @@ public static class HtmlReport
 
     private static void AppendSummary(StringBuilder page, IReadOnlyList<ScriptComparison> comparisons)
     {
-        page.Append("<table class=\"summary\">\n<tr><th>Subject</th><th>agree</th><th>by design</th><th>not built</th><th>differ</th><th>not reached</th></tr>\n");
+        page.Append("<table class=\"summary\">\n<tr><th>Subject</th><th>agree</th><th>by design</th><th>not built</th><th>differ</th>");
+        page.Append("<th>not reached</th></tr>\n");
         SubjectSummary all = SubjectSummary.Of("All cases", [.. comparisons.SelectMany(static comparison => comparison.Cases)]);
         foreach (SubjectSummary row in SubjectSummary.Of(comparisons).Append(all))
         {
@@ -79,7 +82,11 @@ public static class HtmlReport
             page.Append($" <span class=\"notreached\">{counts.NotReached} not reached</span>");
         page.Append("</summary>\n");
         foreach (KnownDifference stale in comparison.Stale)
-            page.Append($"<p class=\"differ\">Listed as a difference, but not seen: {Encode(stale.Case)}: {Encode(stale.Step ?? "any step")} ({Encode(stale.Reason)})</p>\n");
+        {
+            page.Append($"<p class=\"differ\">Listed as a difference, but not seen: {Encode(stale.Case)}: ");
+            page.Append($"{Encode(stale.Step ?? "any step")} ({Encode(stale.Reason)})</p>\n");
+        }
+
         foreach (CaseComparison c in comparison.Cases.OrderBy(static c => c.Verdict == Verdict.Differ ? 0 : c.Verdict == Verdict.Explained ? 1 : 2))
             AppendCase(page, c, reference);
         page.Append("</details>\n");
@@ -91,8 +98,8 @@ public static class HtmlReport
         page.Append($"<table class=\"steps\">\n<tr><th>Step</th><th>{Encode(reference)}</th><th>XenSharp</th></tr>\n");
         foreach (LineComparison line in c.Lines)
         {
-            page.Append($"<tr class=\"{ClassOf(line.Verdict)}\"><td>{Encode(line.Step)}</td><td>{Encode(line.Expected ?? Guests.Probe.Transcript.NotReached)}</td>");
-            page.Append($"<td>{Encode(line.Actual ?? Guests.Probe.Transcript.NotReached)}");
+            page.Append($"<tr class=\"{ClassOf(line.Verdict)}\"><td>{Encode(line.Step)}</td>");
+            page.Append($"<td>{Encode(line.Expected ?? Transcript.NotReached)}</td><td>{Encode(line.Actual ?? Transcript.NotReached)}");
             if (line.Known is { } known)
                 page.Append($"<div class=\"why\">{Encode(known.Reason)}</div>");
             page.Append("</td></tr>\n");

@@ -74,7 +74,8 @@ public sealed record ScriptComparison(
         if (!expected.Cases.Select(static c => c.Name).SequenceEqual(actual.Cases.Select(static c => c.Name)))
         {
             throw new OracleException(
-                $"The transcripts of {actual.Script} have different cases: one is of another version of the script. Record Xen's anew with xensharp compare --record.");
+                $"The transcripts of {actual.Script} have different cases: one is of another version of the script. Record Xen's anew with "
+                + "xensharp compare --record.");
         }
 
         KnownDifference[] own = [.. known.Where(difference => difference.Script == actual.Script)];
@@ -90,7 +91,9 @@ public sealed record ScriptComparison(
             cases.Add(new CaseComparison(name, [.. pairs.Select(pair => Judge(pair.Step, pair.Expected, pair.Actual, here, used))]));
         }
 
-        return new ScriptComparison(actual.Script, subject, cases, [.. own.Where(difference => difference.Kind != DifferenceKind.ByHost && !used.Contains(difference))]);
+        IEnumerable<KnownDifference> unused = own.Where(difference => !used.Contains(difference));
+        return new ScriptComparison(
+            actual.Script, subject, cases, [.. unused.Where(static difference => difference.Kind != DifferenceKind.ByHost)]);
     }
 
     private static LineComparison Judge(

@@ -25,7 +25,8 @@ public sealed record ScriptRun(AbiScript Script, Transcript Transcript, GuestRun
     /// <returns>One result per script, in their order, each as soon as it is there.</returns>
     /// <exception cref="OracleException">The bed cannot be set up, or broke down.</exception>
     public static async IAsyncEnumerable<ScriptRun> RunAsync(
-        IGuestBed bed, IReadOnlyList<AbiScript> scripts, TimeSpan? timeout = null, [EnumeratorCancellation] CancellationToken cancellation = default)
+        IGuestBed bed, IReadOnlyList<AbiScript> scripts, TimeSpan? timeout = null,
+        [EnumeratorCancellation] CancellationToken cancellation = default)
     {
         ArgumentNullException.ThrowIfNull(bed);
         ArgumentNullException.ThrowIfNull(scripts);

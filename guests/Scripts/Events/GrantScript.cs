@@ -77,7 +77,9 @@ internal static class GrantScript
             c.Show(((Value.Load(frames) - 1) >> 63).Named("no frame given"));
             ScratchPage page = c.Page();
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, ((Value.Load(frames) << 12) | 0x63).Named("the table's frame"), 2);
-            c.Load(page.At);
+
+            // Flags and domain of an entry that the toolstack made; its frame, which follows, is any.
+            c.Load(page.At, 4);
             c.Store(page.At, 8, 0);
             ScriptBuffer many = c.Structure("setup", 24, (0, 2, DomainIds.Self), (4, 4, 0xffff_ffffU), (8, 2, 77), (16, 8, frames));
             Op(c, Operation.SetupTable, "self, too many frames", many, 1);

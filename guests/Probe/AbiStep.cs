@@ -35,9 +35,6 @@ public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool 
 
     private const int PageFault = 14;
 
-    /// <summary>Vectors with an error code, as the processor pushes them.</summary>
-    private static readonly int[] WithErrorCode = [8, 10, 11, 12, 13, 14, 17, 21];
-
     private static readonly Dictionary<int, string> Mnemonics = new()
     {
         [0] = "#DE", [1] = "#DB", [2] = "NMI", [3] = "#BP", [4] = "#OF", [5] = "#BR", [6] = "#UD", [7] = "#NM", [8] = "#DF", [10] = "#TS",
@@ -101,7 +98,7 @@ public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool 
     {
         var text = new StringBuilder();
         text.Append(Mnemonics.GetValueOrDefault(exception.Vector) ?? $"vector 0x{exception.Vector:x}");
-        if (WithErrorCode.Contains(exception.Vector))
+        if (ProbeVariables.WithErrorCode.Contains(exception.Vector))
             text.Append($"({exception.ErrorCode:x})");
         text.Append('{');
         if (exception.Vector == PageFault)

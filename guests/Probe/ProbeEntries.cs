@@ -10,9 +10,6 @@ internal sealed partial class ProbeInterpreter
     private static readonly AssemblerRegister64[] Registers =
         [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
 
-    /// <summary>Vectors whose frame has an error code (AMD64 manual volume 2, 8.2).</summary>
-    private static readonly int[] WithErrorCode = [8, 10, 11, 12, 13, 14, 17, 21];
-
     // On the stack of every entry, in words from RSP: sixteen registers, the vector, the error code, and the processor's frame.
     private const int Vector = RegisterCount * 8;
     private const int ErrorCode = Vector + 8;
@@ -51,7 +48,7 @@ internal sealed partial class ProbeInterpreter
             _code.pop(r11);
             if (vector == (int)ProbeEntry.Failsafe)
                 EmitPackSelectors();
-            else if (!WithErrorCode.Contains(vector))
+            else if (!ProbeVariables.WithErrorCode.Contains(vector))
                 _code.push(0);
             _code.push(vector);
             _code.jmp(common);

@@ -731,6 +731,12 @@ internal sealed partial class ProbeInterpreter
             _code.jmp(_evaluate);
         }
 
+        void Combine(Token token, Action<AssemblerMemoryOperand, AssemblerRegister64> emit) => Case(token, () =>
+        {
+            _code.pop(rax);
+            emit(__qword_ptr[rsp], rax);
+        });
+
         Place(tokens[Token.End]);
         _code.pop(rax);
         _code.ret();
@@ -744,31 +750,11 @@ internal sealed partial class ProbeInterpreter
             _code.pop(rax);
             _code.push(__qword_ptr[rax]);
         });
-        Case(Token.Add, () =>
-        {
-            _code.pop(rax);
-            _code.add(__qword_ptr[rsp], rax);
-        });
-        Case(Token.Subtract, () =>
-        {
-            _code.pop(rax);
-            _code.sub(__qword_ptr[rsp], rax);
-        });
-        Case(Token.And, () =>
-        {
-            _code.pop(rax);
-            _code.and(__qword_ptr[rsp], rax);
-        });
-        Case(Token.Or, () =>
-        {
-            _code.pop(rax);
-            _code.or(__qword_ptr[rsp], rax);
-        });
-        Case(Token.Xor, () =>
-        {
-            _code.pop(rax);
-            _code.xor(__qword_ptr[rsp], rax);
-        });
+        Combine(Token.Add, _code.add);
+        Combine(Token.Subtract, _code.sub);
+        Combine(Token.And, _code.and);
+        Combine(Token.Or, _code.or);
+        Combine(Token.Xor, _code.xor);
         Case(Token.ShiftLeft, () =>
         {
             _code.mov(rcx, __qword_ptr[r12]);

@@ -34,6 +34,9 @@ internal sealed class ProbeVariables
     /// <summary>Vectors that have a handler: the processor's exceptions and some for software interrupts.</summary>
     public static IReadOnlyList<int> Vectors { get; } = [.. Enumerable.Range(0, 32), 0x80, 0x81, 0x82];
 
+    /// <summary>Vectors whose frame has an error code (AMD64 manual volume 2, 8.2).</summary>
+    public static IReadOnlyList<int> WithErrorCode { get; } = [8, 10, 11, 12, 13, 14, 17, 21];
+
     public ulong MachphysMapping { get; }
 
     /// <summary>Holds the address of the machine-to-physical table.</summary>

@@ -9,7 +9,7 @@ namespace XenSharp.Domains.Builder;
 /// A PV domain starts at none of those: only the vmlinux matters. Offsets are those of the boot protocol's documentation
 /// (Documentation/x86/boot.rst in the kernel).
 /// </summary>
-public static class BzImage
+internal static class BzImage
 {
     private const int SetupSectorsOffset = 0x1F1;
     private const int MagicOffset = 0x202;

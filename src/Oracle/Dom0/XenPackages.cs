@@ -94,7 +94,7 @@ static class XenPackages
             ReadOnlyMemory<byte> unpacked;
             try
             {
-                unpacked = BzImage.Unpack(packed, KernelImage.LargestUnpackedSize, out _);
+                unpacked = KernelImage.Unpack(packed);
             }
             catch (KernelImageException e)
             {

@@ -44,6 +44,9 @@ public struct DomainState
     /// <summary>vCPUs that exist.</summary>
     public int VcpuCount;
 
+    /// <summary>vCPUs that were ever up (<see cref="VcpuState.Started"/>): with one, nobody else can have cached anything.</summary>
+    public int StartedVcpus;
+
     /// <summary>Frames that the domain owns (tot_pages).</summary>
     public ulong OwnedPages;
 
@@ -78,6 +81,9 @@ public enum CallbackFlags : uint
 public struct VcpuState
 {
     public int Id;
+
+    /// <summary>1 from the first time on that the vCPU is up.</summary>
+    public int Started;
 
     /// <summary>1 in guest-kernel mode, 0 in guest-user mode (TF_kernel_mode). Not derived from CS: only this is believed.</summary>
     public int KernelMode;
@@ -190,6 +196,18 @@ public unsafe struct VcpuContext
 
     /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
     public int* KickPending;
+
+    /// <summary>Makes this vCPU leave the guest (<see cref="IVirtualCpu.Kick"/>); any thread.</summary>
+    public delegate*<VcpuContext*, void> Kick;
+
+    /// <summary>What <see cref="Kick"/> finds the vCPU by.</summary>
+    public nint Owner;
+
+    /// <summary>
+    /// Not 0 while the manager copies to or from memory that it found by walking this vCPU's tables: what it found must not become
+    /// something else meanwhile. Kept only where there are several vCPUs.
+    /// </summary>
+    public int Accessing;
 
     /// <summary>What the operation under way may still take.</summary>
     public PreemptionBudget Budget;

@@ -18,10 +18,13 @@ public static unsafe class GuestAccess
         while (length > 0)
         {
             ulong chunk = Math.Min(length, Paging.PageSize - (address & Paging.PageOffsetMask));
+            Begin(vcpu);
             byte* from = Translate(vcpu, address, write: false);
+            if (from != null)
+                Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
+            End(vcpu);
             if (from == null)
                 return false;
-            Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
             to += chunk;
             address += chunk;
             length -= chunk;
@@ -38,11 +41,17 @@ public static unsafe class GuestAccess
         while (length > 0)
         {
             ulong chunk = Math.Min(length, Paging.PageSize - (address & Paging.PageOffsetMask));
+            Begin(vcpu);
             byte* to = Translate(vcpu, address, write: true, out Mfn frame);
+            if (to != null)
+            {
+                Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
+                Written(vcpu, frame, address & Paging.PageOffsetMask, chunk);
+            }
+
+            End(vcpu);
             if (to == null)
                 return false;
-            Unsafe.CopyBlockUnaligned(to, from, (uint)chunk);
-            Written(vcpu, frame, address & Paging.PageOffsetMask, chunk);
             from += chunk;
             address += chunk;
             length -= chunk;
@@ -65,7 +74,10 @@ public static unsafe class GuestAccess
         where T : unmanaged => CopyTo(vcpu, address, &value, (ulong)sizeof(T));
 
     /// <summary>Host address of a guest linear address, or null where the current mode may not access it so.</summary>
-    /// <remarks>Who writes through the pointer must say so with <see cref="Written"/>.</remarks>
+    /// <remarks>
+    /// For what only wants to know. Who goes through the pointer does so between <see cref="Begin"/> and <see cref="End"/>, and says what
+    /// was written with <see cref="Written"/>.
+    /// </remarks>
     public static byte* Translate(VcpuContext* vcpu, ulong address, bool write) => Translate(vcpu, address, write, out _);
 
     /// <summary>Tells the VM that the manager wrote into a frame of the guest, which may have been a page table before.</summary>
@@ -81,6 +93,16 @@ public static unsafe class GuestAccess
             vcpu->PageTableWrites->Repeat(frame.Address + word);
     }
 
+    /// <summary>What is translated from here on stays what it is until <see cref="End"/>, whatever other vCPUs do.</summary>
+    public static void Begin(VcpuContext* vcpu)
+    {
+        if (vcpu->Domain->State->StartedVcpus > 1)
+            _ = Interlocked.Exchange(ref vcpu->Accessing, 1);
+    }
+
+    /// <summary>Ends <see cref="Begin"/>.</summary>
+    public static void End(VcpuContext* vcpu) => Volatile.Write(ref vcpu->Accessing, 0);
+
     private static byte* Translate(VcpuContext* vcpu, ulong address, bool write, out Mfn frame)
     {
         frame = default;
@@ -95,10 +117,10 @@ public static unsafe class GuestAccess
         if ((leaf.Value & needed) != needed || !vcpu->Domain->Memory.Contains(leaf.Frame))
             return null;
 
-        // As the processor would, so that a guest that watches these bits sees its page used.
+        // As the processor would, so that a guest that watches these bits sees its page used. Another entry by now is not this one's.
         ulong used = (ulong)(PageFlags.Accessed | (write ? PageFlags.Dirty : PageFlags.None));
         if ((leaf.Value & used) != used)
-            _ = Interlocked.Or(ref *(ulong*)entry, used);
+            _ = Interlocked.CompareExchange(ref *(ulong*)entry, leaf.Value | used, leaf.Value);
         frame = leaf.Frame;
         return vcpu->Domain->Memory.Page(frame) + linear.Offset;
     }

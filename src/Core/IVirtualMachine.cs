@@ -69,6 +69,10 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>Loads XCR0; the value was checked against what the host offers.</summary>
     void SetXcr0(ulong value);
 
+    /// <summary>Loads the x87 and SSE state, before the first <see cref="Run"/>.</summary>
+    /// <param name="image">512 bytes as FXSAVE writes them in 64-bit mode (Intel SDM volume 1, 10.5.1).</param>
+    void SetFpu(ReadOnlySpan<byte> image);
+
     /// <summary>Loads the debug registers 0–3, 6 and 7.</summary>
     void SetDebugRegisters(ReadOnlySpan<ulong> values);
 
@@ -77,6 +81,12 @@ public unsafe interface IVirtualCpu : IDisposable
 
     /// <summary>Enters the guest until something has to be decided above.</summary>
     VcpuExit Run();
+
+    /// <summary>
+    /// Makes what is queued in <see cref="PageTableWrites"/> seen without entering the guest, which costs all that KVM made from the
+    /// tables: for a processor that will not enter for a while.
+    /// </summary>
+    void Settle();
 
     /// <summary>
     /// Sleeps until <see cref="Kick"/> is called or <paramref name="deadline"/> passes.

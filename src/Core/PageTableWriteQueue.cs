@@ -39,6 +39,21 @@ public unsafe struct PageTableWriteQueue
     /// <summary>Set when a translation may be cached that the guest must no longer use; the next entry drops them all.</summary>
     public int FlushPending;
 
+    /// <summary>
+    /// Not 0 while the processor may be executing guest code: from before it looks at <see cref="FlushRequested"/> until it has come
+    /// back. Written by its own thread only.
+    /// </summary>
+    public int Running;
+
+    /// <summary>Set by other vCPUs that want <see cref="Flush"/> done; taken at the next entry.</summary>
+    public int FlushRequested;
+
+    /// <summary>Set when the operation under way can only go on once the queued stores have been repeated: the next entry comes first.</summary>
+    public int EntryFirst;
+
+    /// <summary>Set when an entry above L1 was replaced: other vCPUs' translations are to be dropped when the batch ends.</summary>
+    public int UnlinkPending;
+
     /// <summary>Set when <see cref="Capacity"/> was not enough: the VM has to forget all it derived from the tables.</summary>
     public int Overflowed;
 

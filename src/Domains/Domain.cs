@@ -4,6 +4,7 @@ using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains;
 
@@ -18,12 +19,17 @@ public sealed unsafe class Domain : IDisposable
     private readonly DomainMemory _memory;
     private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly List<Vcpu> _vcpus = [];
+
+    /// <summary>Threads of vCPUs; its lock is also held where vCPUs go up and down, and while it counts which still run.</summary>
     private readonly List<Thread> _threads = [];
+    private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
     private DomainExit? _exit;
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
     private int _stopping;
+    private int _running;
+    private long _allocatedBytes;
     private bool _disposed;
 
     /// <summary>Builds the domain in a fresh VM. The VM stays the caller's to dispose, after this.</summary>
@@ -41,11 +47,12 @@ public sealed unsafe class Domain : IDisposable
             TscKiloHertz = machine.TimeStampCounter.KiloHertz,
             HostTscKiloHertz = machine.TimeStampCounter.KiloHertz,
             EndOfMachineFrames = machine.Memory.EndFrame,
+            VcpuCount = options.Vcpus,
         });
         Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
         _handle = (byte*)NativeMemory.Alloc(16);
         _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(machine, options.Id, maxVcpus: 1, (ulong)options.MemoryMiB << (20 - Paging.PageShift), options.ShadowPageTables);
+        _memory = new DomainMemory(machine, options.Id, options.Vcpus, (ulong)options.MemoryMiB << (20 - Paging.PageShift), options.ShadowPageTables);
         try
         {
             var builder = new DomainBuilder(_memory.Context, options);
@@ -55,15 +62,12 @@ public sealed unsafe class Domain : IDisposable
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;
             StorePort = storePort.Value;
-            _memory.VcpuContexts->Domain = Context;
-            _memory.VcpuContexts->State = _memory.VcpuStates;
-            var vcpu = new Vcpu(this, machine.CreateVcpu(0), _memory.VcpuContexts, 0)
-            {
-                Trace = options.Trace is { } recorder ? new VcpuTrace(_memory.VcpuContexts, recorder.Stream(0), options.HostTsc) : null,
-            };
-            _vcpus.Add(vcpu);
-            Context->State->VcpuCount = 1;
-            Layout = builder.Build(vcpu.Context, ConsolePort, StorePort);
+            Context->State->VcpuCount = options.Vcpus;
+            for (int i = 0; i < options.Vcpus; i++)
+                AddVcpu(machine, i, options);
+            Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
+            _vcpus[0].MarkInitialised();
+            HoldBackendPages();
             Time.UpdateWallClock(Context->SharedInfo);
         }
         catch
@@ -108,11 +112,20 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
-    /// <summary>Bytes of managed memory that serving the guest took on the vCPU's thread; known once the domain has stopped.</summary>
-    public long AllocatedBytes { get; private set; }
+    /// <summary>Bytes of managed memory that serving the guest took on its vCPUs' threads; known once the domain has stopped.</summary>
+    public long AllocatedBytes => Volatile.Read(ref _allocatedBytes);
 
-    /// <summary>Hypercalls that the guest has made.</summary>
-    public ulong HypercallCount => _vcpus[0].History.Count;
+    /// <summary>Hypercalls that the guest has made, by now.</summary>
+    public ulong HypercallCount
+    {
+        get
+        {
+            ulong count = 0;
+            foreach (Vcpu vcpu in _vcpus)
+                count += vcpu.History.Count;
+            return count;
+        }
+    }
 
     internal DomainContext* Context => _memory.Context;
 
@@ -133,16 +146,8 @@ public sealed unsafe class Domain : IDisposable
 
     internal bool IsStopping => Volatile.Read(ref _stopping) != 0;
 
-    /// <summary>Starts the vCPUs' threads.</summary>
-    public void Start()
-    {
-        foreach (Vcpu vcpu in _vcpus)
-        {
-            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Name} vcpu{vcpu.Id}", IsBackground = true };
-            _threads.Add(thread);
-            thread.Start();
-        }
-    }
+    /// <summary>Starts the first vCPU.</summary>
+    public void Start() => _vcpus[0].BringUp();
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
@@ -161,7 +166,12 @@ public sealed unsafe class Domain : IDisposable
             return;
         _disposed = true;
         Destroy();
-        foreach (Thread thread in _threads)
+
+        // None is added any more: a vCPU that could start one has seen that the domain stops.
+        Thread[] threads;
+        lock (_threads)
+            threads = [.. _threads];
+        foreach (Thread thread in threads)
             thread.Join();
         Watchdogs.Dispose();
         Events?.Dispose();
@@ -176,7 +186,37 @@ public sealed unsafe class Domain : IDisposable
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 
-    internal void WriteEmergencyConsole(ReadOnlySpan<byte> text) => EmergencyOutput?.Invoke(text);
+    internal void WriteEmergencyConsole(ReadOnlySpan<byte> text)
+    {
+        lock (_emergencyLock)
+            EmergencyOutput?.Invoke(text);
+    }
+
+    /// <summary>Starts the thread of a vCPU that is up for the first time.</summary>
+    internal void StartThread(Vcpu vcpu)
+    {
+        lock (_threads)
+        {
+            if (IsStopping)
+                return;
+            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Name} vcpu{vcpu.Id}", IsBackground = true };
+            _threads.Add(thread);
+            _running++;
+            thread.Start();
+        }
+    }
+
+    /// <summary>Takes a vCPU down, unless it is the only one that is up.</summary>
+    internal bool TakeDown(Vcpu vcpu)
+    {
+        lock (_threads)
+        {
+            if (_vcpus.TrueForAll(other => other == vcpu || !other.IsUp))
+                return false;
+            vcpu.TakeDown();
+            return true;
+        }
+    }
 
     /// <summary>The guest asked to stop (SCHEDOP_shutdown).</summary>
     internal void Shutdown(Vcpu vcpu, ShutdownReason reason)
@@ -198,23 +238,59 @@ public sealed unsafe class Domain : IDisposable
             Volatile.Write(ref _stopping, 1);
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Cpu.Kick();
-        if (_threads.Count == 0)
-            _ = _completion.TrySetResult(_exit!);
+        lock (_threads)
+        {
+            if (_running == 0)
+                _ = _completion.TrySetResult(_exit!);
+        }
+    }
+
+    private void AddVcpu(IVirtualMachine machine, int id, DomainOptions options)
+    {
+        VcpuContext* context = _memory.VcpuContexts + id;
+        context->Domain = Context;
+        context->State = _memory.VcpuStates + id;
+        context->Info = id < SharedInfoLayout.LegacyVcpus ? (VcpuInfo*)Context->SharedInfo + id : _memory.VcpuInfos + id;
+        _vcpus.Add(new Vcpu(this, machine.CreateVcpu(id), context, id)
+        {
+            Trace = options.Trace is { } recorder ? new VcpuTrace(context, recorder.Stream((ushort)id), options.HostTsc) : null,
+        });
+    }
+
+    /// <summary>
+    /// The rings that back ends write to while the guest runs: as on Xen, where back ends have them mapped, they cannot become page
+    /// tables.
+    /// </summary>
+    private void HoldBackendPages()
+    {
+        foreach (Mfn frame in (ReadOnlySpan<Mfn>)[Layout.Console, Layout.Store])
+        {
+            Errno error = PageTables.GetPageAndType(_vcpus[0].Context, frame, PageType.Writable, out _);
+            if (error != Errno.None)
+                throw new InvalidOperationException($"A ring page of the domain's back ends cannot be held writable ({error}).");
+        }
     }
 
     private void RunVcpu(Vcpu vcpu)
     {
         try
         {
-            BeforeFirstEntry?.Invoke();
+            if (vcpu.Id == 0)
+                BeforeFirstEntry?.Invoke();
             long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
-            AllocatedBytes = GC.GetAllocatedBytesForCurrentThread() - before;
+            _ = Interlocked.Add(ref _allocatedBytes, GC.GetAllocatedBytesForCurrentThread() - before);
         }
         catch (Exception exception)
         {
             // A defect of ours must end this domain, and only this one.
             Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
+        }
+
+        lock (_threads)
+        {
+            if (--_running != 0)
+                return;
         }
 
         DomainExit exit = _exit!;

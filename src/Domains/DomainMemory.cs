@@ -32,6 +32,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         nuint memoryMapAt = Take((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
         nuint vcpuContextsAt = Take((nuint)(maxVcpus * sizeof(VcpuContext)));
         nuint vcpusAt = Take((nuint)(maxVcpus * sizeof(VcpuState)));
+        nuint vcpuInfosAt = Take((nuint)(maxVcpus * sizeof(VcpuInfo)));
         nuint bitmapAt = Take(bitmap);
         nuint framesAt = Take((nuint)frames * (nuint)sizeof(FrameInfo));
         _block = (byte*)NativeMemory.AlignedAlloc(offset, Alignment);
@@ -40,6 +41,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context = (DomainContext*)(_block + contextAt);
         VcpuContexts = (VcpuContext*)(_block + vcpuContextsAt);
         Context->Vcpus = VcpuContexts;
+        VcpuInfos = (VcpuInfo*)(_block + vcpuInfosAt);
         VcpuStates = (VcpuState*)(_block + vcpusAt);
         Context->State = (DomainState*)(_block + stateAt);
         Context->State->Id = id;
@@ -62,6 +64,9 @@ internal sealed unsafe class DomainMemory : IDisposable
     public DomainContext* Context { get; }
 
     public VcpuContext* VcpuContexts { get; }
+
+    /// <summary>What stands in for the vcpu_info of vCPUs that have none (dummy_vcpu_info): nobody ever looks at it.</summary>
+    public VcpuInfo* VcpuInfos { get; }
 
     public VcpuState* VcpuStates { get; }
 

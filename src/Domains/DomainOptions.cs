@@ -25,6 +25,9 @@ public sealed record DomainOptions
     /// <summary>Memory of the domain in MiB.</summary>
     public int MemoryMiB { get; init; } = 512;
 
+    /// <summary>vCPUs that the guest may bring up, from 1 to what the VM can have; the first is up from the start.</summary>
+    public int Vcpus { get; init; } = 1;
+
     /// <summary>Kernel command line, at most 1023 bytes in UTF-8.</summary>
     public string CommandLine { get; init; } = string.Empty;
 

@@ -39,7 +39,16 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
 
     public bool InstallHypercallPage(Mfn frame)
     {
-        if (PageTables.GetPageAndType(_vcpu.Context, frame, PageType.Writable, out FrameInfo* info) != Errno.None)
+        FrameInfo* info;
+        Errno error;
+        while ((error = PageTables.GetPageAndType(_vcpu.Context, frame, PageType.Writable, out info)) == Errno.ERESTART)
+        {
+            // It was a page table up to now, and other vCPUs have to notice.
+            _vcpu.Cpu.Settle();
+            _ = Thread.Yield();
+        }
+
+        if (error != Errno.None)
             return false;
         HypercallPage.Fill(new Span<byte>(_vcpu.Context->Domain->Memory.Page(frame), (int)Paging.PageSize));
         GuestAccess.Written(_vcpu.Context, frame, 0, Paging.PageSize);
@@ -56,7 +65,8 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
             LoadDebugRegisters(vcpu);
     }
 
-    private static void LoadDebugRegisters(Vcpu vcpu)
+    /// <summary>Loads all of the processor's debug registers.</summary>
+    public static void LoadDebugRegisters(Vcpu vcpu)
     {
         VcpuState* state = vcpu.Context->State;
         Span<ulong> values = stackalloc ulong[8];

@@ -17,6 +17,7 @@ internal sealed unsafe class Runstate(Vcpu vcpu)
     /// <summary>XEN_RUNSTATE_UPDATE: set in the entry time while the guest's copy changes.</summary>
     private const ulong UpdateFlag = 1UL << 63;
 
+    private readonly Lock _lock = new();
     private readonly Vcpu _vcpu = vcpu;
     private VcpuRunstateInfo _info = new() { State = (int)RunstateKind.Offline };
 
@@ -26,29 +27,39 @@ internal sealed unsafe class Runstate(Vcpu vcpu)
     /// <summary>Goes to another state.</summary>
     public void Change(RunstateKind state)
     {
-        ulong now = (ulong)_vcpu.Domain.Time.SystemTime;
-        _info = UpTo(now);
-        _info.State = (int)state;
-        _info.StateEntryTime = now;
-        Publish();
+        lock (_lock)
+        {
+            ulong now = (ulong)_vcpu.Domain.Time.SystemTime;
+            _info = UpTo(now);
+            _info.State = (int)state;
+            _info.StateEntryTime = now;
+            Publish();
+        }
     }
 
     /// <summary>The times up to now; the state was entered when it was.</summary>
-    public VcpuRunstateInfo Snapshot() => UpTo((ulong)_vcpu.Domain.Time.SystemTime);
+    public VcpuRunstateInfo Snapshot()
+    {
+        lock (_lock)
+            return UpTo((ulong)_vcpu.Domain.Time.SystemTime);
+    }
 
     private VcpuRunstateInfo UpTo(ulong now)
     {
         VcpuRunstateInfo info = _info;
-        info.Time[info.State] += now - info.StateEntryTime;
+        info.Time[info.State] += Math.Max(now, info.StateEntryTime) - info.StateEntryTime;
         return info;
     }
 
-    /// <summary>VCPUOP_register_runstate_memory_area.</summary>
-    public void Register(ulong area)
+    /// <summary>VCPUOP_register_runstate_memory_area; the first copy is written where the caller has the area mapped.</summary>
+    public void Register(Vcpu caller, ulong area)
     {
-        Area = area;
-        if (area != 0)
-            _vcpu.WriteAsKernel(area, _info);
+        lock (_lock)
+        {
+            Area = area;
+            if (area != 0)
+                caller.WriteAsKernel(area, _info);
+        }
     }
 
     private void Publish()

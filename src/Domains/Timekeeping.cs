@@ -25,17 +25,22 @@ public sealed class Timekeeping
     /// <summary>How far a measured rate may be from the one that the host says: more is a host that was suspended.</summary>
     private const double MaxRateError = 0.01;
 
+    private readonly Lock _lock = new();
     private readonly TimeStampCounter _counter;
     private readonly Func<ulong> _hostTsc;
     private readonly Func<long> _monotonic;
     private readonly long _bootTime;
     private readonly double _nominalRate;
+
+    /// <summary>Odd while the anchor changes: who reads it then reads again.</summary>
+    private uint _version;
     private ulong _anchorTsc;
     private ulong _anchorSystemTime;
     private double _anchorFraction;
     private double _nanosecondsPerTick;
     private uint _multiplier;
     private sbyte _shift;
+    private long _nextCalibration;
     private double _rate;
     private ulong _measuredTsc;
     private long _measuredTime;
@@ -79,10 +84,19 @@ public sealed class Timekeeping
     {
         get
         {
-            // The counter of another processor may be some ticks behind the one that the anchor is from.
-            ulong delta = (ulong)Math.Max((long)(GuestTsc - _anchorTsc), 0);
-            delta = _shift < 0 ? delta >> -_shift : delta << _shift;
-            return (long)_anchorSystemTime + (long)(ulong)(((UInt128)delta * _multiplier) >> 32);
+            while (true)
+            {
+                uint version = Volatile.Read(ref _version);
+                (ulong anchor, ulong time, uint multiplier, int shift) = (_anchorTsc, _anchorSystemTime, _multiplier, _shift);
+                Thread.MemoryBarrier();
+                if ((version & 1) != 0 || version != _version)
+                    continue;
+
+                // The counter of another processor may be some ticks behind the one that the anchor is from.
+                ulong delta = (ulong)Math.Max((long)(GuestTsc - anchor), 0);
+                delta = shift < 0 ? delta >> -shift : delta << shift;
+                return (long)time + (long)(ulong)(((UInt128)delta * multiplier) >> 32);
+            }
         }
     }
 
@@ -103,9 +117,24 @@ public sealed class Timekeeping
 
     /// <summary>
     /// Takes a new anchor on the line that the guest sees now, and turns its slope so that it meets true time at the end of the
-    /// next period: the guest's clock never jumps and never runs backwards.
+    /// next period: the guest's clock never jumps and never runs backwards. All vCPUs share the line: the first that comes when the
+    /// period is over does it.
     /// </summary>
     public void Calibrate()
+    {
+        lock (_lock)
+        {
+            if (SystemTime < _nextCalibration)
+                return;
+            Volatile.Write(ref _version, _version + 1);
+            Thread.MemoryBarrier();
+            TakeAnchor();
+            Volatile.Write(ref _version, _version + 1);
+            _nextCalibration = (long)_anchorSystemTime + Period;
+        }
+    }
+
+    private void TakeAnchor()
     {
         ulong before = GuestTsc;
         long now = TrueTime;
@@ -150,15 +179,18 @@ public sealed class Timekeeping
     /// <summary>Stores the current parameters under the version protocol.</summary>
     public unsafe void Update(VcpuTimeInfo* info)
     {
-        uint version = Volatile.Read(ref info->Version);
-        Volatile.Write(ref info->Version, version | 1);
-        Thread.MemoryBarrier();
-        info->TscTimestamp = _anchorTsc;
-        info->SystemTime = _anchorSystemTime;
-        info->TscToSystemMul = _multiplier;
-        info->TscShift = _shift;
-        Thread.MemoryBarrier();
-        Volatile.Write(ref info->Version, (version | 1) + 1);
+        lock (_lock)
+        {
+            uint version = Volatile.Read(ref info->Version);
+            Volatile.Write(ref info->Version, version | 1);
+            Thread.MemoryBarrier();
+            info->TscTimestamp = _anchorTsc;
+            info->SystemTime = _anchorSystemTime;
+            info->TscToSystemMul = _multiplier;
+            info->TscShift = _shift;
+            Thread.MemoryBarrier();
+            Volatile.Write(ref info->Version, (version | 1) + 1);
+        }
     }
 
     /// <summary>Stores the wall clock, UTC at system time 0, into shared_info.</summary>

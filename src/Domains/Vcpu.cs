@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Hypercalls;
@@ -23,6 +24,9 @@ internal sealed unsafe class Vcpu : IDisposable
     private readonly MachineToPhysRead _machineToPhysRead;
     private readonly PrivilegedEmulator _emulator;
     private readonly VcpuNotificationQueue _notifications;
+    private readonly Lock _lock = new();
+    private GCHandle _handle;
+    private int _up;
     private ulong _lastFaultRip;
     private ulong _lastFaultAddress;
     private int _repeatedFaults;
@@ -53,7 +57,9 @@ internal sealed unsafe class Vcpu : IDisposable
         context->KickPending = cpu.KickPending;
         context->Budget.ReadTimeStampCounter = cpu.ReadTimeStampCounter;
         context->Budget.Cycles = PreemptionBudget.Microseconds * domain.Time.TscKiloHertz / 1000;
-        context->Info = (VcpuInfo*)domain.Context->SharedInfo + id;
+        _handle = GCHandle.Alloc(this);
+        context->Owner = GCHandle.ToIntPtr(_handle);
+        context->Kick = &KickByContext;
         context->State->VcpuInfoFrame = domain.Context->State->SharedInfoFrame;
         context->State->VcpuInfoOffset = id * sizeof(VcpuInfo);
         domain.Events.AddVcpu(context, cpu);
@@ -65,6 +71,15 @@ internal sealed unsafe class Vcpu : IDisposable
     }
 
     public int Id { get; }
+
+    /// <summary>Whether the vCPU runs, or would if it had something to do (_VPF_down is clear).</summary>
+    public bool IsUp => Volatile.Read(ref _up) != 0;
+
+    /// <summary>Whether it has a state to run with: from the domain builder or VCPUOP_initialise.</summary>
+    public bool IsInitialised { get; private set; }
+
+    /// <summary>Whether it has a vcpu_info: those past the ones in shared_info have to be given one before they can be initialised.</summary>
+    public bool HasInfo => Id < SharedInfoLayout.LegacyVcpus || Context->State->VcpuInfoFrame != Context->Domain->State->SharedInfoFrame;
 
     public Domain Domain { get; }
 
@@ -101,11 +116,17 @@ internal sealed unsafe class Vcpu : IDisposable
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
+            if (!IsUp)
+            {
+                WaitToComeUp();
+                continue;
+            }
+
             long now = Domain.Time.SystemTime;
             if (now >= Timers.Next)
                 FireTimers(now);
             if (now >= _nextCalibration)
-                UpdateClock(now);
+                UpdateClock(this, now);
             if (Waiting != WaitState.None)
             {
                 Wait();
@@ -117,7 +138,7 @@ internal sealed unsafe class Vcpu : IDisposable
             if (continues)
             {
                 // It may wait for another vCPU.
-                if (Domain.Context->State->VcpuCount > 1)
+                if (Domain.Context->State->StartedVcpus > 1)
                     _ = Thread.Yield();
                 Context->Registers->Rip += SyscallLength;
                 Context->Budget.Renew();
@@ -135,22 +156,101 @@ internal sealed unsafe class Vcpu : IDisposable
         Runstate.Change(RunstateKind.Offline);
     }
 
-    public void Dispose() => Cpu.Dispose();
+    public void Dispose()
+    {
+        Cpu.Dispose();
+        if (_handle.IsAllocated)
+            _handle.Free();
+    }
+
+    /// <summary>Gives the vCPU the state that it will start in (VCPUOP_initialise).</summary>
+    public Errno Initialise(Vcpu caller, in VcpuInitialisation.GuestContext guest)
+    {
+        lock (_lock)
+        {
+            if (IsInitialised)
+                return Errno.EEXIST;
+            Errno error = VcpuInitialisation.Execute(caller, this, guest);
+            IsInitialised = error == Errno.None;
+            return error;
+        }
+    }
+
+    /// <summary>The domain builder has given the vCPU its state.</summary>
+    public void MarkInitialised() => IsInitialised = true;
+
+    /// <summary>Lets the vCPU run (VCPUOP_up).</summary>
+    public void BringUp()
+    {
+        if (Interlocked.Exchange(ref _up, 1) != 0)
+            return;
+        if (Interlocked.Exchange(ref Context->State->Started, 1) == 0)
+        {
+            _ = Interlocked.Increment(ref Domain.Context->State->StartedVcpus);
+            Domain.StartThread(this);
+        }
+        else
+        {
+            Cpu.Kick();
+        }
+    }
+
+    /// <summary>Stops the vCPU at its next instruction (VCPUOP_down).</summary>
+    public void TakeDown()
+    {
+        if (Interlocked.Exchange(ref _up, 0) != 0)
+            Cpu.Kick();
+    }
+
+    /// <summary>Something that the vCPU has to look at was changed, maybe by itself.</summary>
+    public void KickFrom(Vcpu caller)
+    {
+        if (caller != this)
+            Cpu.Kick();
+    }
 
     /// <summary>Writes a new clock for the guest, at once.</summary>
-    public void UpdateClock(long now)
+    /// <param name="writer">The vCPU on whose thread this is, and whose tables lead to the second copy.</param>
+    /// <param name="now">System time.</param>
+    public void UpdateClock(Vcpu writer, long now)
     {
-        Domain.Time.Calibrate();
-        Domain.Time.Update(&Context->Info->Time);
-        if (TimeArea != 0)
+        lock (_lock)
         {
-            VcpuTimeInfo copy = default;
-            Domain.Time.Update(&copy);
-            copy.Version = Context->Info->Time.Version;
-            WriteAsKernel(TimeArea, copy);
+            Domain.Time.Calibrate();
+            Domain.Time.Update(&Context->Info->Time);
+            if (TimeArea != 0)
+            {
+                VcpuTimeInfo copy = default;
+                Domain.Time.Update(&copy);
+                copy.Version = Context->Info->Time.Version;
+                writer.WriteAsKernel(TimeArea, copy);
+            }
+
+            _nextCalibration = now + Domain.Time.Period;
+        }
+    }
+
+    /// <summary>VCPUOP_register_vcpu_time_memory_area.</summary>
+    public void RegisterTimeArea(Vcpu caller, ulong area)
+    {
+        lock (_lock)
+            TimeArea = area;
+        UpdateClock(caller, Domain.Time.SystemTime);
+    }
+
+    private static void KickByContext(VcpuContext* context) => ((Vcpu)GCHandle.FromIntPtr(context->Owner).Target!).Cpu.Kick();
+
+    private void WaitToComeUp()
+    {
+        Runstate.Change(RunstateKind.Offline);
+        Cpu.Settle();
+        while (!Domain.IsStopping && !IsUp)
+        {
+            Cpu.WaitForKick(long.MaxValue);
+            DrainNotifications();
         }
 
-        _nextCalibration = now + Domain.Time.Period;
+        Runstate.Change(RunstateKind.Running);
     }
 
     /// <summary>
@@ -167,7 +267,7 @@ internal sealed unsafe class Vcpu : IDisposable
     }
 
     /// <summary>Guest address of a second copy of the clock (VCPUOP_register_vcpu_time_memory_area), 0 for none.</summary>
-    public ulong TimeArea { get; set; }
+    public ulong TimeArea { get; private set; }
 
     /// <summary>Bounces an exception or a software interrupt through the trap table; crashes the domain if it cannot be taken.</summary>
     public void InjectTrap(ExceptionVector vector, uint? errorCode)
@@ -194,7 +294,8 @@ internal sealed unsafe class Vcpu : IDisposable
     /// </summary>
     private bool DueToElsewhere()
         => Context->UpcallDue || Context->State->NmiPending != 0 || Volatile.Read(ref *Context->KickPending) != 0
-            || Context->PageTableWrites->Count > PageTableWriteQueue.Capacity / 2;
+            || Context->PageTableWrites->EntryFirst != 0
+            || Context->PageTableWrites->Count > (Domain.Context->State->StartedVcpus > 1 ? 0 : PageTableWriteQueue.Capacity / 2);
 
     private void DeliverEvents()
     {
@@ -228,6 +329,9 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void Wait()
     {
+        // Others may wait for what this one has stored.
+        if (Domain.Context->State->StartedVcpus > 1)
+            Cpu.Settle();
         Runstate.Change(RunstateKind.Blocked);
         while (!Domain.IsStopping && StillWaiting())
         {

@@ -1,8 +1,12 @@
 namespace XenSharp.Domains;
 
-/// <summary>One vCPU's timers, in system time (nanoseconds since the domain was made); only its own thread uses them.</summary>
+/// <summary>
+/// One vCPU's timers, in system time (nanoseconds since the domain was made). Only its own thread waits for them; the periodic one may
+/// be set from others, which then kick the vCPU.
+/// </summary>
 internal sealed class VcpuTimers
 {
+    private readonly Lock _lock = new();
     private long _singleshot = long.MaxValue;
     private long _periodicNext = long.MaxValue;
     private long _periodicLast = long.MinValue;
@@ -23,8 +27,11 @@ internal sealed class VcpuTimers
         get => _singleshot;
         set
         {
-            _singleshot = value;
-            Rearm();
+            lock (_lock)
+            {
+                _singleshot = value;
+                Rearm();
+            }
         }
     }
 
@@ -37,9 +44,12 @@ internal sealed class VcpuTimers
         get => _poll;
         set
         {
-            _poll = value;
-            PollExpired = false;
-            Rearm();
+            lock (_lock)
+            {
+                _poll = value;
+                PollExpired = false;
+                Rearm();
+            }
         }
     }
 
@@ -49,14 +59,23 @@ internal sealed class VcpuTimers
     /// <summary>Starts or stops the periodic timer. It ticks at once unless it did within the last period.</summary>
     public void SetPeriodic(long period, long now)
     {
-        Period = period;
-        _periodicNext = period == 0 ? long.MaxValue : _periodicLast > now - period ? _periodicLast + period : now;
-        Rearm();
+        lock (_lock)
+        {
+            Period = period;
+            _periodicNext = period == 0 ? long.MaxValue : _periodicLast > now - period ? _periodicLast + period : now;
+            Rearm();
+        }
     }
 
     /// <summary>Takes note of the timers that are due.</summary>
     /// <returns>True when VIRQ_TIMER is to be raised. Missed periods are not made up for.</returns>
     public bool Expire(long now)
+    {
+        lock (_lock)
+            return ExpireLocked(now);
+    }
+
+    private bool ExpireLocked(long now)
     {
         bool virq = false;
         if (now >= _singleshot)

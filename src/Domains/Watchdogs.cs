@@ -11,6 +11,7 @@ internal sealed class Watchdogs : IDisposable
     /// <summary>What a timer can count to, 49 days; the guest may name 136 years.</summary>
     private const uint MaxSeconds = (uint.MaxValue - 1) / 1000;
 
+    private readonly Lock _lock = new();
     private readonly Timer?[] _timers = new Timer?[Count];
     private readonly Action _expired;
 
@@ -24,6 +25,12 @@ internal sealed class Watchdogs : IDisposable
     {
         if (id > Count)
             return -(long)Errno.EINVAL;
+        lock (_lock)
+            return SetLocked(id, seconds);
+    }
+
+    private long SetLocked(uint id, uint seconds)
+    {
         if (id == 0)
         {
             int free = Array.IndexOf(_timers, null);

@@ -30,6 +30,7 @@ internal static class KvmRequest
     public const int SetVcpuEvents = 0x4040AEA0;
     public const int GetDebugRegs = unchecked((int)0x8080AEA1);
     public const int SetDebugRegs = 0x4080AEA2;
+    public const int SetFpu = 0x41A0AE8D;
     public const int GetTscKhz = 0xAEA3;
     public const int SetXcrs = 0x4188AEA7;
     public const int SetDeviceAttribute = 0x4018AEE1;
@@ -209,6 +210,25 @@ internal struct KvmVcpuEvents
 
     /// <summary>Which of the further fields are to be taken over.</summary>
     [FieldOffset(24)] public uint Flags;
+}
+
+/// <summary>struct kvm_fpu.</summary>
+[StructLayout(LayoutKind.Sequential)]
+internal unsafe struct KvmFpu
+{
+    public fixed byte Registers[8 * 16];
+    public ushort Control;
+    public ushort Status;
+
+    /// <summary>A bit a register that is in use, as FXSAVE abridges it.</summary>
+    public byte Tags;
+    private readonly byte _padding1;
+    public ushort LastOpcode;
+    public ulong LastInstruction;
+    public ulong LastOperand;
+    public fixed byte Xmm[16 * 16];
+    public uint Mxcsr;
+    private readonly uint _padding2;
 }
 
 /// <summary>struct kvm_debugregs.</summary>

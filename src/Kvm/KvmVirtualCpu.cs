@@ -23,6 +23,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private const ulong Cr4Osxsave = 1 << 18;
     private const ulong EferFlags = 0xd01; // NXE LMA LME SCE
     private const ulong DebugStatusDefault = 0xffff_0ff0;
+    private const uint DefinedMxcsr = 0xffff;
 
     // What SYSCALL clears on the way in; the guest's own value is in R11.
     private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
@@ -179,6 +180,26 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetDebugRegs, &registers), "KVM_SET_DEBUGREGS failed");
     }
 
+    public void SetFpu(ReadOnlySpan<byte> image)
+    {
+        const int control = 0, status = 2, tags = 4, opcode = 6, instruction = 8, operand = 16, mxcsr = 24, registers = 32, xmm = 160;
+        var state = new KvmFpu
+        {
+            Control = MemoryMarshal.Read<ushort>(image[control..]),
+            Status = MemoryMarshal.Read<ushort>(image[status..]),
+            Tags = image[tags],
+            LastOpcode = MemoryMarshal.Read<ushort>(image[opcode..]),
+            LastInstruction = MemoryMarshal.Read<ulong>(image[instruction..]),
+            LastOperand = MemoryMarshal.Read<ulong>(image[operand..]),
+
+            // What the processor has no use for would be refused, or fault when it is loaded.
+            Mxcsr = MemoryMarshal.Read<uint>(image[mxcsr..]) & DefinedMxcsr,
+        };
+        image.Slice(registers, 8 * 16).CopyTo(new Span<byte>(state.Registers, 8 * 16));
+        image.Slice(xmm, 16 * 16).CopyTo(new Span<byte>(state.Xmm, 16 * 16));
+        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetFpu, &state), "KVM_SET_FPU failed");
+    }
+
     public ulong TakeDebugStatus()
     {
         KvmDebugRegs registers;
@@ -227,12 +248,32 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public VcpuExit Run()
     {
         BindThread();
+        _ = Interlocked.Exchange(ref _writes->Running, 1);
+        VcpuExit exit = Enter();
+        Volatile.Write(ref _writes->Running, 0);
+        return exit;
+    }
+
+    public void Settle()
+    {
+        if (_writes->Count == 0)
+            return;
+        _machine.DropShadowPages();
+        _writes->Count = 0;
+        _writes->Overflowed = 0;
+        _writes->EntryFirst = 0;
+    }
+
+    private VcpuExit Enter()
+    {
         if (Volatile.Read(ref *_kicked) != 0)
         {
             TakeKick();
             return new VcpuExit(VcpuExitKind.Kicked);
         }
 
+        if (Volatile.Read(ref _writes->FlushRequested) != 0 && Interlocked.Exchange(ref _writes->FlushRequested, 0) != 0)
+            _writes->Flush();
         _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
         if (!PrepareEntry(out VcpuExit refusal))
@@ -630,6 +671,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _writes->Count = 0;
         _writes->FlushPending = 0;
         _writes->Overflowed = 0;
+        _writes->EntryFirst = 0;
     }
 
     private VcpuExit TakeIoExit()

@@ -27,37 +27,44 @@ public static unsafe class DescriptorTables
         ulong* list = stackalloc ulong[14];
         if (!GuestAccess.CopyFrom(vcpu, arguments.A0, list, count * sizeof(ulong)))
             return -(long)Errno.EFAULT;
-        return -(long)SetGdt(vcpu, new ReadOnlySpan<ulong>(list, (int)count), entries);
+        Errno error = SetGdt(vcpu, vcpu, new ReadOnlySpan<ulong>(list, (int)count), entries);
+        return error == Errno.ERESTART ? Continuation.Create(vcpu, arguments) : -(long)error;
     }
 
-    /// <summary>Replaces the vCPU's GDT by the given frames (pv_set_gdt); the old one stays if any of them is refused.</summary>
-    public static Errno SetGdt(VcpuContext* vcpu, ReadOnlySpan<ulong> frameList, uint entries)
+    /// <summary>Replaces a vCPU's GDT by the given frames (pv_set_gdt); the old one stays if any of them is refused.</summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="target">Whose GDT it is: the caller, or a vCPU that is not up yet.</param>
+    /// <param name="frameList">At most 14 frames.</param>
+    /// <param name="entries">Descriptors in them.</param>
+    /// <returns>ERESTART when it has to be asked for again.</returns>
+    public static Errno SetGdt(VcpuContext* vcpu, VcpuContext* target, ReadOnlySpan<ulong> frameList, uint entries)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         for (int i = 0; i < frameList.Length; i++)
         {
-            if (PageTables.GetPageAndType(vcpu, new Mfn(frameList[i]), PageType.SegmentDescriptors, out _) == Errno.None)
+            Errno error = PageTables.GetPageAndType(vcpu, new Mfn(frameList[i]), PageType.SegmentDescriptors, out _);
+            if (error == Errno.None)
                 continue;
             while (i-- > 0)
                 _ = PageTables.PutPageAndType(vcpu, new Mfn(frameList[i]), frames->Find(new Mfn(frameList[i])));
-            return Errno.EINVAL;
+            return error == Errno.ERESTART ? error : Errno.EINVAL;
         }
 
         for (int i = 0; i < 14; i++)
         {
-            ref ulong current = ref vcpu->State->GdtFrames[i];
+            ref ulong current = ref target->State->GdtFrames[i];
             ulong next = i < frameList.Length ? frameList[i] : 0;
             PageTableEntry entry = next == 0
-                ? vcpu->GdtEmptyEntry
+                ? target->GdtEmptyEntry
                 : new PageTableEntry(new Mfn(next), PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute);
-            _ = vcpu->PageTableWrites->Store(vcpu->GdtEntries + i, vcpu->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
+            _ = target->PageTableWrites->Store(target->GdtEntries + i, target->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
             if (current != 0)
                 _ = PageTables.PutPageAndType(vcpu, new Mfn(current), frames->Find(new Mfn(current)));
             current = next;
         }
 
-        vcpu->State->GdtEntries = entries;
-        TlbFlush.OnThisVcpu(vcpu);
+        target->State->GdtEntries = entries;
+        TlbFlush.OnThisVcpu(target);
         return Errno.None;
     }
 
@@ -82,7 +89,12 @@ public static unsafe class DescriptorTables
         }
 
         frames->PutPage(info);
-        return error == Errno.None ? 0 : -(long)Errno.EINVAL;
+        return error switch
+        {
+            Errno.None => 0,
+            Errno.ERESTART => Continuation.Create(vcpu, arguments),
+            _ => -(long)Errno.EINVAL,
+        };
     }
 
     /// <summary>MMUEXT_SET_LDT.</summary>

@@ -55,9 +55,6 @@ public readonly record struct FrameType(ulong Value)
     private const int OwnerShift = 48;
     private const ulong OwnerMask = 0xffffUL << OwnerShift;
 
-    /// <summary>A frame that the domain owns and uses for nothing.</summary>
-    public static FrameType OwnedBy(ushort domain) => new((ulong)domain << OwnerShift);
-
     /// <summary>Uses as <see cref="Type"/>.</summary>
     public uint Count => (uint)Value;
 
@@ -87,6 +84,12 @@ public readonly record struct FrameType(ulong Value)
 
     /// <summary>No use, and none that could be cached.</summary>
     public FrameType Unused() => new(Value & OwnerMask);
+
+    /// <summary>Nobody's; only what it was used as last is remembered.</summary>
+    public FrameType Free() => new((ulong)Type << TypeShift);
+
+    /// <summary>A domain's, and used for nothing.</summary>
+    public FrameType Of(ushort domain) => new(((ulong)domain << OwnerShift) | ((ulong)Type << TypeShift));
 }
 
 /// <summary>One frame, 16 bytes.</summary>
@@ -200,7 +203,6 @@ public struct FrameInfo
     {
         _linearCount = 0;
         _progress = 0;
-        Settle(default);
         Volatile.Write(ref _references, 1);
     }
 
@@ -208,7 +210,7 @@ public struct FrameInfo
     internal void Assign(ushort domain, FrameFlags flags)
     {
         _ = Interlocked.Or(ref _references, AllocatedBit | ((flags & FrameFlags.Special) != 0 ? SpecialBit : 0));
-        Settle(FrameType.OwnedBy(domain));
+        Settle(State.Of(domain));
     }
 
     /// <summary>Adds a reference to a frame that is not free.</summary>
@@ -242,14 +244,14 @@ public struct FrameInfo
         }
     }
 
-    /// <summary>Drops the last reference: the frame is free, and used for nothing that could be cached.</summary>
+    /// <summary>Drops the last reference: the frame is free.</summary>
     /// <returns>False when it is not the last any more.</returns>
     internal bool TryFree()
     {
         uint references = Volatile.Read(ref _references);
         if ((references & CountMask) != 1 || Interlocked.CompareExchange(ref _references, 0, references) != references)
             return false;
-        Settle(default);
+        Settle(State.Free());
         return true;
     }
 

@@ -111,6 +111,7 @@ public static unsafe class MmuUpdate
     /// <param name="error">What the next request came to; ERESTART where it has to be asked for again.</param>
     internal static long EndBatch(VcpuContext* vcpu, in HypercallArguments arguments, uint served, uint done, ulong size, Errno error)
     {
+        TlbFlush.AfterBatch(vcpu);
         StoreDone(vcpu, arguments.A2, done + served);
         HypercallArguments rest = arguments;
         if (error == Errno.ERESTART)
@@ -131,17 +132,17 @@ public static unsafe class MmuUpdate
 
     /// <summary>update_va_mapping(address, entry, flags).</summary>
     public static long UpdateVaMapping(VcpuContext* vcpu, in HypercallArguments arguments)
-        => UpdateVaMapping(vcpu, arguments.A0, arguments.A1, arguments.A2);
+        => UpdateOwn(vcpu, arguments);
 
     /// <summary>update_va_mapping_otherdomain(address, entry, flags, domid).</summary>
     public static long UpdateVaMappingOtherdomain(VcpuContext* vcpu, in HypercallArguments arguments)
         => ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error)
-            ? UpdateVaMapping(vcpu, arguments.A0, arguments.A1, arguments.A2)
+            ? UpdateOwn(vcpu, arguments)
             : -(long)error;
 
-    private static long UpdateVaMapping(VcpuContext* vcpu, ulong address, ulong value, ulong flags)
+    private static long UpdateOwn(VcpuContext* vcpu, in HypercallArguments arguments)
     {
-        var linear = new VirtualAddress(address);
+        var linear = new VirtualAddress(arguments.A0);
         PageTableEntry* entry = linear.IsGuest ? GuestAccess.FindEntry(vcpu, linear) : null;
         if (entry == null)
             return -(long)Errno.EINVAL;
@@ -152,13 +153,18 @@ public static unsafe class MmuUpdate
         if (info != null && PageTables.TryHold(info, out int level))
         {
             if (level == 1)
-                error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(value), preserveAccessedDirty: false);
+                error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(arguments.A1), preserveAccessedDirty: false);
             PageTables.Release(vcpu, entryAddress.Frame, info);
         }
 
         if (info != null)
             frames->PutPage(info);
-        return error == Errno.None ? TlbFlush.AfterUpdateVaMapping(vcpu, flags) : -(long)error;
+        return error switch
+        {
+            Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, arguments.A2),
+            Errno.ERESTART => Continuation.Create(vcpu, arguments),
+            _ => -(long)error,
+        };
     }
 
     private static MachineAddress AddressOf(VcpuContext* vcpu, void* host)
@@ -188,17 +194,12 @@ public static unsafe class MmuUpdate
                 : PageTables.ModifyEntry(vcpu, level, entry, address, value, preserveAccessedDirty, ioMemory);
             PageTables.Release(vcpu, address.Frame, info);
         }
-        else if (PageTables.GetType(vcpu, address.Frame, info, PageType.Writable) == Errno.None)
+        else if ((error = PageTables.GetType(vcpu, address.Frame, info, PageType.Writable)) == Errno.None)
         {
             // Not in use as a table: an ordinary store into the guest's own page.
             Volatile.Write(ref *(ulong*)entry, value.Value);
             GuestAccess.Written(vcpu, address.Frame, (ulong)address.Offset, sizeof(ulong));
             _ = PageTables.PutType(vcpu, address.Frame, info);
-            error = Errno.None;
-        }
-        else
-        {
-            error = Errno.EINVAL;
         }
 
         frames->PutPage(info);

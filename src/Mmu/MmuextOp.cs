@@ -141,9 +141,11 @@ public static unsafe class MmuextOp
                 return NewUserBaseptr(vcpu, frame);
             case Command.TlbFlushLocal:
             case Command.InvlpgLocal:
+                TlbFlush.OnThisVcpu(vcpu);
+                return Errno.None;
             case Command.TlbFlushAll:
             case Command.InvlpgAll:
-                TlbFlush.OnThisVcpu(vcpu);
+                TlbFlush.OnAllVcpus(vcpu);
                 return Errno.None;
             case Command.TlbFlushMulti:
             case Command.InvlpgMulti:
@@ -221,8 +223,9 @@ public static unsafe class MmuextOp
 
     private static Errno WriteWholePage(VcpuContext* vcpu, Mfn frame, byte* source)
     {
-        if (PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out FrameInfo* info) != Errno.None)
-            return Errno.EINVAL;
+        Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out FrameInfo* info);
+        if (error != Errno.None)
+            return error;
         byte* page = vcpu->Domain->Memory.Page(frame);
         if (source == null)
             NativeMemory.Clear(page, (nuint)Paging.PageSize);

@@ -73,7 +73,7 @@ public static unsafe class PageTables
             if (state.Count == 0)
             {
                 next = state.First(type);
-                if (type == PageType.Writable)
+                if (type == PageType.Writable && !state.IsPageTable)
                     next = next.With(FrameFlags.Validated);
             }
             else if (state.Type != type || state.Count == uint.MaxValue)
@@ -224,7 +224,7 @@ public static unsafe class PageTables
     /// Shows or hides the M2P table in an L4: the kernel reads it, user mode does not. A new L4 has it where m2p_strict is on, and
     /// loses it by becoming the root of user mode; else it gets it by becoming the kernel's, and keeps it (fill_ro_mpt, zap_ro_mpt).
     /// </summary>
-    internal static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
+    public static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
     {
         int slot = vcpu->Domain->MachineToPhysStart.TableIndex(4);
         PageTableEntry* entry = vcpu->Domain->Memory.Table(root) + slot;
@@ -320,10 +320,11 @@ public static unsafe class PageTables
             return RefuseIoMemory(vcpu, value.Frame);
         if (frames->GetPage(value.Frame, vcpu->Domain->State->Id) == null)
             return Errno.EBUSY;
-        if (!value.IsWritable || GetType(vcpu, value.Frame, info, PageType.Writable) == Errno.None)
-            return Errno.None;
+        Errno error = value.IsWritable ? GetType(vcpu, value.Frame, info, PageType.Writable) : Errno.None;
+        if (error == Errno.None)
+            return error;
         frames->PutPage(info);
-        return Errno.EBUSY;
+        return error == Errno.ERESTART ? error : Errno.EBUSY;
     }
 
     /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
@@ -401,14 +402,18 @@ public static unsafe class PageTables
         bool wasPartial = before.Has(FrameFlags.Partial);
         if (!wasPartial)
         {
-            // A mapping of its earlier life may still be in a TLB: what is to be checked must not be written any more.
-            if (before.Type != type)
-                TlbFlush.BeforeTypeChange(vcpu, before.Type);
+            if (before.Type != type && !TlbFlush.TryBeforeTypeChange(vcpu, before.Type))
+            {
+                info->Settle(before);
+                return Errno.ERESTART;
+            }
+
             info->Progress = 0;
         }
 
         Errno error = type switch
         {
+            PageType.Writable => Errno.None,
             PageType.SegmentDescriptors => DescriptorTables.Validate(vcpu->Domain->Memory.Page(frame)) ? Errno.None : Errno.EINVAL,
             _ => Promote(vcpu, frame, info, (int)type),
         };

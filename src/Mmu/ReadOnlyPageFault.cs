@@ -12,19 +12,24 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     private readonly VcpuContext* _vcpu = vcpu;
     private readonly InstructionDecoder _decoder = new(vcpu);
 
+    /// <summary>The store would do, but not yet: nothing was changed, and the guest is to execute the instruction again.</summary>
+    private bool _again;
+
     /// <summary>Tries to perform the store that raised a write-protection fault in kernel mode.</summary>
     /// <param name="fault">CR2.</param>
     /// <returns>
-    /// True when it was performed and RIP is past it; false when the fault is the guest's own: nothing was changed.
+    /// True when it was performed and RIP is past it, or has to be tried again and nothing was changed; false when the fault is the
+    /// guest's own.
     /// </returns>
     public bool TryEmulate(VirtualAddress fault)
     {
         if (!fault.IsGuest || !TryHoldTable(fault, out Mfn table, out FrameInfo* info))
             return false;
+        _again = false;
         bool performed = TryPerform(fault, table);
         PageTables.Release(_vcpu, table, info);
         FrameTable.Of(_vcpu->Domain)->PutPage(info);
-        return performed;
+        return performed || _again;
     }
 
     private bool TryPerform(VirtualAddress fault, Mfn table)
@@ -438,8 +443,13 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     /// <summary>Checks the new entry, takes its references, stores it if the old one is still there, drops the old one's.</summary>
     private StoreResult Replace(PageTableEntry* entry, in Store store, PageTableEntry old, PageTableEntry value)
     {
-        if (PageTables.ReferenceL1(_vcpu, ref value) != Errno.None)
+        Errno error = PageTables.ReferenceL1(_vcpu, ref value);
+        if (error != Errno.None)
+        {
+            _again = error == Errno.ERESTART;
             return StoreResult.Refused;
+        }
+
         MachineAddress address = store.Table.Address + ((ulong)store.Offset & ~7UL);
         if (_vcpu->PageTableWrites->CompareExchange(entry, address, value, old) != old)
         {

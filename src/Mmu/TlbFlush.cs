@@ -1,13 +1,14 @@
-// What a guest's requests to flush translations mean on each kind of KVM.
+// What a guest's requests to flush translations mean on each kind of KVM, and what changes of a frame's type need of the same kind.
 using XenSharp.Core;
 
 namespace XenSharp.Mmu;
 
-/// <summary>Flushing translations of the calling domain.</summary>
+/// <summary>Dropping translations of a domain's vCPUs.</summary>
 /// <remarks>
-/// Where KVM shadows the guest's tables, a store that takes rights away is repeated inside the VM and KVM itself drops what
-/// it made from the old entry, on every vCPU: nothing is left for a flush to do. Where the processor walks the guest's
-/// tables, the next entry drops this vCPU's translations.
+/// Where the processor walks the guest's tables, a vCPU drops its translations on its next entry; one that is in the guest is kicked
+/// out first, and only then does the request count as done. Where KVM shadows the tables, a store that takes rights away is repeated
+/// inside the VM and KVM itself drops what it made from the old entry, on every vCPU: nothing is left for a flush to do, but until the
+/// stores have been repeated the old translations count.
 /// </remarks>
 internal static unsafe class TlbFlush
 {
@@ -17,6 +18,9 @@ internal static unsafe class TlbFlush
     private const ulong Local = 0;
     private const ulong All = 4;
 
+    /// <summary>Looks at another vCPU before this one's thread lets others have the processor.</summary>
+    private const int SpinsBeforeYield = 100;
+
     /// <summary>Drops the calling vCPU's translations.</summary>
     public static void OnThisVcpu(VcpuContext* vcpu)
     {
@@ -24,18 +28,13 @@ internal static unsafe class TlbFlush
             vcpu->PageTableWrites->Flush();
     }
 
-    /// <summary>
-    /// A frame becomes something that the guest must not write: what may still map it writable goes first. Nothing is checked
-    /// before that has happened, as the guest does not run meanwhile.
-    /// </summary>
-    public static void BeforeTypeChange(VcpuContext* vcpu, PageType before)
+    /// <summary>Drops the translations of all vCPUs.</summary>
+    public static void OnAllVcpus(VcpuContext* vcpu)
     {
-        if (before == PageType.Writable)
-            OnThisVcpu(vcpu);
+        OnThisVcpu(vcpu);
+        for (int i = 0; vcpu->Domain->State->StartedVcpus > 1 && i < vcpu->Domain->State->VcpuCount; i++)
+            OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + i);
     }
-
-    /// <summary>An entry above L1 was replaced: parts of walks that went through it may be cached.</summary>
-    public static void AfterUnlink(VcpuContext* vcpu) => OnThisVcpu(vcpu);
 
     /// <summary>
     /// Drops translations on the vCPUs of a bitmap in guest memory: one bit a vCPU, read in words of 64.
@@ -47,8 +46,15 @@ internal static unsafe class TlbFlush
         {
             if (!GuestAccess.Read(vcpu, bitmap + ((ulong)first / 8), out ulong bits))
                 return Errno.EFAULT;
-            if (vcpu->State->Id / 64 == first / 64 && (bits & (1UL << (vcpu->State->Id % 64))) != 0)
-                OnThisVcpu(vcpu);
+            for (int i = 0; bits != 0 && i < 64 && first + i < count; i++, bits >>= 1)
+            {
+                if ((bits & 1) == 0)
+                    continue;
+                if (first + i == vcpu->State->Id)
+                    OnThisVcpu(vcpu);
+                else
+                    OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + first + i);
+            }
         }
 
         return Errno.None;
@@ -60,12 +66,91 @@ internal static unsafe class TlbFlush
         if ((flags & FlushTypeMask) is not (FlushTlb or InvalidatePage))
             return 0;
         ulong target = flags & ~FlushTypeMask;
-        if (target is Local or All)
+        switch (target)
         {
+            case Local:
+                OnThisVcpu(vcpu);
+                return 0;
+            case All:
+                OnAllVcpus(vcpu);
+                return 0;
+            default:
+                return -(long)OnVcpus(vcpu, target);
+        }
+    }
+
+    /// <summary>An entry above L1 was replaced: parts of walks that went through it may be cached.</summary>
+    public static void AfterUnlink(VcpuContext* vcpu)
+    {
+        OnThisVcpu(vcpu);
+        vcpu->PageTableWrites->UnlinkPending = 1;
+    }
+
+    /// <summary>Ends a batch of updates: what <see cref="AfterUnlink"/> noted is dropped on the other vCPUs.</summary>
+    public static void AfterBatch(VcpuContext* vcpu)
+    {
+        if (vcpu->PageTableWrites->UnlinkPending == 0)
+            return;
+        vcpu->PageTableWrites->UnlinkPending = 0;
+        OnAllVcpus(vcpu);
+    }
+
+    /// <summary>
+    /// A frame that the caller has to itself is about to be used as something else. What may still reach it as what it was goes first:
+    /// a page table must not be written through a translation of its earlier life, nor a page be walked as the table that it was.
+    /// </summary>
+    /// <returns>False when that takes longer: the type must not be given yet.</returns>
+    public static bool TryBeforeTypeChange(VcpuContext* vcpu, PageType before)
+    {
+        PageTableWriteQueue* own = vcpu->PageTableWrites;
+        if (before == PageType.Writable)
             OnThisVcpu(vcpu);
-            return 0;
+        if (vcpu->Domain->State->StartedVcpus <= 1 || before == PageType.None)
+            return true;
+        for (int i = 0; i < vcpu->Domain->State->VcpuCount; i++)
+        {
+            VcpuContext* other = vcpu->Domain->Vcpus + i;
+            if (other == vcpu || Volatile.Read(ref other->State->Started) == 0)
+                continue;
+            for (int spins = 0; Volatile.Read(ref other->Accessing) != 0; spins++)
+            {
+                if (spins > SpinsBeforeYield)
+                    return false;
+            }
+
+            if (own->InGuest == 0)
+                OnOtherVcpu(vcpu, other);
+            else if (Volatile.Read(ref other->PageTableWrites->Count) != 0)
+                return Hurry(other);
         }
 
-        return -(long)OnVcpus(vcpu, target);
+        if (own->Count == 0)
+            return true;
+        own->EntryFirst = 1;
+        return false;
+    }
+
+    /// <summary>Stores of another vCPU wait to be repeated, or were and it has not come back since: it is to come back.</summary>
+    private static bool Hurry(VcpuContext* other)
+    {
+        if (Volatile.Read(ref other->PageTableWrites->Running) != 0)
+            other->Kick(other);
+        return false;
+    }
+
+    private static void OnOtherVcpu(VcpuContext* vcpu, VcpuContext* other)
+    {
+        PageTableWriteQueue* queue = other->PageTableWrites;
+        if (other == vcpu || Volatile.Read(ref other->State->Started) == 0 || queue->InGuest != 0)
+            return;
+        _ = Interlocked.Exchange(ref queue->FlushRequested, 1);
+        if (Volatile.Read(ref queue->Running) == 0)
+            return;
+        other->Kick(other);
+        for (int spins = 0; Volatile.Read(ref queue->Running) != 0 && Volatile.Read(ref queue->FlushRequested) != 0; spins++)
+        {
+            if (spins > SpinsBeforeYield)
+                _ = Thread.Yield();
+        }
     }
 }

@@ -38,6 +38,7 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->State = (DomainState*)Allocate((nuint)sizeof(DomainState));
         Context->State->Id = Domain;
         Context->State->VcpuCount = vcpus;
+        Context->State->StartedVcpus = vcpus;
         Context->State->MaxPages = (ulong)frames;
         Context->Memory = memory;
         Context->MachineToPhys = (ulong*)Allocate((nuint)frames * 8);
@@ -185,6 +186,7 @@ internal sealed unsafe class TestMachine : IDisposable
         vcpu->Domain = Context;
         vcpu->State = (VcpuState*)Allocate((nuint)sizeof(VcpuState));
         vcpu->State->Id = id;
+        vcpu->State->Started = 1;
         vcpu->State->KernelMode = 1;
         vcpu->Registers = (CpuRegisters*)Allocate((nuint)sizeof(CpuRegisters));
         vcpu->Registers->Rflags = 0x202;

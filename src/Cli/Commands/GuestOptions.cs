@@ -5,6 +5,7 @@ using System.CommandLine.Parsing;
 using System.Globalization;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
+using XenSharp.Kvm;
 
 namespace XenSharp.Cli.Commands;
 
@@ -20,12 +21,30 @@ internal static class GuestOptions
         CustomParser = ParseMemory,
     };
 
+    /// <summary><c>--vcpus N</c>.</summary>
+    internal static Option<int> Vcpus() => new("--vcpus")
+    {
+        Description = $"Virtual processors of the domain, from 1 to {KvmVirtualMachine.MaxVcpus}.",
+        HelpName = "N",
+        DefaultValueFactory = static _ => 1,
+        CustomParser = ParseVcpus,
+    };
+
     /// <summary><c>--trace FILE</c>.</summary>
     internal static Option<string?> Trace() => new("--trace")
     {
         Description = "A file that gets a record of every hypercall, exception, upcall and emulated instruction; xensharp trace reads it.",
         HelpName = "FILE",
     };
+
+    private static int ParseVcpus(ArgumentResult result)
+    {
+        string text = result.Tokens[0].Value;
+        if (int.TryParse(text, NumberStyles.None, CultureInfo.InvariantCulture, out int vcpus) && vcpus is >= 1 and <= KvmVirtualMachine.MaxVcpus)
+            return vcpus;
+        result.AddError($"--vcpus takes a whole number from 1 to {KvmVirtualMachine.MaxVcpus}; \"{text}\" is none.");
+        return 1;
+    }
 
     private static int ParseMemory(ArgumentResult result)
     {

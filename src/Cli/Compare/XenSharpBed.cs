@@ -30,6 +30,7 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             Name = guest.Name,
             Image = new DomainImage(KernelImage.Parse(guest.Kernel.ToArray()), guest.Ramdisk),
             MemoryMiB = guest.MemoryMiB,
+            Vcpus = guest.Vcpus,
             CommandLine = guest.CommandLine,
         };
         var sink = new MemorySink();

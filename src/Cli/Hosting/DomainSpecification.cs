@@ -21,6 +21,9 @@ public sealed record DomainSpecification
     /// <summary>Memory in MiB, from <see cref="DomainOptions.MinMemoryMiB"/> on.</summary>
     public int MemoryMiB { get; init; } = DefaultMemoryMiB;
 
+    /// <summary>vCPUs that the guest may bring up.</summary>
+    public int Vcpus { get; init; } = 1;
+
     /// <summary>The kernel's command line, at most 1023 bytes in UTF-8.</summary>
     public string CommandLine { get; init; } = string.Empty;
 

@@ -133,7 +133,10 @@ internal static unsafe class PhysdevOp
                 return GetFreePirq(vcpu, argument);
             case Command.PirqEoiGmfn1:
             case Command.PirqEoiGmfn2:
-                return GuestAccess.Read(context, argument, out ulong frame) ? -(long)SetEoiFrame(vcpu, new Mfn(frame)) : -(long)Errno.EFAULT;
+                if (!GuestAccess.Read(context, argument, out ulong frame))
+                    return -(long)Errno.EFAULT;
+                Errno error = SetEoiFrame(vcpu, new Mfn(frame));
+                return error == Errno.ERESTART ? Continuation.Create(context, arguments) : -(long)error;
             case Command.PciMmcfgReserved:
             case Command.DbgpOp:
                 return -(long)Errno.EPERM;
@@ -217,8 +220,9 @@ internal static unsafe class PhysdevOp
     private static Errno SetEoiFrame(Vcpu vcpu, Mfn frame)
     {
         // The reference keeps the frame the guest's and writable; nothing is ever written, as no interrupt ever comes.
-        if (PageTables.GetPageAndType(vcpu.Context, frame, PageType.Writable, out FrameInfo* info) != Errno.None)
-            return Errno.EINVAL;
+        Errno error = PageTables.GetPageAndType(vcpu.Context, frame, PageType.Writable, out FrameInfo* info);
+        if (error != Errno.None)
+            return error == Errno.ERESTART ? error : Errno.EINVAL;
         PhysicalInterrupts interrupts = vcpu.Domain.PhysicalInterrupts;
         if (interrupts.EoiFrame is not null)
         {

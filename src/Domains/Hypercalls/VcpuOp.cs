@@ -13,9 +13,6 @@ internal static unsafe class VcpuOp
     /// <summary>STIME_DELTA_MAX.</summary>
     private const ulong MaxPeriod = ulong.MaxValue >> 2;
 
-    /// <summary>Bytes of struct vcpu_guest_context.</summary>
-    private const int GuestContextSize = 5168;
-
     private enum Command : uint
     {
         Initialise = 0,
@@ -62,28 +59,30 @@ internal static unsafe class VcpuOp
         switch ((Command)(uint)arguments.A0)
         {
             case Command.Initialise:
-                // Every vCPU that exists so far was initialised by the domain builder.
-                return -(long)(IsReadable(context, argument, GuestContextSize) ? Errno.EEXIST : Errno.EFAULT);
+                return Initialise(caller, target, arguments);
             case Command.Up:
+                if (!target.IsInitialised)
+                    return -(long)Errno.EINVAL;
+                target.BringUp();
                 return 0;
             case Command.Down:
                 // The last vCPU that goes down takes the domain with it.
-                caller.Domain.Shutdown(caller, ShutdownReason.PowerOff);
+                if (!caller.Domain.TakeDown(target))
+                    caller.Domain.Shutdown(caller, ShutdownReason.PowerOff);
                 return 0;
             case Command.IsUp:
-                return 1;
+                return target.IsUp ? 1 : 0;
             case Command.GetRunstateInfo:
                 return GuestAccess.Write(context, argument, target.Runstate.Snapshot()) ? 0 : -(long)Errno.EFAULT;
             case Command.RegisterRunstateMemoryArea:
                 if (!GuestAccess.Read(context, argument, out ulong runstateArea) || !new VirtualAddress(runstateArea).IsGuest)
                     return -(long)Errno.EFAULT;
-                target.Runstate.Register(runstateArea);
+                target.Runstate.Register(caller, runstateArea);
                 return 0;
             case Command.RegisterVcpuTimeMemoryArea:
                 if (!GuestAccess.Read(context, argument, out ulong timeArea) || !new VirtualAddress(timeArea).IsGuest)
                     return -(long)Errno.EFAULT;
-                target.TimeArea = timeArea;
-                target.UpdateClock(now);
+                target.RegisterTimeArea(caller, timeArea);
                 return 0;
             case Command.SetPeriodicTimer:
                 if (!GuestAccess.Read(context, argument, out ulong period))
@@ -91,9 +90,11 @@ internal static unsafe class VcpuOp
                 if (period is < MinPeriod or > MaxPeriod)
                     return -(long)Errno.EINVAL;
                 target.Timers.SetPeriodic((long)period, now);
+                target.KickFrom(caller);
                 return 0;
             case Command.StopPeriodicTimer:
                 target.Timers.SetPeriodic(0, now);
+                target.KickFrom(caller);
                 return 0;
             case Command.SetSingleshotTimer:
                 if (target != caller)
@@ -110,13 +111,15 @@ internal static unsafe class VcpuOp
                 target.Timers.Singleshot = long.MaxValue;
                 return 0;
             case Command.RegisterVcpuInfo:
-                return GuestAccess.Read(context, argument, out VcpuInfoRegistration registration)
-                    ? -(long)RegisterVcpuInfo(caller, target, registration)
-                    : -(long)Errno.EFAULT;
+                if (!GuestAccess.Read(context, argument, out VcpuInfoRegistration registration))
+                    return -(long)Errno.EFAULT;
+                Errno error = RegisterVcpuInfo(caller, target, registration);
+                return error == Errno.ERESTART ? Continuation.Create(context, arguments) : -(long)error;
             case Command.SendNmi:
                 if (argument != 0)
                     return -(long)Errno.EINVAL;
-                target.Context->State->NmiPending = 1;
+                Volatile.Write(ref target.Context->State->NmiPending, 1);
+                target.KickFrom(caller);
                 return 0;
             case Command.GetPhysid:
                 return -(long)Errno.EINVAL;
@@ -125,16 +128,14 @@ internal static unsafe class VcpuOp
         }
     }
 
-    private static bool IsReadable(VcpuContext* context, ulong address, int length)
+    private static long Initialise(Vcpu caller, Vcpu target, in HypercallArguments arguments)
     {
-        byte* chunk = stackalloc byte[256];
-        for (int done = 0; done < length; done += 256)
-        {
-            if (!GuestAccess.CopyFrom(context, address + (ulong)done, chunk, (ulong)Math.Min(256, length - done)))
-                return false;
-        }
-
-        return true;
+        if (!target.HasInfo)
+            return -(long)Errno.EINVAL;
+        if (!GuestAccess.Read(caller.Context, arguments.A2, out VcpuInitialisation.GuestContext guest))
+            return -(long)Errno.EFAULT;
+        Errno error = target.Initialise(caller, guest);
+        return error == Errno.ERESTART ? Continuation.Create(caller.Context, arguments) : -(long)error;
     }
 
     /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
@@ -148,8 +149,9 @@ internal static unsafe class VcpuOp
         var frame = new Mfn(registration.Frame);
 
         // The reference keeps the frame the guest's and writable for as long as the domain lives.
-        if (PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _) != Errno.None)
-            return Errno.EINVAL;
+        Errno error = PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _);
+        if (error != Errno.None)
+            return error == Errno.ERESTART ? error : Errno.EINVAL;
         var info = (VcpuInfo*)(context->Domain->Memory.Page(frame) + registration.Offset);
         *info = *context->Info;
         GuestAccess.Written(caller.Context, frame, registration.Offset, (ulong)sizeof(VcpuInfo));
@@ -157,7 +159,7 @@ internal static unsafe class VcpuOp
         context->State->VcpuInfoFrame = frame.Value;
         context->State->VcpuInfoOffset = (int)registration.Offset;
         caller.Domain.Events.VcpuInfoMoved(target.Id, caller.Id);
-        target.UpdateClock(caller.Domain.Time.SystemTime);
+        target.UpdateClock(caller, caller.Domain.Time.SystemTime);
         return Errno.None;
     }
 }

@@ -3,7 +3,6 @@ namespace XenSharp.Oracle.Differences;
 
 internal static class EventDifferences
 {
-    private const string OneVcpu = "Domains have one vCPU so far.";
     private const string NoGrants = "grant_table_op is not built yet: it is -ENOSYS.";
     private const string NoFifo = "The FIFO ABI of event channels is not built yet: init_control is -ENOSYS, by which guests stay with two levels.";
     private const string Console =
@@ -24,11 +23,5 @@ internal static class EventDifferences
             "copies between frames of one's own", "status frames, which version 1 does not have", "swapping and flushing", "transfers",
             "unknown operations and counts",
         }.Select(static name => KnownDifference.CaseNotBuilt("grant-table", name, NoGrants)),
-        .. new[]
-        {
-            "a vCPU that was not initialised", "contexts that are refused", "a vCPU runs its own steps", "it is down again, and was initialised",
-            "an IPI to another vCPU", "a port that is moved to another vCPU", "bindings to other vCPUs",
-            "the vcpu_info of a vCPU that is down, and of one that is not",
-        }.Select(static name => KnownDifference.CaseNotBuilt("vcpu-second", name, OneVcpu)),
     ];
 }

@@ -91,6 +91,15 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public int* KickPending => &_block->Kick;
 
+    public void Settle()
+    {
+    }
+
+    public void SetFpu(ReadOnlySpan<byte> image) => Fpu = image.ToArray();
+
+    /// <summary>The last x87 and SSE state that was loaded; empty for none.</summary>
+    public byte[] Fpu { get; private set; } = [];
+
     /// <summary>None: a step must not depend on how long it takes.</summary>
     public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => null;
 

@@ -358,7 +358,7 @@ public sealed unsafe class HypercallTests
         // Also in user mode, whose tables do not map the kernel.
         _domain.Context->State->KernelMode = 0;
         _domain.Context->State->UserRoot = 0;
-        _domain.Vcpu.UpdateClock(_domain.Domain.Time.SystemTime);
+        _domain.Vcpu.UpdateClock(_domain.Vcpu, _domain.Domain.Time.SystemTime);
         Assert.That(_domain.Context->State->KernelMode, Is.Zero);
         Assert.That(_domain.Read<VcpuTimeInfo>(FakeDomain.Data + 0x100).Version, Is.EqualTo(_domain.Context->Info->Time.Version));
         Assert.That(_domain.Context->Info->Time.Version, Is.GreaterThan(first.Version));

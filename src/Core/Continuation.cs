@@ -22,7 +22,13 @@ public static unsafe class Continuation
     public static long Create(VcpuContext* vcpu, in HypercallArguments arguments)
     {
         vcpu->Continuation.Pending = 1;
-        vcpu->Continuation.Arguments = arguments;
+        ref HypercallArguments rest = ref vcpu->Continuation.Arguments;
+        rest.A0 = arguments.A0;
+        rest.A1 = arguments.A1;
+        rest.A2 = arguments.A2;
+        rest.A3 = arguments.A3;
+        rest.A4 = arguments.A4;
+        rest.A5 = arguments.A5;
         return 0;
     }
 }

@@ -65,10 +65,10 @@ public static unsafe class MmuUpdate
             if (i != 0 && vcpu->PreemptionDue)
             {
                 StoreDone(vcpu, donePointer, done + i);
-                HypercallArguments rest = arguments;
-                rest.A0 = requests + (i * (ulong)sizeof(Request));
-                rest.A1 = (count - i) | Preempted;
-                return Continuation.Create(vcpu, rest);
+                long continued = Continuation.Create(vcpu, arguments);
+                vcpu->Continuation.Arguments.A0 = requests + (i * (ulong)sizeof(Request));
+                vcpu->Continuation.Arguments.A1 = (count - i) | Preempted;
+                return continued;
             }
 
             if (!GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request))

@@ -73,10 +73,10 @@ public static unsafe class MmuextOp
             {
                 if (donePointer != 0)
                     _ = GuestAccess.Write(vcpu, donePointer, done + i);
-                HypercallArguments rest = arguments;
-                rest.A0 = requests + (i * (ulong)sizeof(Request));
-                rest.A1 = (count - i) | MmuUpdate.Preempted;
-                return Continuation.Create(vcpu, rest);
+                long continued = Continuation.Create(vcpu, arguments);
+                vcpu->Continuation.Arguments.A0 = requests + (i * (ulong)sizeof(Request));
+                vcpu->Continuation.Arguments.A1 = (count - i) | MmuUpdate.Preempted;
+                return continued;
             }
 
             error = GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request)

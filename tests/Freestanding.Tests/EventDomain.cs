@@ -11,7 +11,7 @@ internal sealed unsafe class EventDomain : IDisposable
     public const int Vcpus = 4;
     public const uint Ports = 256;
 
-    /// <summary>This port and the next are IPIs in every domain.</summary>
+    /// <summary>This port is an IPI in every domain.</summary>
     public const uint IpiPort = 64;
 
     private readonly List<nint> _blocks = [];
@@ -40,7 +40,7 @@ internal sealed unsafe class EventDomain : IDisposable
         for (uint port = 1; port < Ports; port++)
         {
             EventChannelPortState* state = Context->Ports + port;
-            state->State = port is IpiPort or IpiPort + 1 ? ChannelState.Ipi : states[random.Next(states.Length)];
+            state->State = port == IpiPort ? ChannelState.Ipi : states[random.Next(states.Length)];
             state->NotifyVcpu = (ushort)random.Next(Vcpus + 1);
             if (state->State != ChannelState.Virq)
                 continue;

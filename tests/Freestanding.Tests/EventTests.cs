@@ -1,4 +1,4 @@
-// Events by the code of this process and by that of the image: alike on memory of their own, and together on the same.
+// Events by the code of this process and by that of the image: alike on memory of their own, and together on the same lock.
 using XenSharp.Core;
 using XenSharp.EventChannels;
 
@@ -83,47 +83,6 @@ public sealed unsafe class EventTests
         PortLock.Exit(context->Ports + port);
         thread.Join();
         Assert.That(polled, Is.Zero);
-    }
-
-    [Test]
-    public void Neither_code_undoes_what_the_other_does_to_the_same_word()
-    {
-        using var domain = new EventDomain(seed: 1);
-        var inside = new EventCodeInside(_image);
-        EventChannelContext* context = domain.Context;
-        const int rounds = 1_000_000;
-        int wrong = 0;
-        using var start = new Barrier(2);
-
-        // Each has a port of its own, whose bit nobody else sets or clears; the bits are neighbours.
-        void Run(uint port, Action<uint> send)
-        {
-            ulong* word = (ulong*)(context->Domain->SharedInfo + SharedInfoLayout.EvtchnPending) + (port / 64);
-            ulong bit = 1UL << (int)(port % 64);
-            _ = Interlocked.And(ref *word, ~bit);
-            start.SignalAndWait();
-            for (int i = 0; i < rounds; i++)
-            {
-                send(port);
-                bool found = (Interlocked.And(ref *word, ~bit) & bit) != 0;
-                if (!found || (Volatile.Read(ref *word) & bit) != 0)
-                    Interlocked.Increment(ref wrong);
-            }
-        }
-
-        var other = new Thread(() => Run(EventDomain.IpiPort + 1, port =>
-        {
-            VcpuMask wake = default;
-            _ = inside.Call(0, context, port, 0, 0, &wake);
-        }));
-        other.Start();
-        Run(EventDomain.IpiPort, port =>
-        {
-            VcpuMask wake = default;
-            _ = EventCodeOutside.Call(0, context, port, 0, 0, &wake);
-        });
-        other.Join();
-        Assert.That(wrong, Is.Zero);
     }
 
     private static ReadOnlySpan<byte> Bytes(void* start, int length) => new(start, length);

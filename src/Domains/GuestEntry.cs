@@ -16,7 +16,9 @@ public static unsafe class GuestEntry
         return GuestMode.Bounce(vcpu, new TrapBounce(trap.Address, trap.MasksEvents, hasErrorCode, errorCode));
     }
 
-    /// <summary>What a page fault leaves beside its frame: the address, in CR2 and in vcpu_info. The frame is <see cref="Trap"/>'s.</summary>
+    /// <summary>
+    /// What a page fault leaves beside its frame: the address, in CR2 and in vcpu_info. The frame is <see cref="Trap"/>'s.
+    /// </summary>
     /// <param name="vcpu">The vCPU that faulted.</param>
     /// <param name="address">Where.</param>
     /// <param name="errorCode">The processor's error code; the guest's, when this returns.</param>

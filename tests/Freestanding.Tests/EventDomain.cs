@@ -36,7 +36,7 @@ internal sealed unsafe class EventDomain : IDisposable
                 Context->VcpuContexts[i]->Info = (VcpuInfo*)Context->Domain->SharedInfo + i;
         }
 
-        ChannelState[] states = [ChannelState.Free, ChannelState.Reserved, ChannelState.Unbound, ChannelState.Interdomain, ChannelState.Virq, ChannelState.Ipi];
+        ChannelState[] states = Enum.GetValues<ChannelState>();
         for (uint port = 1; port < Ports; port++)
         {
             EventChannelPortState* state = Context->Ports + port;
@@ -130,5 +130,6 @@ internal sealed unsafe class EventCodeInside(HotImage image)
         }
     }
 
-    public long Poll(EventChannelContext* context, uint port) => ((delegate* unmanaged<EventChannelContext*, uint, long>)_poll)(context, port);
+    public long Poll(EventChannelContext* context, uint port)
+        => ((delegate* unmanaged<EventChannelContext*, uint, long>)_poll)(context, port);
 }

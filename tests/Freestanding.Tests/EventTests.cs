@@ -50,10 +50,16 @@ public sealed unsafe class EventTests
             long oneResult = EventCodeOutside.Call(operation, one.Context, port, poller, virq, &wokenByOne);
             long otherResult = inside.Call(operation, other.Context, port, poller, virq, &wokenByOther);
             string what = $"step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}";
-            bool alike = oneResult == otherResult && Bytes(&wokenByOne, sizeof(VcpuMask)).SequenceEqual(Bytes(&wokenByOther, sizeof(VcpuMask)))
+            bool alike = oneResult == otherResult
+                && Bytes(&wokenByOne, sizeof(VcpuMask)).SequenceEqual(Bytes(&wokenByOther, sizeof(VcpuMask)))
                 && one.Snapshot().AsSpan().SequenceEqual(other.Snapshot());
             if (!alike)
-                Assert.Fail($"Step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}: outside {oneResult}, inside {otherResult}.");
+            {
+                Assert.Fail(
+                    $"Step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}: outside {oneResult}, "
+                    + $"inside {otherResult}.");
+            }
+
             woken += wokenByOne.IsEmpty ? 0 : 1;
             Assert.That(other.Snapshot().AsSpan().SequenceEqual(one.Snapshot()), Is.True, $"{what}: what it leaves");
         }

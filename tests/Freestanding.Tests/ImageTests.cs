@@ -83,6 +83,7 @@ public sealed class ImageTests
         ("x87", a => a.fld1()),
         ("mask register", a => a.kmovq(k1, rax)),
         ("segment", a => a.mov(rax, __qword_ptr.gs[rcx])),
+        ("below the stack", a => a.mov(__qword_ptr[rsp - 8], rax)),
         ("privileged", a => a.mov(cr3, rax)),
         ("cli", a => a.cli()),
         ("interrupt", a => a.int3()),

@@ -5,8 +5,8 @@ namespace XenSharp.Freestanding.Tests;
 
 /// <summary>
 /// The rules: the guest's vector, x87 and mask registers are not touched, which nobody saves; no segment is used, whose bases are the
-/// guest's; nothing is privileged or leads to an interrupt; control stays within the code but for calls through a pointer that the
-/// caller supplies; what is addressed relative to RIP is read only.
+/// guest's; nothing is kept below RSP; nothing is privileged or leads to an interrupt; control stays within the code but for calls
+/// through a pointer that the caller supplies; what is addressed relative to RIP is read only.
 /// </summary>
 internal static class InstructionRules
 {
@@ -34,6 +34,8 @@ internal static class InstructionRules
 
             if (instruction.SegmentPrefix is Register.FS or Register.GS)
                 violations.Add($"{what}: uses a segment");
+            if (instruction.MemoryBase == Register.RSP && (long)instruction.MemoryDisplacement64 < 0)
+                violations.Add($"{what}: below the stack pointer, where an interrupt pushes its frame");
             if (instruction.CpuidFeatures.Contains(CpuidFeature.FPU))
                 violations.Add($"{what}: uses the x87");
             InstructionInfo info = factory.GetInfo(instruction);

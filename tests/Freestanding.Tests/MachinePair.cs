@@ -83,7 +83,9 @@ internal sealed unsafe class MachinePair : IDisposable
 
     private TestMachine[] Both => [_one, _other];
 
-    /// <summary>The boot address space, for user mode too, and a second tree: a root in frame 8 down to two L1 tables that map a dozen pages.</summary>
+    /// <summary>
+    /// The boot address space, for user mode too, and a second tree: a root in frame 8 down to two L1 tables that map a dozen pages.
+    /// </summary>
     private static TestMachine Build(bool inGuest)
     {
         var machine = new TestMachine(FrameCount, OwnedAtFirst, inGuest);
@@ -109,7 +111,16 @@ internal sealed unsafe class MachinePair : IDisposable
         state->KernelSs = FlatSelectors.Ring3Data;
         state->InactiveGsBase = GsOfKernel;
         for (int vector = 0; vector < 20; vector++)
-            state->Traps[vector] = new TrapInfo { Vector = (byte)vector, Flags = (byte)(vector & 4), Cs = FlatSelectors.Ring3Cs64, Address = Handler + ((ulong)vector << 4) };
+        {
+            state->Traps[vector] = new TrapInfo
+            {
+                Vector = (byte)vector,
+                Flags = (byte)(vector & 4),
+                Cs = FlatSelectors.Ring3Cs64,
+                Address = Handler + ((ulong)vector << 4),
+            };
+        }
+
         machine.Vcpu->Segments->Cs = FlatSelectors.Ring3Cs64;
         machine.Vcpu->Segments->Ss = FlatSelectors.Ring3Data;
         return machine;
@@ -175,7 +186,8 @@ internal sealed unsafe class MachinePair : IDisposable
 
         Put(DataAddress, words);
         ulong domain = Rarely() ? (ulong)Next(8) << 16 | DomainId.Io.Value : DomainId.Self.Value;
-        Call(HotOperation.MmuUpdate, new HypercallArguments { A0 = Arguments(), A1 = (ulong)count, A2 = DoneCount(), A3 = domain }, mayStop: true);
+        var arguments = new HypercallArguments { A0 = Arguments(), A1 = (ulong)count, A2 = DoneCount(), A3 = domain };
+        Call(HotOperation.MmuUpdate, arguments, mayStop: true);
     }
 
     private ulong Arguments() => Rarely() ? 0x7777_0000 : DataAddress;
@@ -223,7 +235,8 @@ internal sealed unsafe class MachinePair : IDisposable
         Put(DataAddress + 0x810, Bits());
         Put(DataAddress, words);
         ulong domain = Rarely() ? (ulong)Next(0x8000) : DomainId.Self.Value;
-        Call(HotOperation.MmuextOp, new HypercallArguments { A0 = Arguments(), A1 = (ulong)count, A2 = DoneCount(), A3 = domain }, mayStop: true);
+        var arguments = new HypercallArguments { A0 = Arguments(), A1 = (ulong)count, A2 = DoneCount(), A3 = domain };
+        Call(HotOperation.MmuextOp, arguments, mayStop: true);
     }
 
     private void SetGdt()
@@ -378,7 +391,10 @@ internal sealed unsafe class MachinePair : IDisposable
     {
         int same = new ReadOnlySpan<byte>(one, length).CommonPrefixLength(new ReadOnlySpan<byte>(other, length));
         if (same != length)
-            throw new DifferenceException($"{what}: {where} differs at byte {same:x}: {((byte*)one)[same]:x2} outside, {((byte*)other)[same]:x2} inside");
+        {
+            throw new DifferenceException(
+                $"{what}: {where} differs at byte {same:x}: {((byte*)one)[same]:x2} outside, {((byte*)other)[same]:x2} inside");
+        }
     }
 }
 

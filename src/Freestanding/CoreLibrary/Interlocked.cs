@@ -61,7 +61,8 @@ public static class Interlocked
 
     /// <inheritdoc cref="Exchange(ref int, int)"/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static short Exchange(ref short location, short value) => (short)Exchange(ref Unsafe.As<short, ushort>(ref location), (ushort)value);
+    public static short Exchange(ref short location, short value)
+        => (short)Exchange(ref Unsafe.As<short, ushort>(ref location), (ushort)value);
 
     /// <inheritdoc cref="Exchange(ref int, int)"/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

@@ -6,7 +6,7 @@ using System.Runtime.InteropServices;
 namespace System.Collections.Generic
 {
     /// <summary>Equality of values, virtual because the compiler looks for it so.</summary>
-    public abstract class Comparer<T>
+    public abstract class ValueEquality<T>
     {
         public abstract bool Equals(T left, T right);
 
@@ -17,7 +17,7 @@ namespace System.Collections.Generic
     /// Equality of a record's fields: that of their bytes, which is right for integers, enumerations and what is made of them without
     /// padding. Sealed, so that no call is virtual, and without state, so that nothing is left of the one object there is.
     /// </summary>
-    public sealed class EqualityComparer<T> : Comparer<T>
+    public sealed class EqualityComparer<T> : ValueEquality<T>
     {
         private static readonly EqualityComparer<T> s_default = new();
 

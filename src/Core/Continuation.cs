@@ -55,7 +55,15 @@ public static unsafe class Continuation
     public static long Create(VcpuContext* vcpu, in HypercallArguments arguments)
     {
         vcpu->Continuation.Pending = 1;
-        vcpu->Continuation.Arguments = arguments;
+
+        // One by one, through general registers: a copy of the whole would take a vector register, which inside the VM is the guest's.
+        ref HypercallArguments rest = ref vcpu->Continuation.Arguments;
+        rest.A0 = arguments.A0;
+        rest.A1 = arguments.A1;
+        rest.A2 = arguments.A2;
+        rest.A3 = arguments.A3;
+        rest.A4 = arguments.A4;
+        rest.A5 = arguments.A5;
         return 0;
     }
 }

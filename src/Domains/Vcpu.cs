@@ -272,9 +272,7 @@ internal sealed unsafe class Vcpu : IDisposable
     /// <summary>Bounces an exception or a software interrupt through the trap table; crashes the domain if it cannot be taken.</summary>
     public void InjectTrap(ExceptionVector vector, uint? errorCode)
     {
-        ref TrapInfo trap = ref Context->State->Traps[(int)vector];
-        var bounce = new TrapBounce(trap.Address, trap.MasksEvents, errorCode.HasValue, errorCode.GetValueOrDefault());
-        if (GuestMode.Bounce(Context, bounce))
+        if (GuestEntry.Trap(Context, vector, errorCode.HasValue, errorCode.GetValueOrDefault()))
         {
             Trace?.Delivered(vector, errorCode.GetValueOrDefault());
         }
@@ -282,7 +280,7 @@ internal sealed unsafe class Vcpu : IDisposable
         {
             Domain.Crash(
                 this,
-                trap.Address == 0
+                Context->State->Traps[(int)vector].Address == 0
                     ? $"The guest raised {vector} (vector {(int)vector}, error code {errorCode.GetValueOrDefault():x}) and has no handler for it."
                     : $"The guest raised {vector}, and its kernel stack cannot be written.");
         }
@@ -315,7 +313,7 @@ internal sealed unsafe class Vcpu : IDisposable
         if (!Context->UpcallDue)
             return;
         Trace?.BeginUpcall();
-        bool delivered = GuestMode.Bounce(Context, new TrapBounce(Context->State->EventCallback, MasksEvents: true));
+        bool delivered = GuestEntry.Upcall(Context);
         Trace?.EndUpcall(delivered);
         if (!delivered)
             Domain.Crash(this, "An event is due, and the guest has no event callback or no kernel stack to take it on.");
@@ -414,10 +412,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void BounceSyscall()
     {
-        // 32-bit code has a callback of its own, but not a flag.
-        VcpuState* state = Context->State;
-        ulong callback = Context->Segments->Cs == FlatSelectors.Ring3Cs32 ? state->Syscall32Callback : state->SyscallCallback;
-        if (callback == 0)
+        if (GuestEntry.SyscallCallback(Context) == 0)
         {
             // As on a processor without the instruction.
             Context->Registers->Rip -= SyscallLength;
@@ -428,12 +423,8 @@ internal sealed unsafe class Vcpu : IDisposable
         }
 
         Trace?.BeginSystemCall();
-        bool masks = (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0;
-        if (!GuestMode.Bounce(Context, new TrapBounce(callback, masks)))
+        if (!GuestEntry.Syscall(Context))
             Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
-
-        // The mask of the guest's virtual SYSCALL clears this flag and no other.
-        Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
         Trace?.End();
     }
 
@@ -538,12 +529,8 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void InjectPageFault(ulong address, uint errorCode)
     {
-        Context->State->Cr2 = address;
-        Context->Info->Cr2 = address;
-        uint guestError = errorCode & ~(uint)PageFaultError.User;
-        if (Context->State->KernelMode == 0)
-            guestError |= (uint)PageFaultError.User;
-        InjectTrap(ExceptionVector.PageFault, guestError);
+        GuestEntry.NotePageFault(Context, address, ref errorCode);
+        InjectTrap(ExceptionVector.PageFault, errorCode);
     }
 }
 

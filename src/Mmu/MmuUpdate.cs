@@ -113,21 +113,23 @@ public static unsafe class MmuUpdate
     {
         TlbFlush.AfterBatch(vcpu);
         StoreDone(vcpu, arguments.A2, done + served);
-        HypercallArguments rest = arguments;
-        if (error == Errno.ERESTART)
+        bool unfinished = error == Errno.ERESTART;
+        if (!unfinished && PageTables.FinishDeferred(vcpu) == Errno.None)
+            return -(long)error;
+        long continued = Continuation.Create(vcpu, arguments);
+        ref HypercallArguments rest = ref vcpu->Continuation.Arguments;
+        if (unfinished)
         {
             rest.A0 += served * size;
             rest.A1 = (((uint)arguments.A1 & ~Preempted) - served) | Preempted;
-            return Continuation.Create(vcpu, rest);
+            return continued;
         }
 
-        if (PageTables.FinishDeferred(vcpu) == Errno.None)
-            return -(long)error;
         rest.A0 = 0;
         rest.A1 = Preempted;
         rest.A2 = 0;
         rest.A3 = (uint)-(int)error;
-        return Continuation.Create(vcpu, rest);
+        return continued;
     }
 
     /// <summary>update_va_mapping(address, entry, flags).</summary>

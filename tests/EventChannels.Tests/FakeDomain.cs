@@ -26,6 +26,8 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public int* KickPending => throw new NotSupportedException();
 
+    public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => throw new NotSupportedException();
+
     public void SetTaskSwitched(bool value) => throw new NotSupportedException();
 
     public void SetTimeStampDisable(bool value) => throw new NotSupportedException();

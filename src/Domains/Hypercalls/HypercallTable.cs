@@ -33,14 +33,14 @@ internal static unsafe class HypercallTable
 
         // Processor state.
         Row(HypercallNumber.SetTrapTable, 1, &ProcessorState.SetTrapTable);
-        Row(HypercallNumber.StackSwitch, 2, &ProcessorState.StackSwitch);
+        Row(HypercallNumber.StackSwitch, 2, &OnContext.StackSwitch);
         Row(HypercallNumber.SetCallbacks, 3, &Callbacks.SetCallbacks);
         Row(HypercallNumber.CallbackOp, 2, &Callbacks.CallbackOp);
         Row(HypercallNumber.NmiOp, 2, &Callbacks.NmiOp);
         Row(HypercallNumber.FpuTaskswitch, 1, &ProcessorState.FpuTaskswitch);
         Row(HypercallNumber.SetDebugreg, 2, &ProcessorState.SetDebugreg);
         Row(HypercallNumber.GetDebugreg, 1, &ProcessorState.GetDebugreg);
-        Row(HypercallNumber.SetSegmentBase, 2, &ProcessorState.SetSegmentBase);
+        Row(HypercallNumber.SetSegmentBase, 2, &OnContext.SetSegmentBase);
         Row(HypercallNumber.Iret, 0, &ProcessorState.Iret);
         Row(HypercallNumber.VmAssist, 2, &VmAssistOp.Execute);
         Row(HypercallNumber.PhysdevOp, 2, &PhysdevOp.Execute);
@@ -86,6 +86,10 @@ internal static unsafe class HypercallTable
     /// <summary>The hypercalls that need nothing but the vCPU's context.</summary>
     private static class OnContext
     {
+        public static long StackSwitch(Vcpu vcpu, in HypercallArguments arguments) => TaskSwitch.StackSwitch(vcpu.Context, arguments);
+
+        public static long SetSegmentBase(Vcpu vcpu, in HypercallArguments arguments) => TaskSwitch.SetSegmentBase(vcpu.Context, arguments);
+
         public static long MmuUpdate(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MmuUpdate.Execute(vcpu.Context, arguments);
 
         public static long MmuextOp(Vcpu vcpu, in HypercallArguments arguments) => Mmu.MmuextOp.Execute(vcpu.Context, arguments);

@@ -1,4 +1,4 @@
-// set_trap_table (0), stack_switch (3), fpu_taskswitch (5), set_debugreg (8), get_debugreg (9), iret (23), set_segment_base (25).
+// set_trap_table (0), fpu_taskswitch (5), set_debugreg (8), get_debugreg (9), iret (23).
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
 
@@ -7,14 +7,6 @@ namespace XenSharp.Domains.Hypercalls;
 /// <summary>The registers and tables that a native kernel would set by privileged instructions.</summary>
 internal static unsafe class ProcessorState
 {
-    private enum SegmentBase : uint
-    {
-        Fs = 0,
-        GsUser = 1,
-        GsKernel = 2,
-        GsUserSelector = 3,
-    }
-
     /// <summary>set_trap_table(table), up to an entry with address 0; no table clears all.</summary>
     public static long SetTrapTable(Vcpu vcpu, in HypercallArguments arguments)
     {
@@ -38,14 +30,6 @@ internal static unsafe class ProcessorState
             trap.Cs |= 3;
             context->State->Traps[trap.Vector] = trap;
         }
-    }
-
-    /// <summary>stack_switch(ss, esp).</summary>
-    public static long StackSwitch(Vcpu vcpu, in HypercallArguments arguments)
-    {
-        vcpu.Context->State->KernelSs = arguments.A0 | 3;
-        vcpu.Context->State->KernelSp = arguments.A1;
-        return 0;
     }
 
     /// <summary>fpu_taskswitch(set).</summary>
@@ -76,46 +60,5 @@ internal static unsafe class ProcessorState
         if (!GuestMode.Iret(vcpu.Context, out long result))
             vcpu.Domain.Crash(vcpu, "HYPERVISOR_iret found no valid frame on the guest's stack, or no user page tables to return to.");
         return result;
-    }
-
-    /// <summary>set_segment_base(which, base).</summary>
-    public static long SetSegmentBase(Vcpu vcpu, in HypercallArguments arguments)
-    {
-        VcpuContext* context = vcpu.Context;
-        ulong address = arguments.A1;
-        var which = (SegmentBase)(uint)arguments.A0;
-        if (which == SegmentBase.GsUserSelector)
-        {
-            LoadUserGs(context, (ushort)address);
-            return 0;
-        }
-
-        if (which > SegmentBase.GsUserSelector || !new VirtualAddress(address).IsCanonical)
-            return -(long)Errno.EINVAL;
-        switch (which)
-        {
-            case SegmentBase.Fs:
-                context->Segments->FsBase = address;
-                break;
-            case SegmentBase.GsUser:
-                context->State->InactiveGsBase = address;
-                break;
-            default:
-                context->Segments->GsBase = address;
-                break;
-        }
-
-        return 0;
-    }
-
-    /// <summary>Loads a selector as user mode's GS; one that cannot be loaded becomes the null selector, without an error.</summary>
-    private static void LoadUserGs(VcpuContext* context, ushort selector)
-    {
-        if (selector > 3)
-            selector |= 3;
-        bool loads = SegmentDescriptor.TryRead(context, selector, out SegmentDescriptor descriptor)
-            && (selector <= 3 || (descriptor.IsPresent && descriptor.IsUser && descriptor.IsReadable));
-        context->Segments->Gs = loads ? selector : (ushort)0;
-        context->State->InactiveGsBase = loads ? descriptor.Base : 0;
     }
 }

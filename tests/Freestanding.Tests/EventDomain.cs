@@ -1,0 +1,135 @@
+// The event channel state of a domain on plain memory, and the hot operations on it from either side.
+using System.Runtime.InteropServices;
+using XenSharp.Core;
+using XenSharp.EventChannels;
+
+namespace XenSharp.Freestanding.Tests;
+
+/// <summary>A domain of a few vCPUs whose ports are in all the states there are.</summary>
+internal sealed unsafe class EventDomain : IDisposable
+{
+    public const int Vcpus = 4;
+    public const uint Ports = 256;
+
+    /// <summary>This port is an IPI in every domain.</summary>
+    public const uint IpiPort = 64;
+
+    private readonly List<nint> _blocks = [];
+
+    public EventDomain(int seed)
+    {
+        var random = new Random(seed);
+        Context = (EventChannelContext*)Allocate((nuint)sizeof(EventChannelContext));
+        Context->Domain = (DomainContext*)Allocate((nuint)sizeof(DomainContext));
+        Context->Domain->SharedInfo = (byte*)Allocate(4096);
+        Context->State = (EventChannelState*)Allocate((nuint)sizeof(EventChannelState));
+        Context->State->ValidPorts = Ports;
+        Context->Ports = (EventChannelPortState*)Allocate(EventChannelPort.TwoLevelCount * (nuint)sizeof(EventChannelPortState));
+        Context->Vcpus = (EventChannelVcpuState*)Allocate(EventChannelState.MaxVcpus * (nuint)sizeof(EventChannelVcpuState));
+        Context->VcpuContexts = (VcpuContext**)Allocate(EventChannelState.MaxVcpus * (nuint)sizeof(VcpuContext*));
+
+        // The last of them has no vcpu_info, and one port is for a vCPU that does not exist.
+        for (int i = 0; i < Vcpus; i++)
+        {
+            Context->VcpuContexts[i] = (VcpuContext*)Allocate((nuint)sizeof(VcpuContext));
+            if (i != Vcpus - 1)
+                Context->VcpuContexts[i]->Info = (VcpuInfo*)Context->Domain->SharedInfo + i;
+        }
+
+        ChannelState[] states = Enum.GetValues<ChannelState>();
+        for (uint port = 1; port < Ports; port++)
+        {
+            EventChannelPortState* state = Context->Ports + port;
+            state->State = port == IpiPort ? ChannelState.Ipi : states[random.Next(states.Length)];
+            state->NotifyVcpu = (ushort)random.Next(Vcpus + 1);
+            if (state->State != ChannelState.Virq)
+                continue;
+            state->Virq = random.Next(Virq.Count);
+            if (Virq.IsGlobal(state->Virq))
+                state->NotifyVcpu = 0;
+            if (state->NotifyVcpu < Vcpus)
+                Context->Vcpus[state->NotifyVcpu].Virqs[state->Virq] = port;
+        }
+    }
+
+    public EventChannelContext* Context { get; }
+
+    /// <summary>All that operations may change.</summary>
+    public byte[] Snapshot()
+        =>
+        [
+            .. new ReadOnlySpan<byte>(Context->Domain->SharedInfo, 4096),
+            .. new ReadOnlySpan<byte>(Context->State, sizeof(EventChannelState)),
+            .. new ReadOnlySpan<byte>(Context->Ports, (int)Ports * sizeof(EventChannelPortState)),
+            .. new ReadOnlySpan<byte>(Context->Vcpus, Vcpus * sizeof(EventChannelVcpuState)),
+        ];
+
+    public void Dispose()
+    {
+        foreach (nint block in _blocks)
+            NativeMemory.AlignedFree((void*)block);
+        _blocks.Clear();
+    }
+
+    private void* Allocate(nuint size)
+    {
+        size = (size + 63) & ~(nuint)63;
+        void* block = NativeMemory.AlignedAlloc(size, 64);
+        NativeMemory.Clear(block, size);
+        _blocks.Add((nint)block);
+        return block;
+    }
+}
+
+/// <summary>Send, unmask, raise a VIRQ, poll: 0 to 3.</summary>
+internal static unsafe class EventCodeOutside
+{
+    public static long Call(int operation, EventChannelContext* context, uint port, int vcpu, int virq, VcpuMask* wake)
+    {
+        switch (operation)
+        {
+            case 0:
+                if (!context->IsValid(port))
+                    return -(long)Errno.EINVAL;
+                PortLock.Enter(context->Ports + port);
+                long result = EventDelivery.Send(context, port, wake);
+                PortLock.Exit(context->Ports + port);
+                return result;
+            case 1:
+                return EventDelivery.Unmask(context, port, wake);
+            case 2:
+                EventDelivery.RaiseVirq(context, vcpu, virq, wake);
+                return 0;
+            default:
+                return EventDelivery.Poll(context, port);
+        }
+    }
+}
+
+/// <inheritdoc cref="EventCodeOutside"/>
+internal sealed unsafe class EventCodeInside(HotImage image)
+{
+    private readonly nint _send = (nint)image.AddressOf("xensharp_event_send");
+    private readonly nint _unmask = (nint)image.AddressOf("xensharp_event_unmask");
+    private readonly nint _raiseVirq = (nint)image.AddressOf("xensharp_event_raise_virq");
+    private readonly nint _poll = (nint)image.AddressOf("xensharp_event_poll");
+
+    public long Call(int operation, EventChannelContext* context, uint port, int vcpu, int virq, VcpuMask* wake)
+    {
+        switch (operation)
+        {
+            case 0:
+                return ((delegate* unmanaged<EventChannelContext*, uint, VcpuMask*, long>)_send)(context, port, wake);
+            case 1:
+                return ((delegate* unmanaged<EventChannelContext*, uint, VcpuMask*, long>)_unmask)(context, port, wake);
+            case 2:
+                ((delegate* unmanaged<EventChannelContext*, int, int, VcpuMask*, void>)_raiseVirq)(context, vcpu, virq, wake);
+                return 0;
+            default:
+                return Poll(context, port);
+        }
+    }
+
+    public long Poll(EventChannelContext* context, uint port)
+        => ((delegate* unmanaged<EventChannelContext*, uint, long>)_poll)(context, port);
+}

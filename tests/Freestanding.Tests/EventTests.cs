@@ -1,0 +1,95 @@
+// Events by the code of this process and by that of the image: alike on memory of their own, and together on the same lock.
+using XenSharp.Core;
+using XenSharp.EventChannels;
+
+namespace XenSharp.Freestanding.Tests;
+
+public sealed unsafe class EventTests
+{
+    private HotImage _image = null!;
+
+    [OneTimeSetUp]
+    public void Place() => _image = new HotImage(HotImage.FilePath);
+
+    [OneTimeTearDown]
+    public void Remove() => _image.Dispose();
+
+    [Test]
+    public void Image_does_what_the_manager_does([Range(0, 3)] int seed)
+    {
+        var inside = new EventCodeInside(_image);
+        var random = new Random(seed);
+        using var one = new EventDomain(seed);
+        using var other = new EventDomain(seed);
+        int woken = 0;
+        for (int step = 0; step < 4000; step++)
+        {
+            // What the guest does to its bits meanwhile: mostly it takes events.
+            int offset = random.Next(4) switch
+            {
+                0 => SharedInfoLayout.EvtchnMask + random.Next((int)EventDomain.Ports / 8),
+                1 => SharedInfoLayout.EvtchnPending + random.Next((int)EventDomain.Ports / 8),
+                _ => (random.Next(EventDomain.Vcpus) * sizeof(VcpuInfo)) + (random.Next(2) * 8),
+            };
+            byte value = (byte)(random.Next(4) == 0 ? random.Next(256) : 0);
+            one.Context->Domain->SharedInfo[offset] = value;
+            other.Context->Domain->SharedInfo[offset] = value;
+            int poller = random.Next(EventDomain.Vcpus);
+            int awaited = random.Next(-1, (int)EventDomain.Ports);
+            foreach (EventDomain domain in (EventDomain[])[one, other])
+            {
+                domain.Context->Vcpus[poller].PollPort = awaited;
+                VcpuMask.AtomicAdd(&domain.Context->State->Polling, poller);
+            }
+
+            VcpuMask wokenByOne = default;
+            VcpuMask wokenByOther = default;
+            uint port = (uint)random.Next((int)EventDomain.Ports + 8);
+            int virq = random.Next(Virq.Count);
+            int operation = random.Next(4);
+            long oneResult = EventCodeOutside.Call(operation, one.Context, port, poller, virq, &wokenByOne);
+            long otherResult = inside.Call(operation, other.Context, port, poller, virq, &wokenByOther);
+            string what = $"step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}";
+            bool alike = oneResult == otherResult
+                && Bytes(&wokenByOne, sizeof(VcpuMask)).SequenceEqual(Bytes(&wokenByOther, sizeof(VcpuMask)))
+                && one.Snapshot().AsSpan().SequenceEqual(other.Snapshot());
+            if (!alike)
+            {
+                Assert.Fail(
+                    $"Step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}: outside {oneResult}, "
+                    + $"inside {otherResult}.");
+            }
+
+            woken += wokenByOne.IsEmpty ? 0 : 1;
+            Assert.That(other.Snapshot().AsSpan().SequenceEqual(one.Snapshot()), Is.True, $"{what}: what it leaves");
+        }
+
+        Assert.That(woken, Is.GreaterThan(100));
+    }
+
+    [Test]
+    public void Both_codes_hold_the_same_port_lock()
+    {
+        using var domain = new EventDomain(seed: 1);
+        var inside = new EventCodeInside(_image);
+        const uint port = EventDomain.IpiPort;
+        EventChannelContext* context = domain.Context;
+        using var started = new ManualResetEventSlim();
+        long polled = -1;
+        var thread = new Thread(() =>
+        {
+            started.Set();
+            Volatile.Write(ref polled, inside.Poll(context, port));
+        });
+        PortLock.Enter(context->Ports + port);
+        thread.Start();
+        started.Wait();
+        Assert.That(thread.Join(100), Is.False, "it waits for who holds the lock");
+        Assert.That(Volatile.Read(ref polled), Is.EqualTo(-1));
+        PortLock.Exit(context->Ports + port);
+        thread.Join();
+        Assert.That(polled, Is.Zero);
+    }
+
+    private static ReadOnlySpan<byte> Bytes(void* start, int length) => new(start, length);
+}

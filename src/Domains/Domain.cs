@@ -4,6 +4,7 @@ using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains;
 
@@ -45,7 +46,11 @@ public sealed unsafe class Domain : IDisposable
         Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
         _handle = (byte*)NativeMemory.Alloc(16);
         _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(machine, options.Id, maxVcpus: 1, (ulong)options.MemoryMiB << (20 - Paging.PageShift), options.ShadowPageTables);
+        _memory = new DomainMemory(
+            machine, options.Id, maxVcpus: 1, DomainOptions.MaxPages(options.MemoryMiB),
+            DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+        Scrubber = new Scrubber(Context, machine);
+        Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
         try
         {
             var builder = new DomainBuilder(_memory.Context, options);
@@ -64,6 +69,7 @@ public sealed unsafe class Domain : IDisposable
             _vcpus.Add(vcpu);
             Context->State->VcpuCount = 1;
             Layout = builder.Build(vcpu.Context, ConsolePort, StorePort);
+            HoldBackEndPages();
             Time.UpdateWallClock(Context->SharedInfo);
         }
         catch
@@ -114,7 +120,25 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Hypercalls that the guest has made.</summary>
     public ulong HypercallCount => _vcpus[0].History.Count;
 
+    /// <summary>Frames that the domain owns (tot_pages); changes while it runs.</summary>
+    public ulong OwnedPages => Volatile.Read(in Context->State->OwnedPages);
+
+    /// <summary>Frames that the domain may own (max_pages). It keeps those that it has beyond that, and gets no more.</summary>
+    public ulong MaxPages
+    {
+        get => Volatile.Read(in Context->State->MaxPages);
+        set => Volatile.Write(ref Context->State->MaxPages, value);
+    }
+
     internal DomainContext* Context => _memory.Context;
+
+    /// <summary>How often the domain's books were checked (<see cref="DomainOptions.AuditInterval"/>).</summary>
+    public long AuditCount => Audit?.Count ?? 0;
+
+    internal Scrubber Scrubber { get; } = null!;
+
+    /// <summary>Checks the domain's books now and then; null where nobody wants it.</summary>
+    internal DomainAudit? Audit { get; }
 
     internal EventChannelDomain Events { get; } = null!;
 
@@ -191,6 +215,16 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>The domain cannot go on: stops it with a report. Called on the vCPU's own thread.</summary>
     internal void Crash(Vcpu vcpu, string why) => Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, why)));
+
+    /// <summary>The back ends have their rings mapped, writable, as long as the domain lives: it can make nothing else of these frames.</summary>
+    private void HoldBackEndPages()
+    {
+        foreach (Mfn frame in (ReadOnlySpan<Mfn>)[Layout.Console, Layout.Store])
+        {
+            if (PageTables.GetPageAndType(_memory.VcpuContexts, frame, PageType.Writable, out _) != Errno.None)
+                throw new InvalidOperationException("A ring page of the fresh domain cannot be written.");
+        }
+    }
 
     private void Stop(DomainExit exit)
     {

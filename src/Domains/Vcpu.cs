@@ -130,6 +130,8 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
+            Domain.Scrubber.AfterExit();
+            Domain.Audit?.AfterExit(this);
         }
 
         Runstate.Change(RunstateKind.Offline);
@@ -229,6 +231,7 @@ internal sealed unsafe class Vcpu : IDisposable
     private void Wait()
     {
         Runstate.Change(RunstateKind.Blocked);
+        Domain.Scrubber.BeforeSleep(Context);
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;

@@ -129,6 +129,14 @@ public unsafe interface IVirtualMachine : IDisposable
     /// <summary>The time-stamp counter as the guest reads it.</summary>
     TimeStampCounter TimeStampCounter { get; }
 
+    /// <summary>
+    /// Gives the host the memory of frames back that nobody uses. They read as zeroes from then on, and take memory again when they
+    /// are written to. Any thread.
+    /// </summary>
+    /// <param name="first">The first of them, in <see cref="Memory"/>.</param>
+    /// <param name="count">How many neighbouring frames, at least 1.</param>
+    void Discard(Mfn first, ulong count);
+
     /// <summary>Creates a virtual processor. Its number is 0-based and may be used once.</summary>
     IVirtualCpu CreateVcpu(int number);
 }

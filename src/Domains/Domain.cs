@@ -52,7 +52,11 @@ public sealed unsafe class Domain : IDisposable
         Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
         _handle = (byte*)NativeMemory.Alloc(16);
         _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(machine, options.Id, options.Vcpus, (ulong)options.MemoryMiB << (20 - Paging.PageShift), options.ShadowPageTables);
+        _memory = new DomainMemory(
+            machine, options.Id, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+            DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+        Scrubber = new Scrubber(Context, machine);
+        Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
         try
         {
             var builder = new DomainBuilder(_memory.Context, options);
@@ -67,7 +71,7 @@ public sealed unsafe class Domain : IDisposable
                 AddVcpu(machine, i, options);
             Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
             _vcpus[0].MarkInitialised();
-            HoldBackendPages();
+            HoldBackEndPages();
             Time.UpdateWallClock(Context->SharedInfo);
         }
         catch
@@ -127,7 +131,25 @@ public sealed unsafe class Domain : IDisposable
         }
     }
 
+    /// <summary>Frames that the domain owns (tot_pages); changes while it runs.</summary>
+    public ulong OwnedPages => Volatile.Read(in Context->State->OwnedPages);
+
+    /// <summary>Frames that the domain may own (max_pages). It keeps those that it has beyond that, and gets no more.</summary>
+    public ulong MaxPages
+    {
+        get => Volatile.Read(in Context->State->MaxPages);
+        set => Volatile.Write(ref Context->State->MaxPages, value);
+    }
+
     internal DomainContext* Context => _memory.Context;
+
+    /// <summary>How often the domain's books were checked (<see cref="DomainOptions.AuditInterval"/>).</summary>
+    public long AuditCount => Audit?.Count ?? 0;
+
+    internal Scrubber Scrubber { get; } = null!;
+
+    /// <summary>Checks the domain's books now and then; null where nobody wants it.</summary>
+    internal DomainAudit? Audit { get; }
 
     internal EventChannelDomain Events { get; } = null!;
 
@@ -232,6 +254,16 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>The domain cannot go on: stops it with a report. Called on the vCPU's own thread.</summary>
     internal void Crash(Vcpu vcpu, string why) => Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, why)));
 
+    /// <summary>The back ends have their rings mapped, writable, as long as the domain lives: it can make nothing else of these frames.</summary>
+    private void HoldBackEndPages()
+    {
+        foreach (Mfn frame in (ReadOnlySpan<Mfn>)[Layout.Console, Layout.Store])
+        {
+            if (PageTables.GetPageAndType(_memory.VcpuContexts, frame, PageType.Writable, out _) != Errno.None)
+                throw new InvalidOperationException("A ring page of the fresh domain cannot be written.");
+        }
+    }
+
     private void Stop(DomainExit exit)
     {
         if (Interlocked.CompareExchange(ref _exit, exit, null) == null)
@@ -255,20 +287,6 @@ public sealed unsafe class Domain : IDisposable
         {
             Trace = options.Trace is { } recorder ? new VcpuTrace(context, recorder.Stream((ushort)id), options.HostTsc) : null,
         });
-    }
-
-    /// <summary>
-    /// The rings that back ends write to while the guest runs: as on Xen, where back ends have them mapped, they cannot become page
-    /// tables.
-    /// </summary>
-    private void HoldBackendPages()
-    {
-        foreach (Mfn frame in (ReadOnlySpan<Mfn>)[Layout.Console, Layout.Store])
-        {
-            Errno error = PageTables.GetPageAndType(_vcpus[0].Context, frame, PageType.Writable, out _);
-            if (error != Errno.None)
-                throw new InvalidOperationException($"A ring page of the domain's back ends cannot be held writable ({error}).");
-        }
     }
 
     private void RunVcpu(Vcpu vcpu)

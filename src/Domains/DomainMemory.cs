@@ -13,7 +13,13 @@ internal sealed unsafe class DomainMemory : IDisposable
     private const nuint Alignment = 4096;
     private byte* _block;
 
-    public DomainMemory(IVirtualMachine machine, ushort id, int maxVcpus, ulong maxPages, bool shadowed)
+    /// <param name="machine">The VM.</param>
+    /// <param name="id">The domain's id.</param>
+    /// <param name="maxVcpus">vCPUs to have room for.</param>
+    /// <param name="maxPages">Frames that it may own at first.</param>
+    /// <param name="mappedPages">Where its pseudo-physical memory map ends.</param>
+    /// <param name="shadowed">KVM shadows the guest's page tables.</param>
+    public DomainMemory(IVirtualMachine machine, ushort id, int maxVcpus, ulong maxPages, ulong mappedPages, bool shadowed)
     {
         ulong frames = machine.Memory.FrameCount;
         nuint bitmap = shadowed ? (nuint)((frames + 63) / 64 * sizeof(ulong)) : 0;
@@ -34,6 +40,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         nuint vcpusAt = Take((nuint)(maxVcpus * sizeof(VcpuState)));
         nuint vcpuInfosAt = Take((nuint)(maxVcpus * sizeof(VcpuInfo)));
         nuint bitmapAt = Take(bitmap);
+        nuint scrubAt = Take(ScrubMap.SizeOf(frames));
         nuint framesAt = Take((nuint)frames * (nuint)sizeof(FrameInfo));
         _block = (byte*)NativeMemory.AlignedAlloc(offset, Alignment);
         NativeMemory.Clear(_block, offset);
@@ -53,10 +60,11 @@ internal sealed unsafe class DomainMemory : IDisposable
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
         Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
         Context->MemoryMap = (E820Entry*)(_block + memoryMapAt);
-        *Context->MemoryMap = new E820Entry { Size = maxPages << Paging.PageShift, Type = E820Entry.Ram };
+        *Context->MemoryMap = new E820Entry { Size = mappedPages << Paging.PageShift, Type = E820Entry.Ram };
         Context->State->MemoryMapEntries = 1;
         Context->Frames = _block + tableAt;
-        FrameTable.Of(Context)->Initialize((FrameInfo*)(_block + framesAt), machine.Memory, Context->State, Context->MachineToPhys);
+        FrameTable.Of(Context)->Initialize(
+            (FrameInfo*)(_block + framesAt), machine.Memory, Context->State, Context->MachineToPhys, (ulong*)(_block + scrubAt));
         for (ulong i = 0; i < frames; i++)
             machine.MachineToPhys[i] = Mfn.Invalid.Value;
     }

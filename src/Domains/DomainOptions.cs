@@ -1,3 +1,4 @@
+using XenSharp.Core;
 using XenSharp.Core.Trace;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
@@ -9,6 +10,12 @@ public sealed record DomainOptions
 {
     /// <summary>Smallest memory that is accepted.</summary>
     public const int MinMemoryMiB = 4;
+
+    /// <summary>Frames that a domain may have beyond its memory, as libxl lets every one (LIBXL_MAXMEM_CONSTANT).</summary>
+    private const ulong SparePages = 256;
+
+    /// <summary>Frames beside the domain's own: shared_info is there.</summary>
+    private const ulong HypervisorPages = 16;
 
     /// <summary>Name for people; the guest does not see it.</summary>
     public required string Name { get; init; }
@@ -22,8 +29,13 @@ public sealed record DomainOptions
     /// <summary>The initial ramdisk; empty for none.</summary>
     public ReadOnlyMemory<byte> Ramdisk { get; init; }
 
-    /// <summary>Memory of the domain in MiB.</summary>
+    /// <summary>Memory that the domain boots with, in MiB (xl's memory).</summary>
     public int MemoryMiB { get; init; } = 512;
+
+    /// <summary>
+    /// Memory that its balloon can let it grow to, in MiB: where its memory map ends (xl's maxmem). 0 for <see cref="MemoryMiB"/>.
+    /// </summary>
+    public int MaxMemoryMiB { get; init; }
 
     /// <summary>vCPUs that the guest may bring up, from 1 to what the VM can have; the first is up from the start.</summary>
     public int Vcpus { get; init; } = 1;
@@ -45,4 +57,20 @@ public sealed record DomainOptions
 
     /// <summary>What the CPUID policy starts from beside the host's leaves.</summary>
     public CpuidOptions Cpuid { get; init; } = new();
+
+    /// <summary>
+    /// Exits of a vCPU between two checks that what is kept about the domain's frames agrees with itself, for tests; a check takes
+    /// milliseconds, and one that fails crashes the domain with a report. 0 for none.
+    /// </summary>
+    public int AuditInterval { get; init; }
+
+    /// <summary>Frames that a domain which is to have so much memory may own (max_pages).</summary>
+    /// <param name="memoryMiB">The memory in MiB.</param>
+    public static ulong MaxPages(int memoryMiB) => Pages(memoryMiB) + SparePages;
+
+    /// <summary>Frames that the VM of a domain needs.</summary>
+    /// <param name="maxMemoryMiB">The most memory that it is ever to have, in MiB.</param>
+    public static ulong MachineFrames(int maxMemoryMiB) => MaxPages(maxMemoryMiB) + HypervisorPages;
+
+    internal static ulong Pages(int memoryMiB) => (ulong)memoryMiB << (20 - Paging.PageShift);
 }

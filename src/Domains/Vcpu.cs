@@ -151,6 +151,8 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
+            Domain.Scrubber.AfterExit();
+            Domain.Audit?.AfterExit(this);
         }
 
         Runstate.Change(RunstateKind.Offline);
@@ -331,6 +333,7 @@ internal sealed unsafe class Vcpu : IDisposable
         if (Domain.Context->State->StartedVcpus > 1)
             Cpu.Settle();
         Runstate.Change(RunstateKind.Blocked);
+        Domain.Scrubber.BeforeSleep(Context);
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;

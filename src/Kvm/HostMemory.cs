@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using Tmds.Linux;
 using XenSharp.Core;
 
@@ -6,8 +7,14 @@ namespace XenSharp.Kvm;
 /// <summary>A memfd mapped into this process: the backing of a memory slot. Pages cost nothing before their first use.</summary>
 internal sealed unsafe class HostMemory : IDisposable
 {
-    private HostMemory(byte* address, ulong size)
+    /// <summary>What st_blocks counts in, whatever the file system's blocks are (stat(3type)).</summary>
+    private const ulong BlockSize = 512;
+
+    private int _file;
+
+    private HostMemory(int file, byte* address, ulong size)
     {
+        _file = file;
         Address = address;
         Size = size;
     }
@@ -17,6 +24,17 @@ internal sealed unsafe class HostMemory : IDisposable
 
     /// <summary>Bytes.</summary>
     public ulong Size { get; }
+
+    /// <summary>Bytes of the host's memory that it takes, swapped out or not.</summary>
+    public ulong Resident
+    {
+        get
+        {
+            stat status;
+            KvmVirtualMachine.Check(LibC.fstat(_file, &status), "Cannot ask how much memory a domain takes");
+            return (ulong)(long)status.st_blocks * BlockSize;
+        }
+    }
 
     /// <summary>Creates and maps zeroed memory.</summary>
     /// <param name="name">What /proc shows.</param>
@@ -28,19 +46,31 @@ internal sealed unsafe class HostMemory : IDisposable
             file = LibC.memfd_create(text, LibC.MFD_CLOEXEC);
         if (file < 0)
             throw new KvmException("Cannot create memory for a domain", LibC.errno);
+        void* address = LibC.MAP_FAILED;
         try
         {
             if (LibC.ftruncate(file, (long)size) != 0)
                 throw new KvmException($"Cannot size a domain's memory to {size >> 20} MiB", LibC.errno);
-            void* address = LibC.mmap(null, (size_t)size, LibC.PROT_READ | LibC.PROT_WRITE, LibC.MAP_SHARED | LibC.MAP_NORESERVE, file, 0);
+            address = LibC.mmap(null, (size_t)size, LibC.PROT_READ | LibC.PROT_WRITE, LibC.MAP_SHARED | LibC.MAP_NORESERVE, file, 0);
             if (address == LibC.MAP_FAILED)
                 throw new KvmException($"Cannot map {size >> 20} MiB of domain memory", LibC.errno);
-            return new HostMemory((byte*)address, size);
+            return new HostMemory(file, (byte*)address, size);
         }
         finally
         {
-            _ = LibC.close(file);
+            if (address == LibC.MAP_FAILED)
+                _ = LibC.close(file);
         }
+    }
+
+    /// <summary>Gives a part back to the host: it reads as zeroes from then on, here and in every VM that has it.</summary>
+    /// <param name="offset">In bytes, a multiple of the page size.</param>
+    /// <param name="length">In bytes, a multiple of the page size.</param>
+    public void Discard(ulong offset, ulong length)
+    {
+        // Memory that the process has locked is not taken from it.
+        if (LibC.madvise(Address + offset, (size_t)length, LibC.MADV_REMOVE) != 0)
+            NativeMemory.Clear(Address + offset, (nuint)length);
     }
 
     public void Dispose()
@@ -48,6 +78,7 @@ internal sealed unsafe class HostMemory : IDisposable
         if (Address == null)
             return;
         _ = LibC.munmap(Address, (size_t)Size);
+        _ = LibC.close(_file);
         Address = null;
     }
 }

@@ -117,6 +117,13 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     private static ulong RoundUp(ulong value, ulong unit) => (value + unit - 1) & ~(unit - 1);
 
+    /// <summary>Bytes of the host's memory that the domain's RAM takes: what was written to and not discarded.</summary>
+    /// <exception cref="KvmException">The host does not say.</exception>
+    public ulong ResidentRam => _ram.Resident;
+
+    /// <inheritdoc/>
+    public void Discard(Mfn first, ulong count) => _ram.Discard(Memory.IndexOf(first) << Paging.PageShift, count << Paging.PageShift);
+
     /// <inheritdoc/>
     public IVirtualCpu CreateVcpu(int number) => CreateKvmVcpu(number);
 

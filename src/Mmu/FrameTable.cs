@@ -40,6 +40,9 @@ public enum FrameFlags : byte
     /// says how far. Its one type count, and a reference, belong to this state.
     /// </summary>
     Partial = 1 << 4,
+
+    /// <summary>Reserved with what an earlier life left in it: to be cleared before it is anybody's (PGC_need_scrub).</summary>
+    NeedScrub = 1 << 5,
 }
 
 /// <summary>Type, type count, owner and the flags that go with them: what changes together, in one word (type_info).</summary>
@@ -199,10 +202,12 @@ public struct FrameInfo
     }
 
     /// <summary>A free frame is taken, and nobody's yet.</summary>
-    internal void Reserve()
+    /// <param name="contents"><see cref="FrameFlags.NeedScrub"/> or nothing.</param>
+    internal void Reserve(FrameFlags contents)
     {
         _linearCount = 0;
         _progress = 0;
+        Settle(State.Free().With(contents));
         Volatile.Write(ref _references, 1);
     }
 
@@ -313,6 +318,9 @@ public unsafe struct FrameTable
     /// <summary>No frame below this index is free.</summary>
     private ulong _firstFree;
 
+    /// <summary>Free frames whose memory the host can have back.</summary>
+    public ScrubMap Scrub;
+
     /// <summary>Frames that no domain owns.</summary>
     public ulong FreeCount { get; private set; }
 
@@ -321,13 +329,15 @@ public unsafe struct FrameTable
     /// <param name="memory">The frames' memory.</param>
     /// <param name="domain">Whose <see cref="DomainState.OwnedPages"/> is kept.</param>
     /// <param name="machineToPhys">The M2P table, where a frame that becomes free loses its entry.</param>
-    public void Initialize(FrameInfo* frames, MachineMemory memory, DomainState* domain, ulong* machineToPhys)
+    /// <param name="scrub">For <see cref="Scrub"/>: zeroed, <see cref="ScrubMap.SizeOf"/> bytes.</param>
+    public void Initialize(FrameInfo* frames, MachineMemory memory, DomainState* domain, ulong* machineToPhys, ulong* scrub)
     {
         _frames = frames;
         _memory = memory;
         _domain = domain;
         _machineToPhys = machineToPhys;
         FreeCount = memory.FrameCount;
+        Scrub.Initialize(scrub, memory.FrameCount);
     }
 
     /// <summary>The frame table that a domain context points to.</summary>
@@ -348,7 +358,7 @@ public unsafe struct FrameTable
 
     /// <summary>
     /// Takes frames as <see cref="TryAllocate"/> does, of those whose numbers are below a limit, and counts them for the domain; it
-    /// cannot name them before <see cref="Assign"/>, so that they can be emptied first.
+    /// cannot name them before <see cref="Assign"/>, so that those with <see cref="FrameFlags.NeedScrub"/> can be emptied first.
     /// </summary>
     /// <returns>False when there are none, or the domain has all that it may have.</returns>
     public bool TryReserve(FrameFlags flags, int order, ulong limit, out Mfn frame)
@@ -379,11 +389,12 @@ public unsafe struct FrameTable
         return true;
     }
 
-    /// <summary>Gives a frame back that was stolen and is still free.</summary>
+    /// <summary>Gives a frame back that was stolen and is still free; with its contents, where <see cref="Scrub"/> held them since.</summary>
     public void Return(Mfn frame)
     {
         Lock();
-        Find(frame)->Reserve();
+        _ = Scrub.Take(_memory.IndexOf(frame));
+        Find(frame)->Reserve(FrameFlags.None);
         Find(frame)->Assign(_domain->Id, FrameFlags.None);
         FreeCount--;
         _domain->OwnedPages++;
@@ -427,6 +438,7 @@ public unsafe struct FrameTable
     {
         if (!special)
             _domain->OwnedPages--;
+        Scrub.Mark(index);
         _machineToPhys[index] = Mfn.Invalid.Value;
         FreeCount++;
         _firstFree = Math.Min(_firstFree, index);
@@ -457,7 +469,7 @@ public unsafe struct FrameTable
             if (!AllFree(first, count))
                 continue;
             for (ulong i = 0; i < count; i++)
-                _frames[first + i].Reserve();
+                _frames[first + i].Reserve(Scrub.Take(first + i) ? FrameFlags.NeedScrub : FrameFlags.None);
             FreeCount -= count;
             if (!special)
                 _domain->OwnedPages += count;

@@ -79,8 +79,16 @@ internal static unsafe class MemoryExchange
         return MemoryOp.IsOwn(vcpu, request.In.Domain, out Errno error) ? Errno.None : error;
     }
 
-    /// <summary>Exchanges one chunk, or nothing of it.</summary>
+    /// <summary>Exchanges one chunk, or nothing of it: what was to be given keeps its contents then.</summary>
     private static Errno ExchangeChunk(VcpuContext* vcpu, in Request request, ulong chunk, ulong limit)
+    {
+        FrameTable.Of(vcpu->Domain)->Scrub.Hold();
+        Errno error = ExchangeHeldChunk(vcpu, request, chunk, limit);
+        FrameTable.Of(vcpu->Domain)->Scrub.Release();
+        return error;
+    }
+
+    private static Errno ExchangeHeldChunk(VcpuContext* vcpu, in Request request, ulong chunk, ulong limit)
     {
         int inOrder = (int)request.In.ExtentOrder;
         int outOrder = (int)request.Out.ExtentOrder;

@@ -460,7 +460,9 @@ public static unsafe class MemoryOp
         TlbFlush.OnThisVcpu(vcpu);
         for (ulong i = 0; i < 1UL << order; i++)
         {
-            frames->Clear(frame + i);
+            // Inside the VM an entry may have been stored again in what was a page table, after it became free and was scrubbed.
+            if (frames->Find(frame + i)->Has(FrameFlags.NeedScrub) || vcpu->Domain->MayBeShadowed(frame + i))
+                frames->Clear(frame + i);
             GuestAccess.Written(vcpu, frame + i, 0, Paging.PageSize);
             vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame + i)] = pfn == Mfn.Invalid.Value ? pfn : pfn + i;
         }

@@ -12,13 +12,9 @@ namespace XenSharp.Boot.Tests;
 [TestFixture]
 [Category("Debian")]
 [CancelAfter(300_000)]
-public sealed partial class DebianTests : KvmFixture
+public sealed class DebianTests : KvmFixture
 {
     private string _release = null!;
-
-    /// <summary>What in a kernel's log says that something went wrong in it; not what it says of the processor's vulnerabilities.</summary>
-    [GeneratedRegex("WARNING(?!: See .*hw-vuln)|BUG|Call Trace|Oops|general protection|nable to handle")]
-    private static partial Regex Trouble { get; }
 
     [OneTimeSetUp]
     public async Task FetchAsync()
@@ -56,13 +52,13 @@ public sealed partial class DebianTests : KvmFixture
             "echo \"[dmesg]\"; dmesg; echo \"[cpuinfo]\"; cat /proc/cpuinfo; echo \"[meminfo]\"; cat /proc/meminfo; echo \"[end]\"\n",
             ["demo", "--memory", $"{memory}"]);
         Assert.That(end.Status, Is.Zero, end.Error);
-        string log = Section(end.Output, "[dmesg]", "[cpuinfo]");
+        string log = KernelLog.Section(end.Output, "[dmesg]", "[cpuinfo]");
         Assert.That(log, Does.Contain("Hypervisor detected: Xen PV"));
-        Assert.That(log.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
-        Assert.That(Section(end.Output, "[cpuinfo]", "[meminfo]"), Does.Contain("model name").And.Contain("flags"));
+        Assert.That(KernelLog.TroubleIn(log), Is.Empty);
+        Assert.That(KernelLog.Section(end.Output, "[cpuinfo]", "[meminfo]"), Does.Contain("model name").And.Contain("flags"));
 
         // Of a domain's memory the kernel keeps a part for itself.
-        Match total = Regex.Match(Section(end.Output, "[meminfo]", "[end]"), @"MemTotal:\s+(\d+) kB");
+        Match total = Regex.Match(KernelLog.Section(end.Output, "[meminfo]", "[end]"), @"MemTotal:\s+(\d+) kB");
         Assert.That(int.Parse(total.Groups[1].Value) >> 10, Is.InRange(memory * 3 / 4 - 32, memory));
     }
 
@@ -72,7 +68,7 @@ public sealed partial class DebianTests : KvmFixture
         CommandEnd end = await CommandProcess.RunAsync("dmesg\nuname -r\n", ["demo", "--cloud"]);
         Assert.That(end.Status, Is.Zero, end.Error);
         Assert.That(end.Output, Does.Contain("-cloud-amd64\r\n"));
-        Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
+        Assert.That(KernelLog.TroubleIn(end.Output), Is.Empty);
     }
 
     [TestCase("poweroff", 0)]
@@ -138,7 +134,7 @@ public sealed partial class DebianTests : KvmFixture
         {
             CommandEnd end = await CommandProcess.RunAsync("echo \"[dmesg]\"; dmesg; echo \"[end]\"\n", ["demo", "--memory", "256"]);
             Assert.That(end.Status, Is.Zero, end.Error);
-            Assert.That(Trouble.Matches(Section(end.Output, "[dmesg]", "[end]").Replace("This is not a bug", "")), Is.Empty);
+            Assert.That(KernelLog.Trouble.Matches(KernelLog.Section(end.Output, "[dmesg]", "[end]").Replace("This is not a bug", "")), Is.Empty);
         }
         finally
         {
@@ -184,14 +180,5 @@ public sealed partial class DebianTests : KvmFixture
         CommandEnd end = await CommandProcess.RunAsync("demo", "--memory", "16");
         Assert.That(end.Status, Is.EqualTo(2));
         Assert.That(end.Error, Does.Contain("16 MiB of memory are too few").And.Contain("--memory"));
-    }
-
-    /// <summary>What the guest printed between two lines.</summary>
-    private static string Section(string output, string from, string to)
-    {
-        int start = output.LastIndexOf(from + "\r\n", StringComparison.Ordinal);
-        int end = output.LastIndexOf(to + "\r\n", StringComparison.Ordinal);
-        Assert.That(start >= 0 && end > start, $"no section {from}: {output}");
-        return output[start..end];
     }
 }

@@ -74,10 +74,28 @@ public sealed unsafe class MemoryExchangeTests
     {
         // All 64 are owned, and no two of those that are given are neighbours.
         using var machine = new TestMachine(64, 64);
+        *(ulong*)machine.Entry(33, 7) = 0x1234;
         Assert.That(Exchange(machine, [Frame(30).Value, Frame(33).Value], 0, 1, 1), Is.EqualTo(-(long)Errno.ENOMEM));
+        Assert.That(*(ulong*)machine.Entry(33, 7), Is.EqualTo(0x1234), "with what was in them");
+        Assert.That(machine.Frames->Scrub.Pending, Is.Zero, "and they are to keep it");
         Assert.That(machine.Context->State->OwnedPages, Is.EqualTo(64));
         Assert.That((machine.Context->MachineToPhys[30], machine.Context->MachineToPhys[33]), Is.EqualTo((30UL, 33UL)));
         Assert.That(Exchange(machine, [Frame(30).Value, Frame(31).Value], 0, 1, 1), Is.Zero, "the same two");
+    }
+
+    [Test]
+    public void What_is_given_leaves_its_contents_behind()
+    {
+        using var machine = new TestMachine(64, 40);
+        *(ulong*)machine.Entry(30, 7) = 0x1234;
+        Assert.That(Exchange(machine, [Frame(30).Value], 0, 1, 0), Is.Zero);
+        Assert.That(Words(machine, 512)[0], Is.EqualTo(Frame(30).Value), "the lowest that is free");
+        Assert.That(*(ulong*)machine.Entry(30, 7), Is.Zero);
+        Assert.That(Exchange(machine, [Frame(31).Value, Frame(33).Value], 0, 1, 1), Is.Zero);
+        Assert.That(machine.Frames->Scrub.Pending, Is.EqualTo(2), "free, and others were taken");
+        Assert.That(machine.Frames->Scrub.TryBeginRun(8, out ulong first, out ulong count), Is.True, "no longer held");
+        Assert.That((first, count), Is.EqualTo((31UL, 1UL)));
+        machine.Frames->Scrub.EndRun(first, count);
     }
 
     [Test]

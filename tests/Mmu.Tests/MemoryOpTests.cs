@@ -217,10 +217,15 @@ public sealed unsafe class MemoryOpTests
     public void New_pages_hold_nothing_of_anyone()
     {
         using TestMachine machine = NewMachine();
-        new Span<byte>(machine.Entry(40, 0), 4096).Fill(0x77);
-        Assert.That(machine.Reservation(0, [0]), Is.EqualTo(1));
-        Assert.That(*(ulong*)(machine.Data + 256), Is.EqualTo(Frame(40).Value));
-        Assert.That(new ReadOnlySpan<byte>(machine.Entry(40, 0), 4096).ContainsAnyExcept((byte)0), Is.False);
+        new Span<byte>(machine.Entry(20, 0), 4096).Fill(0x77);
+        Assert.That(machine.Reservation(1, [Frame(20).Value]), Is.EqualTo(1));
+        Assert.That(machine.Reservation(0, [0, 0]), Is.EqualTo(2));
+        Assert.That(new ReadOnlySpan<ulong>(machine.Data + 256, 2).ToArray(), Is.EqualTo(new[] { Frame(20).Value, Frame(40).Value }));
+        foreach (int frame in (ReadOnlySpan<int>)[20, 40])
+        {
+            Assert.That(new ReadOnlySpan<byte>(machine.Entry(frame, 0), 4096).ContainsAnyExcept((byte)0), Is.False);
+            Assert.That(machine.Info(frame).Has(FrameFlags.NeedScrub), Is.False);
+        }
     }
 
     [Test]

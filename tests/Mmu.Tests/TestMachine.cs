@@ -52,7 +52,9 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->MemoryMap = (E820Entry*)Allocate((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
         *Context->MemoryMap = new E820Entry { Size = (ulong)frames << Paging.PageShift, Type = E820Entry.Ram };
         Context->State->MemoryMapEntries = 1;
-        Frames->Initialize((FrameInfo*)Allocate((nuint)frames * (nuint)sizeof(FrameInfo)), memory, Context->State, Context->MachineToPhys);
+        Frames->Initialize(
+            (FrameInfo*)Allocate((nuint)frames * (nuint)sizeof(FrameInfo)), memory, Context->State, Context->MachineToPhys,
+            (ulong*)Allocate(ScrubMap.SizeOf((ulong)frames)));
 
         Context->Vcpus = (VcpuContext*)Allocate((nuint)(vcpus * sizeof(VcpuContext)));
         for (int i = 0; i < vcpus; i++)

@@ -88,25 +88,6 @@ public sealed class HostTests
         Assert.That(() => Reader("failed 13\nxl is unwell\n").ReadAsync(), Throws.InstanceOf<OracleException>().With.Message.EndsWith("xl is unwell"));
 
     [Test]
-    public void TheLibrariesOfAnElfFileAreRead()
-    {
-        byte[] tool = File.ReadAllBytes("/bin/sh");
-        Assert.That(ElfDependencies.Needed(tool), Does.Contain("libc.so.6"));
-        // Cut anywhere, it is damaged or still whole as far as loading goes, and nothing worse.
-        for (int length = 0; length < tool.Length; length += 997)
-        {
-            try
-            {
-                ElfDependencies.Needed(tool.AsSpan(0, length));
-            }
-            catch (InvalidDataException)
-            {
-            }
-        }
-        Assert.That(() => ElfDependencies.Needed(tool.AsSpan(0, 100)), Throws.InstanceOf<InvalidDataException>());
-    }
-
-    [Test]
     public void Dom0sLinesAndXensAreToldApart()
     {
         bool started = false;

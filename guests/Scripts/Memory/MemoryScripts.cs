@@ -15,6 +15,7 @@ internal static class MemoryScripts
         UpdateVaMappingScript.Create(),
         MmuextOpScript.Create(),
         BaseptrScript.Create(),
+        RemoteFlushScript.Create(),
         MemoryOpScript.Create(),
         ReservationScript.Create(),
         ExchangeScript.Create(),

@@ -34,6 +34,9 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     private const string ForkStart = "@fork";
     private const string ForkEnd = "@forked";
     private const string PipeEnd = "@piped";
+    private const string MapEnd = "@mapped";
+    private const string MapTool = "bin/map-touch-unmap";
+    private const int MappedBytes = 64 << 20;
 
     private readonly List<double> _floors = [];
     private readonly Dictionary<string, List<(double Nanoseconds, double Ratio)>> _samples = [];
@@ -47,6 +50,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     private const string DebianBoot = "Debian boot to init, 512 MiB";
     private const string ForkExec = "Debian: fork + exec of busybox";
     private const string Pipe = "Debian: 64 MiB through a pipe";
+    private const string Map = "Debian: mmap, touch, munmap 64 MiB";
 
     private readonly List<BenchCount> _counts = [];
 
@@ -177,10 +181,18 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             echo {ForkEnd}
             dd if=/dev/zero bs=64k count=1024 2>/dev/null | cat >/dev/null
             echo {PipeEnd}
+            /{MapTool} && echo {MapEnd}
             poweroff -f
             """;
         byte[] ramdisk = await BusyboxInitramfs.BuildAsync(
-            busybox, new BusyboxInitramfsOptions { Banner = string.Empty, InitScript = script.ReplaceLineEndings("\n") }, cancellation).ConfigureAwait(false);
+            busybox,
+            new BusyboxInitramfsOptions
+            {
+                Banner = string.Empty,
+                InitScript = script.ReplaceLineEndings("\n"),
+                Files = [new InitramfsFile(MapTool, MapTouchUnmap.Build(MappedBytes, rounds: 1), Executable: true)],
+            },
+            cancellation).ConfigureAwait(false);
         for (int round = 1; round <= Math.Min(3, plan.Rounds); round++)
         {
             progress($"Debian: boot {round} of {Math.Min(3, plan.Rounds)}");
@@ -222,6 +234,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         Add(DebianBoot, Between(first, sink.TimeOf(Init)), mean);
         Add(ForkExec, Between(sink.TimeOf(ForkStart), sink.TimeOf(ForkEnd)) / Forks, mean);
         Add(Pipe, Between(sink.TimeOf(ForkEnd), sink.TimeOf(PipeEnd)), mean);
+        Add(Map, Between(sink.TimeOf(PipeEnd), sink.TimeOf(MapEnd)), mean);
         if (measureMemory)
             _counts.Add(new BenchCount("resident memory beside guest RAM, Debian at init", Math.Round(resident / 1048576.0, 1), "MiB", RuntimeLimit));
     }

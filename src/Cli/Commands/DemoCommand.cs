@@ -22,9 +22,13 @@ internal static class DemoCommand
         var tiny = new Option<bool>("--tiny") { Description = "The tiny guest: it says hello and powers off. Nothing is downloaded." };
         var cloud = new Option<bool>("--cloud") { Description = "Debian's cloud kernel: a smaller download than the usual one." };
         Option<int> memory = GuestOptions.Memory();
+        Option<int> maxMemory = GuestOptions.MaxMemory(memory);
         Option<int> vcpus = GuestOptions.Vcpus();
         Option<string?> trace = GuestOptions.Trace();
-        var command = new Command(Name, "Boots a stock Debian kernel into a shell, downloading both at the first time.") { tiny, cloud, memory, vcpus, trace };
+        var command = new Command(Name, "Boots a stock Debian kernel into a shell, downloading both at the first time.")
+        {
+            tiny, cloud, memory, maxMemory, vcpus, trace,
+        };
         command.Validators.Add(result =>
         {
             if (result.GetValue(tiny) && result.GetValue(cloud))
@@ -38,7 +42,12 @@ internal static class DemoCommand
                 (DomainSpecification specification, string description) = parsed.GetValue(tiny)
                     ? Tiny()
                     : await FetchAsync(parsed.GetValue(cloud), signals.Token).ConfigureAwait(false);
-                specification = specification with { MemoryMiB = parsed.GetValue(memory), Vcpus = parsed.GetValue(vcpus) };
+                specification = specification with
+                {
+                    MemoryMiB = parsed.GetValue(memory),
+                    MaxMemoryMiB = parsed.GetValue(maxMemory),
+                    Vcpus = parsed.GetValue(vcpus),
+                };
                 return await services.GetRequiredService<ForegroundRun>()
                     .RunAsync(specification, description, RebootAction.Exit, consoleLog: null, parsed.GetValue(trace), signals)
                     .ConfigureAwait(false);

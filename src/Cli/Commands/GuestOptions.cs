@@ -21,6 +21,26 @@ internal static class GuestOptions
         CustomParser = ParseMemory,
     };
 
+    /// <summary><c>--maxmem MiB</c>, 0 where it is not given.</summary>
+    /// <param name="memory">The option that it must not be below.</param>
+    internal static Option<int> MaxMemory(Option<int> memory)
+    {
+        var option = new Option<int>("--maxmem")
+        {
+            Description = "Memory in MiB up to which the guest's balloon driver can grow the domain, if that is more than it boots with.",
+            HelpName = "MiB",
+            DefaultValueFactory = static _ => 0,
+            CustomParser = ParseMemory,
+        };
+        option.Validators.Add(result =>
+        {
+            // What is no number has been complained of by now.
+            if (NumberOf(result) is { } most && (NumberOf(result.GetResult(memory)) ?? DomainSpecification.DefaultMemoryMiB) is var first && most < first)
+                result.AddError($"--maxmem {most} is less than the {first} MiB that the domain boots with (--memory); it is to be at least that.");
+        });
+        return option;
+    }
+
     /// <summary><c>--vcpus N</c>.</summary>
     internal static Option<int> Vcpus() => new("--vcpus")
     {
@@ -37,6 +57,9 @@ internal static class GuestOptions
         HelpName = "FILE",
     };
 
+    private static int? NumberOf(OptionResult? result)
+        => result is { Tokens: [var token, ..] } && int.TryParse(token.Value, NumberStyles.None, CultureInfo.InvariantCulture, out int number) ? number : null;
+
     private static int ParseVcpus(ArgumentResult result)
     {
         string text = result.Tokens[0].Value;
@@ -49,16 +72,17 @@ internal static class GuestOptions
     private static int ParseMemory(ArgumentResult result)
     {
         string text = result.Tokens[0].Value;
+        string name = ((OptionResult)result.Parent!).Option.Name;
         if (!long.TryParse(text, NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture, out long memory))
         {
-            result.AddError($"--memory takes a whole number of MiB, such as {DomainSpecification.DefaultMemoryMiB}; \"{text}\" is none.");
+            result.AddError($"{name} takes a whole number of MiB, such as {DomainSpecification.DefaultMemoryMiB}; \"{text}\" is none.");
             return 0;
         }
 
         if (memory < DomainOptions.MinMemoryMiB)
-            result.AddError($"--memory {memory} is too little: a domain has {DomainOptions.MinMemoryMiB} MiB at least, and a Linux kernel needs some 64.");
+            result.AddError($"{name} {memory} is too little: a domain has {DomainOptions.MinMemoryMiB} MiB at least, and a Linux kernel needs some 64.");
         else if (memory > HostMachine.MemoryMiB)
-            result.AddError($"--memory {memory} is more than this machine's {HostMachine.MemoryMiB} MiB; give the domain less.");
+            result.AddError($"{name} {memory} is more than this machine's {HostMachine.MemoryMiB} MiB; give the domain less.");
         return (int)Math.Clamp(memory, 0, int.MaxValue);
     }
 }

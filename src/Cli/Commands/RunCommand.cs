@@ -23,6 +23,7 @@ internal static class RunCommand
         };
         var ramdisk = new Option<string?>("--ramdisk", "-r") { Description = "The initial ramdisk.", HelpName = "FILE" };
         Option<int> memory = GuestOptions.Memory();
+        Option<int> maxMemory = GuestOptions.MaxMemory(memory);
         Option<int> vcpus = GuestOptions.Vcpus();
         var commandLine = new Option<string>("--cmdline", "-c")
         {
@@ -59,7 +60,7 @@ internal static class RunCommand
 
         var command = new Command("run", "Boots a Xen PV kernel in this terminal. Ctrl-] ends the domain and leaves.")
         {
-            kernel, ramdisk, memory, vcpus, commandLine, name, onReboot, consoleLog, trace,
+            kernel, ramdisk, memory, maxMemory, vcpus, commandLine, name, onReboot, consoleLog, trace,
         };
         command.SetAction(async (parsed, _) =>
         {
@@ -71,6 +72,7 @@ internal static class RunCommand
                 Name = parsed.GetValue(name)!,
                 Image = Load(parsed.GetRequiredValue(kernel), parsed.GetValue(ramdisk), memoryMiB, reusable: action == RebootAction.Restart),
                 MemoryMiB = memoryMiB,
+                MaxMemoryMiB = parsed.GetValue(maxMemory),
                 Vcpus = parsed.GetValue(vcpus),
                 CommandLine = parsed.GetValue(commandLine)!,
                 KernelFile = parsed.GetRequiredValue(kernel),

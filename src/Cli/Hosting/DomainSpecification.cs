@@ -18,8 +18,15 @@ public sealed record DomainSpecification
     /// <summary>Kernel and ramdisk.</summary>
     public required DomainImage Image { get; init; }
 
-    /// <summary>Memory in MiB, from <see cref="DomainOptions.MinMemoryMiB"/> on.</summary>
+    /// <summary>Memory in MiB that it boots with, from <see cref="DomainOptions.MinMemoryMiB"/> on.</summary>
     public int MemoryMiB { get; init; } = DefaultMemoryMiB;
+
+    /// <summary>Memory in MiB that its balloon can let it grow to; at least, and where it is 0, <see cref="MemoryMiB"/>.</summary>
+    public int MaxMemoryMiB
+    {
+        get => Math.Max(field, MemoryMiB);
+        init;
+    }
 
     /// <summary>vCPUs that the guest may bring up.</summary>
     public int Vcpus { get; init; } = 1;
@@ -32,6 +39,9 @@ public sealed record DomainSpecification
 
     /// <summary>Records what the guest asks for, in each of its incarnations; <see langword="null"/> for no trace.</summary>
     public TraceRecorder? Trace { get; init; }
+
+    /// <summary>Exits between two checks of the domain's books, for tests (<see cref="DomainOptions.AuditInterval"/>); 0 for none.</summary>
+    public int AuditInterval { get; init; }
 
     /// <summary>The kernel's file, for people.</summary>
     public string KernelFile { get; init; } = string.Empty;

@@ -73,7 +73,16 @@ internal sealed class ForegroundRun(KvmHost host)
         DomainSpecification specification, RebootAction onReboot, FileDescriptorSink? log, CancellationToken cancellation)
     {
         using FileDescriptorSink? error = TryOpenStandardError();
-        await using var first = new Disposer(RunningDomain.Create(host, specification, emergencySink: EmergencySink(error)));
+        RunningDomain Create()
+        {
+            RunningDomain domain = RunningDomain.Create(host, specification, emergencySink: EmergencySink(error));
+
+            // Nobody sets this domain's target from outside, so that the guest may choose it.
+            domain.Domain.MaxPages = DomainOptions.MaxPages(specification.MaxMemoryMiB);
+            return domain;
+        }
+
+        await using var first = new Disposer(Create());
         using var terminal = new TerminalAttachment();
         while (true)
         {
@@ -86,7 +95,7 @@ internal sealed class ForegroundRun(KvmHost host)
             if (exit.Reason != ShutdownReason.Reboot || onReboot != RebootAction.Restart)
                 return new Outcome(end, exit);
             cancellation.ThrowIfCancellationRequested();
-            await first.ReplaceAsync(() => RunningDomain.Create(host, specification, emergencySink: EmergencySink(error))).ConfigureAwait(false);
+            await first.ReplaceAsync(Create).ConfigureAwait(false);
         }
     }
 

@@ -19,9 +19,6 @@ namespace XenSharp.Cli.Hosting;
 /// </remarks>
 public sealed class RunningDomain : IAsyncDisposable
 {
-    /// <summary>Frames beside the domain's own memory: its shared_info page lies there.</summary>
-    private const ulong HypervisorFrames = 16;
-
     private readonly KvmVirtualMachine _machine;
     private readonly IConsoleSink? _sink;
     private readonly IConsoleSink? _emergencySink;
@@ -45,7 +42,7 @@ public sealed class RunningDomain : IAsyncDisposable
         _emergencySink = emergencySink;
         Specification = specification;
         _machine = new KvmVirtualMachine(
-            host.Kvm, host.Capabilities, ((ulong)specification.MemoryMiB << 20) + (HypervisorFrames << Paging.PageShift));
+            host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift);
         try
         {
             Domain = Build(host, specification, _machine);
@@ -149,6 +146,41 @@ public sealed class RunningDomain : IAsyncDisposable
         }
     }
 
+    /// <summary>Bytes of the host's memory that the domain's own takes at the moment.</summary>
+    /// <exception cref="KvmException">The host does not say.</exception>
+    /// <exception cref="ObjectDisposedException">The domain is disposed.</exception>
+    public ulong ResidentMemory
+    {
+        get
+        {
+            lock (_lock)
+            {
+                ObjectDisposedException.ThrowIf(_disposal is not null, this);
+                return _machine.ResidentRam;
+            }
+        }
+    }
+
+    /// <summary>
+    /// Tells the guest's balloon driver how much memory the domain is to have, as <c>xl mem-set</c> does, and sees to it that it
+    /// gets no more. The driver comes there in its own time; <see cref="ResidentMemory"/> shows it.
+    /// </summary>
+    /// <param name="memoryMiB">In MiB, from <see cref="DomainOptions.MinMemoryMiB"/> to the specification's
+    /// <see cref="DomainSpecification.MaxMemoryMiB"/>.</param>
+    /// <exception cref="ArgumentOutOfRangeException">It is not in that range.</exception>
+    /// <exception cref="ObjectDisposedException">The domain is disposed.</exception>
+    public void SetMemoryTarget(int memoryMiB)
+    {
+        ArgumentOutOfRangeException.ThrowIfLessThan(memoryMiB, DomainOptions.MinMemoryMiB);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(memoryMiB, Specification.MaxMemoryMiB);
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposal is not null, this);
+            Domain.MaxPages = DomainOptions.MaxPages(memoryMiB);
+            XenstoreDomainTree.SetMemoryTarget(Store.Domain0, Domain.Id.Value, KiB(memoryMiB));
+        }
+    }
+
     /// <summary>Ends the domain at once, as <c>xl destroy</c> does. <see cref="Stopped"/> says when.</summary>
     public void Destroy()
     {
@@ -207,12 +239,14 @@ public sealed class RunningDomain : IAsyncDisposable
             Kernel = kernel,
             Ramdisk = ramdisk,
             MemoryMiB = specification.MemoryMiB,
+            MaxMemoryMiB = specification.MaxMemoryMiB,
             Vcpus = specification.Vcpus,
             CommandLine = specification.CommandLine,
             Uuid = specification.Uuid,
             HostTsc = static () => HostClock.TimeStampCounter,
             ShadowPageTables = host.Capabilities.ShadowPageTables,
             Trace = specification.Trace,
+            AuditInterval = specification.AuditInterval,
         };
         return new Domain(options, machine);
     }
@@ -221,9 +255,10 @@ public sealed class RunningDomain : IAsyncDisposable
 
     private static unsafe XenstoreRing StoreRingOf(Domain domain) => new(domain.StorePage, domain.StoreChannel);
 
+    private static ulong KiB(int memoryMiB) => (ulong)memoryMiB << 10;
+
     private void ConnectStore()
     {
-        ulong memoryKiB = (ulong)Specification.MemoryMiB << 10;
         XenstoreDomainTree.WriteDomain0(Store.Domain0);
         XenstoreDomainTree.Create(
             Store.Domain0,
@@ -232,8 +267,8 @@ public sealed class RunningDomain : IAsyncDisposable
                 DomainId = Domain.Id.Value,
                 Name = Specification.Name,
                 Uuid = Specification.Uuid,
-                MaximumMemoryKiB = memoryKiB,
-                TargetMemoryKiB = memoryKiB,
+                MaximumMemoryKiB = KiB(Specification.MaxMemoryMiB),
+                TargetMemoryKiB = KiB(Specification.MemoryMiB),
                 MaximumVcpus = Specification.Vcpus,
                 OnlineVcpus = Specification.Vcpus,
                 ConsolePort = Domain.ConsolePort,

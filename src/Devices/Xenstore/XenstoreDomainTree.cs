@@ -117,6 +117,22 @@ public static class XenstoreDomainTree
         });
     }
 
+    /// <summary>Says what a domain's balloon is to shrink or grow to.</summary>
+    /// <param name="store">The store.</param>
+    /// <param name="domainId">A domain that <see cref="Create"/> wrote.</param>
+    /// <param name="memoryKiB">Its memory in KiB, at most what memory/static-max says.</param>
+    public static void SetMemoryTarget(XenstoreClient store, ushort domainId, ulong memoryKiB)
+    {
+        ArgumentNullException.ThrowIfNull(store);
+        store.Transact(transaction =>
+        {
+            string folder = XenstorePath.OfDomain(domainId);
+            transaction.Write(folder + "/memory/target", Decimal(memoryKiB));
+            if (transaction.Read(folder + "/vm") is { } vm && vm.StartsWith("/vm/", StringComparison.Ordinal))
+                transaction.Write(vm + "/memory", Decimal(memoryKiB >> 10));
+        });
+    }
+
     private static void Write(XenstoreTransaction store, XenstoreDomainDescription domain)
     {
         string folder = XenstorePath.OfDomain(domain.DomainId);

@@ -36,7 +36,7 @@ internal sealed unsafe class DomainBuilder
         _domain = domain;
         _options = options;
         _kernel = options.Kernel;
-        _pages = domain->State->MaxPages;
+        _pages = DomainOptions.Pages(options.MemoryMiB);
     }
 
     /// <summary>A range of pseudo-physical pages.</summary>

@@ -39,13 +39,6 @@ static class XenPackages
         ToolFolder + "/libxl-save-helper", "usr/bin/xenstore-watch",
     ];
 
-    // glibc loads this one by itself when a thread ends.
-    const string UnwindLibrary = "libgcc_s.so.1";
-
-    const string Loader = "ld-linux-x86-64.so.2";
-
-    static readonly string[] LibraryFolders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
-
     static readonly string[] Modules = ["xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs", "virtio_pci", "virtio_console"];
 
     const UnixFileMode Executable = UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute;
@@ -74,7 +67,7 @@ static class XenPackages
             }
             catch (InvalidDataException e)
             {
-                throw Damaged(root, e.Message, e);
+                throw DebianPrograms.Damaged(root, e.Message, e);
             }
         }, progress, cancellation).ConfigureAwait(false);
     }
@@ -98,7 +91,7 @@ static class XenPackages
             }
             catch (KernelImageException e)
             {
-                throw Damaged(Path.Combine(cache.Root, "linux-image-amd64"), e.Message, e);
+                throw DebianPrograms.Damaged(Path.Combine(cache.Root, "linux-image-amd64"), e.Message, e);
             }
             await File.WriteAllBytesAsync(path, unpacked, token).ConfigureAwait(false);
         }, progress, cancellation).ConfigureAwait(false);
@@ -134,43 +127,9 @@ static class XenPackages
         cpio.AddFile("bin/busybox", File.ReadAllBytes(busybox), Executable);
         foreach (string applet in applets)
             cpio.AddSymlink("bin/" + applet, "busybox");
-        AddPrograms(cpio, tools);
+        foreach (InitramfsFile file in DebianPrograms.Collect(tools, Programs))
+            cpio.AddFile(file.Path, file.Contents.Span, Executable);
         AddModules(cpio, kernel);
-    }
-
-    // The tools with all libraries that they need, in the folders where Debian's dynamic loader looks for them.
-    static void AddPrograms(CpioWriter cpio, string tools)
-    {
-        Queue<string> needed = new([UnwindLibrary, Loader]);
-        HashSet<string> known = [.. needed];
-        void Add(string target, string file)
-        {
-            byte[] contents = File.ReadAllBytes(file);
-            cpio.AddFile(target, contents, Executable);
-            try
-            {
-                foreach (string library in ElfDependencies.Needed(contents).Where(known.Add))
-                    needed.Enqueue(library);
-            }
-            catch (InvalidDataException e)
-            {
-                throw Damaged(tools, $"{file}: {e.Message}", e);
-            }
-        }
-
-        foreach (string program in Programs)
-        {
-            string file = Path.Combine(tools, program);
-            if (!File.Exists(file))
-                throw Damaged(tools, $"It lacks {program}.");
-            Add("bin/" + Path.GetFileName(program), file);
-        }
-        while (needed.TryDequeue(out string? library))
-        {
-            string file = LibraryFolders.Select(folder => Path.Combine(tools, folder, library)).FirstOrDefault(File.Exists)
-                ?? throw Damaged(tools, $"It lacks the library {library}.");
-            Add((library == Loader ? "lib64/" : "lib/x86_64-linux-gnu/") + library, file);
-        }
     }
 
     // The modules in an order that insmod can take them in.
@@ -221,7 +180,4 @@ static class XenPackages
         using StreamReader reader = new(stream);
         return (await reader.ReadToEndAsync(cancellation).ConfigureAwait(false)).ReplaceLineEndings("\n");
     }
-
-    static GuestFetchException Damaged(string folder, string what, Exception? inner = null) =>
-        new($"The cached packages in {folder} are damaged ({what}); delete that folder and they are fetched again.", inner);
 }

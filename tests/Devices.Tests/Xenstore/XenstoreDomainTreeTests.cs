@@ -129,6 +129,12 @@ internal sealed class XenstoreDomainTreeTests
         Assert.That(_guest.NextEvent(), Is.EqualTo("memory/target|FFFFFFFF82A4A300"));
         Assert.That(_guest.Read("memory/static-max"), Is.EqualTo("131072"));
 
+        // The host wants memory back.
+        XenstoreDomainTree.SetMemoryTarget(_store.Domain0, 3, 40960);
+        Assert.That(_guest.NextEvent(), Is.EqualTo("memory/target|FFFFFFFF82A4A300"));
+        Assert.That(_guest.Read("memory/target"), Is.EqualTo("40960"));
+        Assert.That(_guest.Read("/vm/0f0e0d0c-0b0a-0908-0706-050403020100/memory"), Is.EqualTo("40"), "in MiB");
+
         // The host asks for a shutdown, the guest takes the request and acknowledges it.
         _store.Domain0.Write("/local/domain/3/control/shutdown", "poweroff");
         Assert.That(_guest.NextEvent(), Is.EqualTo("control/shutdown|FFFFFFFF82A4A000"));

@@ -40,6 +40,16 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
 
     public FakeVcpu? Vcpu { get; private set; }
 
+    /// <summary>Frames that were given back to the host, in the order of that.</summary>
+    public List<Mfn> Discarded { get; } = [];
+
+    public void Discard(Mfn first, ulong count)
+    {
+        for (ulong i = 0; i < count; i++)
+            Discarded.Add(first + i);
+        NativeMemory.Clear(Memory.Page(first), (nuint)(count << Paging.PageShift));
+    }
+
     public IVirtualCpu CreateVcpu(int number) => Vcpu = new FakeVcpu(this);
 
     public void Dispose()

@@ -2,10 +2,10 @@
 using System.Buffers.Binary;
 using System.Text;
 
-namespace XenSharp.Oracle.Dom0;
+namespace XenSharp.Guests.Elf;
 
 /// <summary>The dynamic section of ELF64 little-endian files, as far as loading goes (System V ABI, chapter 5).</summary>
-static class ElfDependencies
+public static class ElfDependencies
 {
     const int ProgramHeaderSize = 56;
     const uint PtLoad = 1;

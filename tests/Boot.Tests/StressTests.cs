@@ -1,0 +1,83 @@
+// Debian under stress: memory, processes and mappings come and go for a while, and nothing breaks.
+
+using System.Globalization;
+using XenSharp.Cli.Hosting;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+
+namespace XenSharp.Boot.Tests;
+
+/// <summary>Needs the network at its first run, for some 80 MB. Takes half a minute, or as long as <see cref="Variable"/> says.</summary>
+[TestFixture]
+[Category("Debian")]
+[Category("Long")]
+public sealed class StressTests : KvmFixture
+{
+    /// <summary>The environment variable with the time that the stress lasts, in seconds.</summary>
+    private const string Variable = "XENSHARP_STRESS_SECONDS";
+
+    private const int DefaultSeconds = 30;
+    private const int MemoryMiB = 512;
+
+    /// <summary>Exits between two checks of the frame table.</summary>
+    private const int AuditInterval = 20_000;
+
+    private static int Seconds => Environment.GetEnvironmentVariable(Variable) is { Length: > 0 } text
+        ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
+        : DefaultSeconds;
+
+    [Test]
+    public async Task Memory_processes_and_mappings_come_and_go()
+    {
+        using var end = new CancellationTokenSource(TimeSpan.FromSeconds((Seconds * 3) + 300));
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        byte[] kernel;
+        byte[] ramdisk;
+        try
+        {
+            kernel = await File.ReadAllBytesAsync((await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, end.Token)).Image, end.Token);
+
+            // Every stressor checks what it finds in its memory. The shared buffer that stress-ng makes at its start is as large as the
+            // named cache of the host, and the third level of some is larger than the guest.
+            string script = $"""
+                stress-ng --vm 2 --vm-bytes 64M --fork 4 --mmap 2 --mmap-bytes 32M --verify --oomable --cache-level 1 --metrics-brief --timeout {Seconds}
+                echo "@stress $?"
+                echo "[dmesg]"; dmesg; echo "[end]"
+                """;
+            ramdisk = await BusyboxInitramfs.BuildAsync(
+                await cache.GetBusyboxAsync(null, end.Token),
+                new BusyboxInitramfsOptions { Banner = string.Empty, InitScript = script, Files = await StressPrograms.GetAsync(cache, null, end.Token) },
+                end.Token);
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+            return;
+        }
+
+        var console = new ConsoleLines();
+        await using RunningDomain domain = RunningDomain.Create(
+            Host,
+            new DomainSpecification
+            {
+                Name = "stress",
+                Image = new DomainImage(KernelImage.Parse(kernel), ramdisk) { Reusable = false },
+                MemoryMiB = MemoryMiB,
+                CommandLine = "console=hvc0 quiet",
+                AuditInterval = AuditInterval,
+            },
+            console);
+        domain.Start();
+        DomainExit exit = await domain.Completion.WaitAsync(end.Token);
+        Assert.That(exit.Reason, Is.EqualTo(ShutdownReason.PowerOff), exit.Report + console.Text);
+        TestContext.Out.WriteLine(console.Text[..console.Text.LastIndexOf("[dmesg]", StringComparison.Ordinal)]);
+        TestContext.Out.WriteLine($"{domain.Domain.HypercallCount} hypercalls, {domain.Domain.AuditCount} audits");
+        Assert.That(console.Text, Does.Contain("@stress 0\r\n"));
+        Assert.That(domain.Domain.AuditCount, Is.Positive);
+        string log = KernelLog.Section(console.Text, "[dmesg]", "[end]");
+        Assert.That(KernelLog.TroubleIn(log), Is.Empty);
+        Assert.That(log, Does.Not.Contain("Out of memory"));
+    }
+}

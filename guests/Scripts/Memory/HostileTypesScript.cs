@@ -15,6 +15,7 @@ internal static class HostileTypesScript
         WriteStale(script);
         WriteFailed(script);
         WriteReuse(script);
+        WriteShared(script);
         WriteGivenAway(script);
     });
 
@@ -318,6 +319,52 @@ internal static class HostileTypesScript
             c.ReadOnly(page);
             SetGdt(c, page);
         });
+    }
+
+    /// <summary>Pages that others than the guest write to, without asking for its tables: never anything but writable.</summary>
+    private static void WriteShared(AbiScript script)
+    {
+        script.Case("shared_info, which the guest need not map", c =>
+        {
+            Value mapping = MemoryCalls.EntryInBootMapping(Value.Constant(ProbeLayout.SharedInfoPage, "shared_info"), 1);
+            Value frame = c.Keep((c.Get(mapping) & Pte.Frame) >> 12, "shared_info's frame");
+            c.Hypercall(GuestHypercall.UpdateVaMapping, ProbeLayout.SharedInfoPage, ((frame << 12) | Pte.ReadOnly).Named("shared_info|0x61"), Uvmf.Invlpg);
+            TryAll(c, frame, "shared_info");
+            c.Hypercall(GuestHypercall.UpdateVaMapping, ProbeLayout.SharedInfoPage, ((frame << 12) | Pte.ReadWrite).Named("shared_info|0x63"), Uvmf.Invlpg);
+        });
+        script.Case("the page of the xenstore ring", c =>
+        {
+            Value frame = c.Keep(Value.Load(c.StartInfo + StartInfoOffset.StoreMfn), "store's frame");
+            Value page = c.Keep((Value.Pfn(frame) << 12) + PvAssembler.VirtBase, "store page");
+            c.Hypercall(GuestHypercall.UpdateVaMapping, page, ((frame << 12) | Pte.ReadOnly).Named("store|0x61"), Uvmf.Invlpg);
+            TryAll(c, frame, "store");
+            c.Hypercall(GuestHypercall.UpdateVaMapping, page, 0, Uvmf.Invlpg);
+            TryAll(c, frame, "store");
+            c.Hypercall(GuestHypercall.UpdateVaMapping, page, ((frame << 12) | Pte.ReadWrite).Named("store|0x63"), Uvmf.Invlpg);
+        });
+        script.Case("a page that became vcpu_info", c =>
+        {
+            const int registerVcpuInfo = 10;
+            ScratchPage page = c.Page("info");
+            ScriptBuffer argument = c.Structure("argument", 16, (0, 8, page.Mfn));
+            c.Hypercall((ulong)GuestHypercall.VcpuOp, "vcpu_op(register_vcpu_info, 0)", AnswerFormat.Result, registerVcpuInfo, 0, argument);
+            c.SetVcpuInfo(page.At);
+            c.ReadOnly(page);
+            TryAll(c, page.Mfn, "info");
+            c.UpdateVa(page, page.Entry(Pte.ReadWrite));
+        });
+    }
+
+    /// <summary>Every use but writing.</summary>
+    private static void TryAll(AbiCase c, Value frame, string name)
+    {
+        for (int level = 1; level <= 4; level++)
+            c.One($"pin L{level} {name}", Mmuext.PinL1Table + (ulong)(level - 1), frame);
+        c.One($"new user baseptr {name}", Mmuext.NewUserBaseptr, frame);
+        ScriptBuffer frames = c.Structure("frames", 8, (0, 8, frame));
+        c.Hypercall((ulong)GuestHypercall.SetGdt, $"set_gdt({name})", AnswerFormat.Result, frames, 512);
+        ScratchPage upper = c.PinnedTable(2, "upper");
+        c.MmuUpdate(MmuRequest.Normal(upper, 0, ((frame << 12) | Pte.Table).Named($"{name}|0x67")));
     }
 
     /// <summary>Frames leave the domain while something still uses them (XSA-212's call, XSA-287).</summary>

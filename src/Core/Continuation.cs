@@ -11,6 +11,39 @@ public struct ContinuationState
     public HypercallArguments Arguments;
 }
 
+/// <summary>
+/// How long an operation may go on before the vCPU looks at its timers: what comes from outside is seen at once, by the kick that
+/// comes with it.
+/// </summary>
+public unsafe struct PreemptionBudget
+{
+    /// <summary>Microseconds that an operation may take in one go.</summary>
+    public const ulong Microseconds = 50;
+
+    private ulong _end;
+
+    /// <summary>Reads the time-stamp counter; null where time does not count.</summary>
+    public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter { get; set; }
+
+    /// <summary>The budget in cycles of the time-stamp counter.</summary>
+    public ulong Cycles { get; set; }
+
+    /// <summary>An operation begins: it has the whole budget from its first look at the clock on.</summary>
+    public void Renew() => _end = 0;
+
+    /// <summary>Looks at the clock.</summary>
+    public bool IsSpent()
+    {
+        if (ReadTimeStampCounter == null)
+            return false;
+        ulong now = ReadTimeStampCounter();
+        if (_end != 0)
+            return (long)(now - _end) >= 0;
+        _end = now + Cycles;
+        return false;
+    }
+}
+
 /// <summary>Continuing an operation.</summary>
 public static unsafe class Continuation
 {

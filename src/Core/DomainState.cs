@@ -88,6 +88,9 @@ public struct VcpuState
     /// <summary>L4 frame of user mode (guest_table_user); 0 for none.</summary>
     public ulong UserRoot;
 
+    /// <summary>A page table that an operation has dropped and not yet taken apart (old_guest_table); 0 for none.</summary>
+    public ulong DeferredTable;
+
     /// <summary>RSP of the kernel on entry from user mode.</summary>
     public ulong KernelSp;
 
@@ -188,6 +191,9 @@ public unsafe struct VcpuContext
     /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
     public int* KickPending;
 
+    /// <summary>What the operation under way may still take.</summary>
+    public PreemptionBudget Budget;
+
     /// <summary>Set by an operation that wants to be continued: see <see cref="Continuation"/>.</summary>
     public ContinuationState Continuation;
 
@@ -199,13 +205,16 @@ public unsafe struct VcpuContext
         => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
 
     /// <summary>True where a long operation must stop between two elements (hypercall_preempt_check).</summary>
-    public readonly bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue;
+    public bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue || Budget.IsSpent();
 }
 
 /// <summary>Where a domain's state lies for code that runs here.</summary>
 public unsafe struct DomainContext
 {
     public DomainState* State;
+
+    /// <summary>The vCPUs, of which <see cref="DomainState.VcpuCount"/> exist.</summary>
+    public VcpuContext* Vcpus;
     public MachineMemory Memory;
 
     /// <summary>M2P entry of <c>Memory.FirstFrame</c>.</summary>

@@ -54,6 +54,9 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>Not 0 once <see cref="Kick"/> was called, until <see cref="Run"/> or <see cref="WaitForKick"/> took note of it.</summary>
     int* KickPending { get; }
 
+    /// <summary>Reads the host's time-stamp counter, which paces long operations; null where they need no pacing.</summary>
+    delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter { get; }
+
     /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
     void SetTaskSwitched(bool value);
 

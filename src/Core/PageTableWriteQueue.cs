@@ -57,11 +57,13 @@ public unsafe struct PageTableWriteQueue
     /// <param name="entry">Host address of the entry.</param>
     /// <param name="address">Its machine address.</param>
     /// <param name="value">The new value.</param>
-    public void Store(PageTableEntry* entry, MachineAddress address, PageTableEntry value)
+    /// <returns>The value that was replaced, with the bits that the processor set to the last.</returns>
+    public PageTableEntry Store(PageTableEntry* entry, MachineAddress address, PageTableEntry value)
     {
         var old = new PageTableEntry(Interlocked.Exchange(ref *(ulong*)entry, value.Value));
         if (InGuest != 0 && MayBeCached(old, value))
             Repeat(address);
+        return old;
     }
 
     /// <summary>

@@ -39,6 +39,7 @@ internal sealed unsafe class DomainMemory : IDisposable
 
         Context = (DomainContext*)(_block + contextAt);
         VcpuContexts = (VcpuContext*)(_block + vcpuContextsAt);
+        Context->Vcpus = VcpuContexts;
         VcpuStates = (VcpuState*)(_block + vcpusAt);
         Context->State = (DomainState*)(_block + stateAt);
         Context->State->Id = id;

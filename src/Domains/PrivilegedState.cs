@@ -43,7 +43,7 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
             return false;
         HypercallPage.Fill(new Span<byte>(_vcpu.Context->Domain->Memory.Page(frame), (int)Paging.PageSize));
         GuestAccess.Written(_vcpu.Context, frame, 0, Paging.PageSize);
-        PageTables.PutPageAndType(_vcpu.Context, frame, info);
+        _ = PageTables.PutPageAndType(_vcpu.Context, frame, info);
         return true;
     }
 

@@ -40,6 +40,9 @@ public sealed class Timekeeping
     private ulong _measuredTsc;
     private long _measuredTime;
 
+    /// <summary>Frequency of the TSC.</summary>
+    public uint TscKiloHertz => _counter.KiloHertz;
+
     /// <param name="counter">The guest-visible TSC.</param>
     /// <param name="hostTsc">Reads the host's TSC.</param>
     public Timekeeping(TimeStampCounter counter, Func<ulong> hostTsc)

@@ -26,6 +26,7 @@ internal sealed unsafe class Vcpu : IDisposable
     private ulong _lastFaultRip;
     private ulong _lastFaultAddress;
     private int _repeatedFaults;
+    private bool _continues;
     private long _nextCalibration;
     private long _wakeTime = long.MinValue;
     private long _wakeDeadline;
@@ -50,6 +51,8 @@ internal sealed unsafe class Vcpu : IDisposable
         context->GdtEntriesAddress = cpu.GdtWindow.Address;
         context->GdtEmptyEntry = cpu.GdtWindow.Empty;
         context->KickPending = cpu.KickPending;
+        context->Budget.ReadTimeStampCounter = cpu.ReadTimeStampCounter;
+        context->Budget.Cycles = PreemptionBudget.Microseconds * domain.Time.TscKiloHertz / 1000;
         context->Info = (VcpuInfo*)domain.Context->SharedInfo + id;
         context->State->VcpuInfoFrame = domain.Context->State->SharedInfoFrame;
         context->State->VcpuInfoOffset = id * sizeof(VcpuInfo);
@@ -78,6 +81,12 @@ internal sealed unsafe class Vcpu : IDisposable
     /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
     public VcpuTrace? Trace { get; init; }
 
+    /// <summary>
+    /// The hypercall was served in part, and the registers are such that the guest would make it again: unless something else
+    /// comes first, that needs no entry into the guest.
+    /// </summary>
+    public void Continue() => _continues = true;
+
     /// <summary>Set by SCHEDOP_block and poll: sleep before the guest runs on.</summary>
     public WaitState Waiting { get; set; }
 
@@ -100,6 +109,19 @@ internal sealed unsafe class Vcpu : IDisposable
             if (Waiting != WaitState.None)
             {
                 Wait();
+                continue;
+            }
+
+            bool continues = _continues && !DueToElsewhere();
+            _continues = false;
+            if (continues)
+            {
+                // It may wait for another vCPU.
+                if (Domain.Context->State->VcpuCount > 1)
+                    _ = Thread.Yield();
+                Context->Registers->Rip += SyscallLength;
+                Context->Budget.Renew();
+                HypercallDispatcher.Dispatch(this);
                 continue;
             }
 
@@ -165,6 +187,14 @@ internal sealed unsafe class Vcpu : IDisposable
                     : $"The guest raised {vector}, and its kernel stack cannot be written.");
         }
     }
+
+    /// <summary>
+    /// Whether something comes before the rest of a hypercall: an upcall or an NMI for the guest, or page-table stores that only
+    /// an entry makes. A kick is taken note of by trying to enter.
+    /// </summary>
+    private bool DueToElsewhere()
+        => Context->UpcallDue || Context->State->NmiPending != 0 || Volatile.Read(ref *Context->KickPending) != 0
+            || Context->PageTableWrites->Count > PageTableWriteQueue.Capacity / 2;
 
     private void DeliverEvents()
     {
@@ -248,6 +278,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void Handle(in VcpuExit exit)
     {
+        Context->Budget.Renew();
         switch (exit.Kind)
         {
             case VcpuExitKind.Syscall:

@@ -9,7 +9,8 @@ public static unsafe class HostClock
     // rdtsc; shl rdx, 32; or rax, rdx; ret
     private static ReadOnlySpan<byte> ReadTscCode => [0x0f, 0x31, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0, 0xc3];
 
-    private static readonly delegate* unmanaged[SuppressGCTransition]<ulong> ReadTsc = Load();
+    /// <summary>The instructions themselves, for who may not go through managed code.</summary>
+    internal static readonly delegate* unmanaged[SuppressGCTransition]<ulong> ReadTsc = Load();
 
     /// <summary>RDTSC on this processor.</summary>
     public static ulong TimeStampCounter => ReadTsc();

@@ -115,6 +115,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public int* KickPending => _kicked;
 
+    public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => HostClock.ReadTsc;
+
     internal int File => _file;
 
     internal KvmRun* SharedPage => _run;

@@ -39,7 +39,7 @@ public static unsafe class DescriptorTables
             if (PageTables.GetPageAndType(vcpu, new Mfn(frameList[i]), PageType.SegmentDescriptors, out _) == Errno.None)
                 continue;
             while (i-- > 0)
-                PageTables.PutPageAndType(vcpu, new Mfn(frameList[i]), frames->Find(new Mfn(frameList[i])));
+                _ = PageTables.PutPageAndType(vcpu, new Mfn(frameList[i]), frames->Find(new Mfn(frameList[i])));
             return Errno.EINVAL;
         }
 
@@ -50,9 +50,9 @@ public static unsafe class DescriptorTables
             PageTableEntry entry = next == 0
                 ? vcpu->GdtEmptyEntry
                 : new PageTableEntry(new Mfn(next), PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute);
-            vcpu->PageTableWrites->Store(vcpu->GdtEntries + i, vcpu->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
+            _ = vcpu->PageTableWrites->Store(vcpu->GdtEntries + i, vcpu->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
             if (current != 0)
-                PageTables.PutPageAndType(vcpu, new Mfn(current), frames->Find(new Mfn(current)));
+                _ = PageTables.PutPageAndType(vcpu, new Mfn(current), frames->Find(new Mfn(current)));
             current = next;
         }
 
@@ -78,7 +78,7 @@ public static unsafe class DescriptorTables
         {
             Volatile.Write(ref *(ulong*)(vcpu->Domain->Memory.Page(address.Frame) + address.Offset), descriptor);
             GuestAccess.Written(vcpu, address.Frame, (ulong)address.Offset, sizeof(ulong));
-            PageTables.PutType(vcpu, address.Frame, info);
+            _ = PageTables.PutType(vcpu, address.Frame, info);
         }
 
         frames->PutPage(info);

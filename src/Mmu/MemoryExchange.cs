@@ -111,7 +111,7 @@ internal static unsafe class MemoryExchange
         ulong received = 0;
         while (error == Errno.None && received < outExtents)
         {
-            if (frames->TryAllocate(FrameFlags.None, outOrder, limit, out Mfn frame))
+            if (frames->TryReserve(FrameFlags.None, outOrder, limit, out Mfn frame))
                 taken[received++] = frame.Value;
             else
                 error = Errno.ENOMEM;

@@ -399,15 +399,17 @@ public static unsafe class MemoryOp
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         for (ulong i = 0; i < 1UL << order; i++)
         {
-            FrameInfo* info = frames->Find(new Mfn(first + i));
-            if (info == null || info->ReferenceCount == 0 || info->Owner != vcpu->Domain->State->Id || info->Has(FrameFlags.Special))
+            FrameInfo* info = frames->GetPage(new Mfn(first + i), vcpu->Domain->State->Id);
+            if (info == null)
                 return false;
+            bool special = info->Has(FrameFlags.Special);
 
             // Still mapped somewhere, it stays until the last mapping goes; until then it can be given up again, to no effect.
-            if (!info->Has(FrameFlags.Allocated))
-                continue;
-            info->Flags &= ~FrameFlags.Allocated;
+            if (!special && info->TryDisown())
+                frames->PutPage(info);
             frames->PutPage(info);
+            if (special)
+                return false;
         }
 
         return true;
@@ -440,20 +442,16 @@ public static unsafe class MemoryOp
 
     private static bool Take(VcpuContext* vcpu, ulong extent, bool told, int order, ulong limit, bool populate)
     {
-        DomainState* domain = vcpu->Domain->State;
         ulong pfn = Mfn.Invalid.Value;
         if (populate && !GuestAccess.Read(vcpu, extent, out pfn))
             return false;
-        if (domain->OwnedPages + (1UL << order) > domain->MaxPages)
-            return false;
-        FrameTable* frames = FrameTable.Of(vcpu->Domain);
-        if (!frames->TryAllocate(FrameFlags.None, order, limit, out Mfn frame))
+        if (!FrameTable.Of(vcpu->Domain)->TryReserve(FrameFlags.None, order, limit, out Mfn frame))
             return false;
         Receive(vcpu, frame, order, pfn);
         return !told || GuestAccess.Write(vcpu, extent, frame.Value);
     }
 
-    /// <summary>Makes new frames the domain's: empty, and with their pfns unless those are not known (-1).</summary>
+    /// <summary>Makes reserved frames the domain's: empty, and with their pfns unless those are not known (-1).</summary>
     internal static void Receive(VcpuContext* vcpu, Mfn frame, int order, ulong pfn)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
@@ -466,5 +464,7 @@ public static unsafe class MemoryOp
             GuestAccess.Written(vcpu, frame + i, 0, Paging.PageSize);
             vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame + i)] = pfn == Mfn.Invalid.Value ? pfn : pfn + i;
         }
+
+        frames->Assign(FrameFlags.None, order, frame);
     }
 }

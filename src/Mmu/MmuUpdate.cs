@@ -29,6 +29,8 @@ public static unsafe class MmuUpdate
         uint count = (uint)arguments.A1;
         ulong donePointer = arguments.A2;
         uint done = 0;
+        if (PageTables.FinishDeferred(vcpu) != Errno.None)
+            return Continuation.Create(vcpu, arguments);
         if (IsEndOfContinuation(arguments))
             return (int)arguments.A3;
         if ((count & Preempted) != 0)
@@ -62,13 +64,10 @@ public static unsafe class MmuUpdate
             refusal = Errno.EPERM;
         for (; i < count; i++)
         {
-            if (i != 0 && vcpu->PreemptionDue)
+            if (PageTables.FinishDeferred(vcpu) != Errno.None || (i != 0 && vcpu->PreemptionDue))
             {
-                StoreDone(vcpu, donePointer, done + i);
-                HypercallArguments rest = arguments;
-                rest.A0 = requests + (i * (ulong)sizeof(Request));
-                rest.A1 = (count - i) | Preempted;
-                return Continuation.Create(vcpu, rest);
+                error = Errno.ERESTART;
+                break;
             }
 
             if (!GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request))
@@ -91,15 +90,44 @@ public static unsafe class MmuUpdate
                 break;
         }
 
-        StoreDone(vcpu, donePointer, done + i);
-        return -(long)error;
+        return EndBatch(vcpu, arguments, i, done, (ulong)sizeof(Request), error);
     }
 
     /// <summary>
-    /// No requests, and the bit of a continuation: how Xen comes back from what a call had still to do when its result was known,
-    /// which it puts into the last argument.
+    /// No requests, and the bit of a continuation: how a call comes back that had still to take a table apart when its result was
+    /// known, which then is in the last argument.
     /// </summary>
     internal static bool IsEndOfContinuation(in HypercallArguments arguments) => (uint)arguments.A1 == Preempted && arguments.A0 == 0;
+
+    /// <summary>
+    /// Ends a batch of mmu_update or mmuext_op, or has it continued: from the first request that is not done, or only to take a
+    /// table apart.
+    /// </summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="arguments">The call's.</param>
+    /// <param name="served">Requests that are done.</param>
+    /// <param name="done">Requests that earlier parts of the call did.</param>
+    /// <param name="size">Bytes a request.</param>
+    /// <param name="error">What the next request came to; ERESTART where it has to be asked for again.</param>
+    internal static long EndBatch(VcpuContext* vcpu, in HypercallArguments arguments, uint served, uint done, ulong size, Errno error)
+    {
+        StoreDone(vcpu, arguments.A2, done + served);
+        HypercallArguments rest = arguments;
+        if (error == Errno.ERESTART)
+        {
+            rest.A0 += served * size;
+            rest.A1 = (((uint)arguments.A1 & ~Preempted) - served) | Preempted;
+            return Continuation.Create(vcpu, rest);
+        }
+
+        if (PageTables.FinishDeferred(vcpu) == Errno.None)
+            return -(long)error;
+        rest.A0 = 0;
+        rest.A1 = Preempted;
+        rest.A2 = 0;
+        rest.A3 = (uint)-(int)error;
+        return Continuation.Create(vcpu, rest);
+    }
 
     /// <summary>update_va_mapping(address, entry, flags).</summary>
     public static long UpdateVaMapping(VcpuContext* vcpu, in HypercallArguments arguments)
@@ -118,10 +146,18 @@ public static unsafe class MmuUpdate
         if (entry == null)
             return -(long)Errno.EINVAL;
         MachineAddress entryAddress = AddressOf(vcpu, entry);
-        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(entryAddress.Frame);
-        if (info == null || info->Type != PageType.L1PageTable || info->TypeCount == 0)
-            return -(long)Errno.EINVAL;
-        Errno error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(value), preserveAccessedDirty: false);
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
+        FrameInfo* info = frames->GetPage(entryAddress.Frame, vcpu->Domain->State->Id);
+        Errno error = Errno.EINVAL;
+        if (info != null && PageTables.TryHold(info, out int level))
+        {
+            if (level == 1)
+                error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(value), preserveAccessedDirty: false);
+            PageTables.Release(vcpu, entryAddress.Frame, info);
+        }
+
+        if (info != null)
+            frames->PutPage(info);
         return error == Errno.None ? TlbFlush.AfterUpdateVaMapping(vcpu, flags) : -(long)error;
     }
 
@@ -145,18 +181,19 @@ public static unsafe class MmuUpdate
             return Errno.EINVAL;
         PageTableEntry* entry = (PageTableEntry*)(vcpu->Domain->Memory.Page(address.Frame) + address.Offset);
         Errno error;
-        if (info->IsPageTable && info->TypeCount != 0)
+        if (PageTables.TryHold(info, out int level))
         {
-            error = ioMemory && info->Type != PageType.L1PageTable
+            error = ioMemory && level != 1
                 ? Errno.EINVAL
-                : PageTables.ModifyEntry(vcpu, (int)info->Type, entry, address, value, preserveAccessedDirty, ioMemory);
+                : PageTables.ModifyEntry(vcpu, level, entry, address, value, preserveAccessedDirty, ioMemory);
+            PageTables.Release(vcpu, address.Frame, info);
         }
         else if (PageTables.GetType(vcpu, address.Frame, info, PageType.Writable) == Errno.None)
         {
             // Not in use as a table: an ordinary store into the guest's own page.
             Volatile.Write(ref *(ulong*)entry, value.Value);
             GuestAccess.Written(vcpu, address.Frame, (ulong)address.Offset, sizeof(ulong));
-            PageTables.PutType(vcpu, address.Frame, info);
+            _ = PageTables.PutType(vcpu, address.Frame, info);
             error = Errno.None;
         }
         else
@@ -170,10 +207,12 @@ public static unsafe class MmuUpdate
 
     private static Errno UpdateMachineToPhys(VcpuContext* vcpu, Mfn frame, ulong pfn)
     {
-        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(frame);
-        if (info == null || info->ReferenceCount == 0 || info->Owner != vcpu->Domain->State->Id)
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
+        FrameInfo* info = frames->GetPage(frame, vcpu->Domain->State->Id);
+        if (info == null)
             return Errno.EINVAL;
         vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame)] = pfn;
+        frames->PutPage(info);
         return Errno.None;
     }
 }

@@ -53,6 +53,8 @@ public static unsafe class MmuextOp
         uint count = (uint)arguments.A1;
         ulong donePointer = arguments.A2;
         uint done = 0;
+        if (PageTables.FinishDeferred(vcpu) != Errno.None)
+            return Continuation.Create(vcpu, arguments);
         if (MmuUpdate.IsEndOfContinuation(arguments))
             return (int)arguments.A3;
         if ((count & MmuUpdate.Preempted) != 0)
@@ -69,14 +71,10 @@ public static unsafe class MmuextOp
         uint i = 0;
         for (; i < count; i++)
         {
-            if (i != 0 && vcpu->PreemptionDue)
+            if (PageTables.FinishDeferred(vcpu) != Errno.None || (i != 0 && vcpu->PreemptionDue))
             {
-                if (donePointer != 0)
-                    _ = GuestAccess.Write(vcpu, donePointer, done + i);
-                HypercallArguments rest = arguments;
-                rest.A0 = requests + (i * (ulong)sizeof(Request));
-                rest.A1 = (count - i) | MmuUpdate.Preempted;
-                return Continuation.Create(vcpu, rest);
+                error = Errno.ERESTART;
+                break;
             }
 
             error = GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request)
@@ -86,14 +84,15 @@ public static unsafe class MmuextOp
                 break;
         }
 
-        if (donePointer != 0)
-            _ = GuestAccess.Write(vcpu, donePointer, done + i);
-        return -(long)error;
+        return MmuUpdate.EndBatch(vcpu, arguments, i, done, (ulong)sizeof(Request), error);
     }
 
     /// <summary>Loads a frame as the root of kernel mode (new_guest_cr3), also for an emulated write to CR3.</summary>
+    /// <returns>ERESTART when it has to be asked for again, also where the new root is in use by then.</returns>
     public static Errno NewBaseptr(VcpuContext* vcpu, Mfn frame)
     {
+        if (PageTables.FinishDeferred(vcpu) != Errno.None)
+            return Errno.ERESTART;
         var old = new Mfn(vcpu->State->KernelRoot);
         if (old == frame)
         {
@@ -107,25 +106,21 @@ public static unsafe class MmuextOp
         if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
             PageTables.ShowMachineToPhys(vcpu, frame, shown: true);
         vcpu->State->KernelRoot = frame.Value;
-        if (old.Value != 0)
-            PageTables.PutPageAndType(vcpu, old, FrameTable.Of(vcpu->Domain)->Find(old));
-        return Errno.None;
+        return PutRoot(vcpu, old);
     }
 
     /// <summary>Pins a table, as MMUEXT_PIN_LN_TABLE does.</summary>
+    /// <returns>ERESTART when it has to be asked for again.</returns>
     public static Errno Pin(VcpuContext* vcpu, Mfn frame, PageType type)
     {
         Errno error = PageTables.GetPageAndType(vcpu, frame, type, out FrameInfo* info);
         if (error != Errno.None)
             return error;
-        if (info->Has(FrameFlags.Pinned))
-        {
-            PageTables.PutPageAndType(vcpu, frame, info);
-            return Errno.EINVAL;
-        }
-
-        info->Flags |= FrameFlags.Pinned;
-        return Errno.None;
+        if (info->TryPin())
+            return Errno.None;
+        if (PageTables.PutPageAndType(vcpu, frame, info) == Errno.ERESTART)
+            PageTables.Defer(vcpu, frame);
+        return Errno.EINVAL;
     }
 
     private static Errno Perform(VcpuContext* vcpu, in Request request)
@@ -174,12 +169,14 @@ public static unsafe class MmuextOp
     private static Errno Unpin(VcpuContext* vcpu, Mfn frame)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
-        FrameInfo* info = frames->Find(frame);
-        if (info == null || info->ReferenceCount == 0 || info->Owner != vcpu->Domain->State->Id || !info->Has(FrameFlags.Pinned))
+        FrameInfo* info = frames->GetPage(frame, vcpu->Domain->State->Id);
+        if (info == null)
             return Errno.EINVAL;
-        info->Flags &= ~FrameFlags.Pinned;
-        PageTables.PutPageAndType(vcpu, frame, info);
-        return Errno.None;
+        bool pinned = info->TryUnpin();
+        if (pinned && PageTables.PutPageAndType(vcpu, frame, info) == Errno.ERESTART)
+            PageTables.Defer(vcpu, frame);
+        frames->PutPage(info);
+        return pinned ? Errno.None : Errno.EINVAL;
     }
 
     private static Errno NewUserBaseptr(VcpuContext* vcpu, Mfn frame)
@@ -197,9 +194,18 @@ public static unsafe class MmuextOp
         }
 
         vcpu->State->UserRoot = frame.Value;
-        if (old.Value != 0)
-            PageTables.PutPageAndType(vcpu, old, FrameTable.Of(vcpu->Domain)->Find(old));
-        return Errno.None;
+        return PutRoot(vcpu, old);
+    }
+
+    /// <summary>Drops a root that is not in use any more.</summary>
+    private static Errno PutRoot(VcpuContext* vcpu, Mfn old)
+    {
+        if (old.Value == 0)
+            return Errno.None;
+        Errno error = PageTables.PutPageAndType(vcpu, old, FrameTable.Of(vcpu->Domain)->Find(old));
+        if (error == Errno.ERESTART)
+            PageTables.Defer(vcpu, old);
+        return error;
     }
 
     private static Errno CopyPage(VcpuContext* vcpu, Mfn to, Mfn from)
@@ -223,7 +229,7 @@ public static unsafe class MmuextOp
         else
             Unsafe.CopyBlock(page, source, (uint)Paging.PageSize);
         GuestAccess.Written(vcpu, frame, 0, Paging.PageSize);
-        PageTables.PutPageAndType(vcpu, frame, info);
+        _ = PageTables.PutPageAndType(vcpu, frame, info);
         return Errno.None;
     }
 }

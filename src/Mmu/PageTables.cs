@@ -9,10 +9,13 @@ namespace XenSharp.Mmu;
 /// </summary>
 /// <remarks>
 /// Static over the vCPU's context, free of allocation and exceptions: hot code of both places. Errors are positive
-/// <see cref="Errno"/> values. Validation of a tree is not interrupted; its cost is bounded by the domain's memory.
+/// <see cref="Errno"/> values. What walks a tree stops where <see cref="VcpuContext.PreemptionDue"/> says so and answers
+/// <see cref="Errno.ERESTART"/>: the tables remember how far it came (<see cref="FrameFlags.Partial"/>), and asking again goes on
+/// from there. Each call gets at least one entry further.
 /// </remarks>
 public static unsafe class PageTables
 {
+    private const PageFlags AccessedDirty = PageFlags.Accessed | PageFlags.Dirty;
     private const PageFlags CacheAttributes = PageFlags.WriteThrough | PageFlags.CacheDisable | PageFlags.LargePage;
 
     /// <summary>
@@ -23,6 +26,9 @@ public static unsafe class PageTables
 
     /// <summary>What the entries above may not have (base_disallow_mask): no large pages, no global directories.</summary>
     private const ulong DisallowedUpper = (ulong)(CacheAttributes | PageFlags.Global);
+
+    /// <summary>Looks at a table that another vCPU is checking before this one gives way.</summary>
+    private const int MaxWaits = 1000;
 
     /// <summary>Flags that may change without the mapped frame being looked at again (FASTPATH_FLAG_WHITELIST).</summary>
     private const ulong FastPathFlags = (0x7ffUL << 52) | (ulong)(PageFlags.NoExecute | PageFlags.Available0 | PageFlags.Available1
@@ -49,65 +55,121 @@ public static unsafe class PageTables
     }
 
     /// <summary>Drops what <see cref="GetPageAndType"/> took (put_page_and_type).</summary>
-    public static void PutPageAndType(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    /// <returns>ERESTART where a table was left partial: it has to be handed to <see cref="Defer"/>.</returns>
+    public static Errno PutPageAndType(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
     {
-        PutType(vcpu, frame, info);
+        Errno error = PutType(vcpu, frame, info);
         FrameTable.Of(vcpu->Domain)->PutPage(info);
+        return error;
     }
 
     /// <summary>Adds a use of a frame whose reference the caller holds (get_page_type).</summary>
     public static Errno GetType(VcpuContext* vcpu, Mfn frame, FrameInfo* info, PageType type)
     {
-        if (info->TypeCount == uint.MaxValue)
-            return Errno.EINVAL;
-        if (info->TypeCount != 0)
+        for (int waits = 0; ;)
         {
-            if (info->Type != type)
+            FrameType state = info->State;
+            FrameType next;
+            if (state.Count == 0)
+            {
+                next = state.First(type);
+                if (type == PageType.Writable)
+                    next = next.With(FrameFlags.Validated);
+            }
+            else if (state.Type != type || state.Count == uint.MaxValue)
+            {
                 return Errno.EINVAL;
-            info->TypeCount++;
-            return Errno.None;
-        }
+            }
+            else if (state.Has(FrameFlags.Validated))
+            {
+                next = state.Plus();
+            }
+            else if (state.Has(FrameFlags.Partial))
+            {
+                next = state.Without(FrameFlags.Partial);
+            }
+            else
+            {
+                // Another vCPU is at it. Its thread may have been taken from the processor, for longer than this one has to spare.
+                if (++waits > MaxWaits || vcpu->PreemptionDue)
+                    return Errno.ERESTART;
+                continue;
+            }
 
-        // The last writable mapping may still be in a TLB when the frame becomes something that must not be written.
-        if (info->Type == PageType.Writable && type != PageType.Writable && vcpu->PageTableWrites->InGuest == 0)
-            vcpu->PageTableWrites->Flush();
-        info->Type = type;
-        info->TypeCount = 1;
-        info->Flags &= ~FrameFlags.Validated;
-        Errno error = type switch
-        {
-            PageType.SegmentDescriptors => DescriptorTables.Validate(vcpu->Domain->Memory.Page(frame)) ? Errno.None : Errno.EINVAL,
-            >= PageType.L1PageTable and <= PageType.L4PageTable => ValidateTable(vcpu, frame, (int)type),
-            _ => Errno.None,
-        };
-        if (error == Errno.None)
-        {
-            info->Flags |= FrameFlags.Validated;
-            return Errno.None;
+            if (info->TryChange(state, next))
+                return next.Has(FrameFlags.Validated) ? Errno.None : Validate(vcpu, frame, info, state, type);
         }
-
-        info->TypeCount = 0;
-        info->Type = PageType.None;
-        return error;
     }
 
     /// <summary>Drops a use (put_page_type); the last one of a page table drops what its entries hold.</summary>
-    public static void PutType(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    /// <returns>ERESTART where the table was left partial: it has to be handed to <see cref="Defer"/>.</returns>
+    public static Errno PutType(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
     {
-        // The last use stays counted while the entries are dropped, so that a table cannot be freed under its own walk.
-        if (info->TypeCount == 1 && info->IsPageTable && info->Has(FrameFlags.Validated))
+        while (true)
         {
-            InvalidateTable(vcpu, frame, (int)info->Type, Paging.EntriesPerTable);
-            info->Flags &= ~FrameFlags.Validated;
-        }
+            FrameType state = info->State;
+            if (state.Count != 1 || !state.IsPageTable)
+            {
+                if (info->TryChange(state, state.Minus()))
+                    return Errno.None;
+                continue;
+            }
 
-        info->TypeCount--;
+            // The last use stays counted while the entries are dropped, so that a table cannot be freed under its own walk.
+            if (!info->TryChange(state, state.Without(FrameFlags.Validated)))
+                continue;
+            info->Progress = Paging.EntriesPerTable;
+            return Invalidate(vcpu, frame, info, wasPartial: false);
+        }
+    }
+
+    /// <summary>Adds a use of a frame as the page table that it is, so that it stays one (page_lock, as far as entries go).</summary>
+    /// <param name="info">A frame that the caller holds a reference to.</param>
+    /// <param name="level">Its level, 1 to 4.</param>
+    /// <returns>False when it is no page table whose contents were checked.</returns>
+    public static bool TryHold(FrameInfo* info, out int level)
+    {
+        while (true)
+        {
+            FrameType state = info->State;
+            level = (int)state.Type;
+            if (!state.IsPageTable || state.Count is 0 or uint.MaxValue || !state.Has(FrameFlags.Validated))
+                return false;
+            if (info->TryChange(state, state.Plus()))
+                return true;
+        }
+    }
+
+    /// <summary>Ends <see cref="TryHold"/>.</summary>
+    public static void Release(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    {
+        // Only where other vCPUs dropped the table meanwhile is there anything to do; then it is done in one.
+        Errno error = PutType(vcpu, frame, info);
+        while (error == Errno.ERESTART)
+            error = PutPartial(vcpu, frame, info);
+    }
+
+    /// <summary>Notes a table that was left partial in being dropped; <see cref="FinishDeferred"/> goes on with it (old_guest_table).</summary>
+    public static void Defer(VcpuContext* vcpu, Mfn frame) => vcpu->State->DeferredTable = frame.Value;
+
+    /// <summary>Goes on dropping what an earlier operation of this vCPU left partial (put_old_guest_table).</summary>
+    /// <returns>ERESTART when it is still not done.</returns>
+    public static Errno FinishDeferred(VcpuContext* vcpu)
+    {
+        var frame = new Mfn(vcpu->State->DeferredTable);
+        if (frame.Value == 0)
+            return Errno.None;
+        Errno error = PutPartial(vcpu, frame, FrameTable.Of(vcpu->Domain)->Find(frame));
+        if (error == Errno.None)
+            vcpu->State->DeferredTable = 0;
+        return error;
     }
 
     /// <summary>
-    /// Changes one entry of a table that is in use as one (mod_lN_entry).
+    /// Changes one entry of a table that the caller holds a use of (mod_lN_entry). A table that the old entry named may be left
+    /// partial, and deferred.
     /// </summary>
-    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="vcpu">The calling vCPU, with nothing deferred.</param>
     /// <param name="level">The table's level, 1 to 4.</param>
     /// <param name="entry">Host address of the entry.</param>
     /// <param name="address">Its machine address.</param>
@@ -123,31 +185,38 @@ public static unsafe class PageTables
         PageTableEntry old = Read(entry);
         if (value.IsPresent)
         {
-            if ((value.Value & Disallowed(level)) != 0)
+            if (!MayHave(level, value))
                 return Errno.EINVAL;
             value = Adjust(level, value);
-            if (old.IsPresent && ((old.Value ^ value.Value) & ~FastPathFlags) == 0)
-                return Update(vcpu, entry, address, old, value, preserveAccessedDirty) ? Errno.None : Errno.EBUSY;
+
+            // The same frame for the same use: no reference changes hands, so what is replaced must be exactly what was seen.
+            while (old.IsPresent && ((old.Value ^ value.Value) & ~FastPathFlags) == 0)
+            {
+                PageTableEntry kept = preserveAccessedDirty ? value.With(old.Flags & AccessedDirty) : value;
+                PageTableEntry found = vcpu->PageTableWrites->CompareExchange(entry, address, kept, old);
+                if (found == old)
+                    return Errno.None;
+                old = found;
+            }
+
             Errno error = ioMemory ? RefuseIoMemory(vcpu, value.Frame) : Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
-            if (!Update(vcpu, entry, address, old, value, preserveAccessedDirty))
-            {
-                Release(vcpu, address.Frame, level, value);
-                return Errno.EBUSY;
-            }
         }
-        else if (!Update(vcpu, entry, address, old, value, preserveAccessedDirty))
+
+        if (!Replace(vcpu, entry, address, ref old, value, preserveAccessedDirty))
         {
+            ReleaseEntry(vcpu, address.Frame, level, value);
             return Errno.EBUSY;
         }
 
-        if (old.IsPresent)
-            Release(vcpu, address.Frame, level, old);
+        if (!old.IsPresent)
+            return Errno.None;
+        ReleaseEntry(vcpu, address.Frame, level, old);
 
         // Above L1 a TLB may hold parts of walks that went through the old entry.
-        if (level > 1 && old.IsPresent && vcpu->PageTableWrites->InGuest == 0)
-            vcpu->PageTableWrites->Flush();
+        if (level > 1)
+            TlbFlush.AfterUnlink(vcpu);
         return Errno.None;
     }
 
@@ -160,9 +229,8 @@ public static unsafe class PageTables
         int slot = vcpu->Domain->MachineToPhysStart.TableIndex(4);
         PageTableEntry* entry = vcpu->Domain->Memory.Table(root) + slot;
         var value = new PageTableEntry(shown ? vcpu->Domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot] : 0);
-        const ulong maySet = (ulong)(PageFlags.Accessed | PageFlags.Dirty);
-        if (((entry->Value ^ value.Value) & ~maySet) != 0)
-            vcpu->PageTableWrites->Store(entry, root.Address + ((ulong)slot * sizeof(ulong)), value);
+        if (((entry->Value ^ value.Value) & ~(ulong)AccessedDirty) != 0)
+            _ = vcpu->PageTableWrites->Store(entry, root.Address + ((ulong)slot * sizeof(ulong)), value);
     }
 
     /// <summary>Checks an L1 entry and takes the references that it needs, as <see cref="ModifyEntry"/> does.</summary>
@@ -171,7 +239,7 @@ public static unsafe class PageTables
     {
         if (!value.IsPresent)
             return Errno.None;
-        if ((value.Value & Disallowed(1)) != 0)
+        if (!MayHave(1, value))
             return Errno.EINVAL;
         value = Adjust(1, value);
         return ReferencePage(vcpu, value);
@@ -181,10 +249,13 @@ public static unsafe class PageTables
     public static void ReleaseL1(VcpuContext* vcpu, PageTableEntry value)
     {
         if (value.IsPresent)
-            Release(vcpu, default, 1, value);
+            _ = Unreference(vcpu, default, 1, value);
     }
 
     private static PageTableEntry Read(PageTableEntry* entry) => new(Volatile.Read(ref *(ulong*)entry));
+
+    /// <summary>Whether a present entry of a table of the level has none of the flags that no such entry may have.</summary>
+    internal static bool MayHave(int level, PageTableEntry value) => (value.Value & Disallowed(level)) == 0;
 
     private static ulong Disallowed(int level) => level == 1 ? DisallowedL1 : DisallowedUpper;
 
@@ -200,25 +271,32 @@ public static unsafe class PageTables
         return value.Has(PageFlags.GuestKernel) ? value : value.With(PageFlags.Global | PageFlags.User);
     }
 
-    private static bool Update(
-        VcpuContext* vcpu, PageTableEntry* entry, MachineAddress address, PageTableEntry old, PageTableEntry value, bool preserveAccessedDirty)
+    /// <summary>Stores an entry.</summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="entry">Host address of the entry.</param>
+    /// <param name="address">Its machine address.</param>
+    /// <param name="old">What the caller saw there; what was replaced, when this returns.</param>
+    /// <param name="value">The new value.</param>
+    /// <param name="preserveAccessedDirty">Bits that the processor sets meanwhile are kept.</param>
+    /// <returns>False when another vCPU was faster, which only an update that keeps bits of the old entry has to heed.</returns>
+    private static bool Replace(
+        VcpuContext* vcpu, PageTableEntry* entry, MachineAddress address, ref PageTableEntry old, PageTableEntry value, bool preserveAccessedDirty)
     {
         if (!preserveAccessedDirty)
         {
-            vcpu->PageTableWrites->Store(entry, address, value);
+            old = vcpu->PageTableWrites->Store(entry, address, value);
             return true;
         }
 
-        const PageFlags accessedDirty = PageFlags.Accessed | PageFlags.Dirty;
         while (true)
         {
-            PageTableEntry kept = value.With(old.Flags & accessedDirty);
+            PageTableEntry kept = value.With(old.Flags & AccessedDirty);
             PageTableEntry found = vcpu->PageTableWrites->CompareExchange(entry, address, kept, old);
             if (found == old)
                 return true;
 
             // Only the processor's own bits may have changed; anything else is another writer.
-            if (((found.Value ^ old.Value) & ~(ulong)accessedDirty) != 0)
+            if (((found.Value ^ old.Value) & ~(ulong)AccessedDirty) != 0)
                 return false;
             old = found;
         }
@@ -270,59 +348,154 @@ public static unsafe class PageTables
         FrameInfo* to = frames->GetPage(value.Frame, vcpu->Domain->State->Id);
         if (to == null)
             return false;
-        if (from->LinearCount >= 0 && from->LinearCount < short.MaxValue && to->LinearCount <= 0 && to->LinearCount > short.MinValue
-            && to->Type == TypeOfLevel(level) && to->TypeCount is > 0 and < uint.MaxValue && to->Has(FrameFlags.Validated))
+        if (from->TryAddLinearEntry())
         {
-            from->LinearCount++;
-            to->LinearCount--;
-            to->TypeCount++;
-            return true;
+            if (to->TryAddLinearUse())
+            {
+                if (TryHold(to, out int held))
+                {
+                    if (held == level)
+                        return true;
+                    Release(vcpu, value.Frame, to);
+                }
+
+                to->DropLinearUse();
+            }
+
+            from->DropLinearEntry();
         }
 
         frames->PutPage(to);
         return false;
     }
 
+    /// <summary>Drops the references of an entry that is no longer stored, if it is present; what is left of it is deferred.</summary>
+    private static void ReleaseEntry(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
+    {
+        if (value.IsPresent && Unreference(vcpu, table, level, value) == Errno.ERESTART)
+            Defer(vcpu, value.Frame);
+    }
+
     /// <summary>Drops the references of a present entry of a table (put_page_from_lNe).</summary>
-    private static void Release(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
+    /// <returns>ERESTART where the table that it names was left partial.</returns>
+    private static Errno Unreference(VcpuContext* vcpu, Mfn table, int level, PageTableEntry value)
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
         if (info == null || (level > 1 && value.Frame == table))
-            return;
+            return Errno.None;
         if (level > 1 && info->Type == TypeOfLevel(level))
         {
-            frames->Find(table)->LinearCount--;
-            info->LinearCount++;
+            frames->Find(table)->DropLinearEntry();
+            info->DropLinearUse();
         }
 
-        if (level > 1 || value.IsWritable)
-            PutType(vcpu, value.Frame, info);
+        Errno error = level > 1 || value.IsWritable ? PutType(vcpu, value.Frame, info) : Errno.None;
         frames->PutPage(info);
+        return error;
     }
 
-    /// <summary>Checks and references every entry of a table (promote_lN_table).</summary>
-    private static Errno ValidateTable(VcpuContext* vcpu, Mfn frame, int level)
+    /// <summary>Checks a frame that this vCPU has to itself for its new type, or goes on doing so (validate_page).</summary>
+    private static Errno Validate(VcpuContext* vcpu, Mfn frame, FrameInfo* info, FrameType before, PageType type)
+    {
+        bool wasPartial = before.Has(FrameFlags.Partial);
+        if (!wasPartial)
+        {
+            // A mapping of its earlier life may still be in a TLB: what is to be checked must not be written any more.
+            if (before.Type != type)
+                TlbFlush.BeforeTypeChange(vcpu, before.Type);
+            info->Progress = 0;
+        }
+
+        Errno error = type switch
+        {
+            PageType.SegmentDescriptors => DescriptorTables.Validate(vcpu->Domain->Memory.Page(frame)) ? Errno.None : Errno.EINVAL,
+            _ => Promote(vcpu, frame, info, (int)type),
+        };
+        FrameType state = info->State;
+        bool remains = error == Errno.ERESTART || (error != Errno.None && (info->Progress != 0 || info->PartialEntry));
+        if (remains)
+        {
+            if (error != Errno.ERESTART)
+                Defer(vcpu, frame);
+            if (!wasPartial)
+                info->AddReference();
+            info->Settle(state.With(FrameFlags.Partial));
+            return error;
+        }
+
+        info->Settle(error == Errno.None ? state.With(FrameFlags.Validated) : state.Unused());
+        if (wasPartial)
+            FrameTable.Of(vcpu->Domain)->PutPage(info);
+        return error;
+    }
+
+    /// <summary>Drops all that the entries of a table hold which this vCPU has to itself, or goes on doing so (devalidate_page).</summary>
+    private static Errno Invalidate(VcpuContext* vcpu, Mfn frame, FrameInfo* info, bool wasPartial)
+    {
+        Errno error = Demote(vcpu, frame, info, (int)info->Type);
+        if (error == Errno.ERESTART)
+        {
+            if (!wasPartial)
+                info->AddReference();
+            info->Settle(info->State.With(FrameFlags.Partial));
+            return error;
+        }
+
+        info->Settle(info->State.Minus());
+        if (wasPartial)
+            FrameTable.Of(vcpu->Domain)->PutPage(info);
+        return Errno.None;
+    }
+
+    /// <summary>
+    /// Drops a table that was left partial, unless somebody took it up meanwhile: it may be a whole one by now, or none.
+    /// </summary>
+    private static Errno PutPartial(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    {
+        FrameType state = info->State;
+        return state.Has(FrameFlags.Partial) && info->TryChange(state, state.Without(FrameFlags.Partial))
+            ? Invalidate(vcpu, frame, info, wasPartial: true)
+            : Errno.None;
+    }
+
+    /// <summary>Checks and references the entries of a table from <see cref="FrameInfo.Progress"/> on (promote_lN_table).</summary>
+    private static Errno Promote(VcpuContext* vcpu, Mfn frame, FrameInfo* info, int level)
     {
         vcpu->Domain->MarkShadowed(frame);
         PageTableEntry* table = vcpu->Domain->Memory.Table(frame);
-        for (int i = 0; i < Paging.EntriesPerTable; i++)
+        int first = info->Progress;
+        for (int i = first; i < Paging.EntriesPerTable; i++)
         {
             if (level == 4 && Paging.IsHypervisorSlot(i))
                 continue;
             PageTableEntry value = Read(table + i);
             if (!value.IsPresent)
                 continue;
-            Errno error = (value.Value & Disallowed(level)) != 0 ? Errno.EINVAL : Reference(vcpu, frame, level, value);
+            if (level > 1 && i > first && vcpu->PreemptionDue)
+            {
+                info->Progress = i;
+                return Errno.ERESTART;
+            }
+
+            Errno error = MayHave(level, value) ? Reference(vcpu, frame, level, value) : Errno.EINVAL;
             if (error != Errno.None)
             {
-                InvalidateTable(vcpu, frame, level, i);
+                // What failed further down was deferred, and is dropped with this table now.
+                ulong deferred = vcpu->State->DeferredTable;
+                bool partial = error == Errno.ERESTART || (deferred != 0 && deferred == value.Frame.Value) || (i == first && info->PartialEntry);
+                info->Progress = i;
+                info->PartialEntry = partial;
+
+                // An L1 is small enough to be dropped at once.
+                if (level == 1)
+                    _ = Demote(vcpu, frame, info, level);
                 return error;
             }
 
             PageTableEntry adjusted = Adjust(level, value);
             if (adjusted != value)
-                vcpu->PageTableWrites->Store(table + i, frame.Address + ((ulong)i * sizeof(ulong)), adjusted);
+                _ = vcpu->PageTableWrites->Store(table + i, frame.Address + ((ulong)i * sizeof(ulong)), adjusted);
         }
 
         if (level == 4)
@@ -342,17 +515,40 @@ public static unsafe class PageTables
         return Errno.None;
     }
 
-    /// <summary>Drops the references of the first <paramref name="count"/> entries of a table (demote_lN_table).</summary>
-    private static void InvalidateTable(VcpuContext* vcpu, Mfn frame, int level, int count)
+    /// <summary>Drops the references of a table's entries before <see cref="FrameInfo.Progress"/>, the last first (demote_lN_table).</summary>
+    private static Errno Demote(VcpuContext* vcpu, Mfn frame, FrameInfo* info, int level)
     {
         PageTableEntry* table = vcpu->Domain->Memory.Table(frame);
-        for (int i = 0; i < count; i++)
+        if (info->PartialEntry)
         {
-            if (level == 4 && Paging.IsHypervisorSlot(i))
-                continue;
-            PageTableEntry value = Read(table + i);
-            if (value.IsPresent)
-                Release(vcpu, frame, level, value);
+            Mfn below = Read(table + info->Progress).Frame;
+            if (PutPartial(vcpu, below, FrameTable.Of(vcpu->Domain)->Find(below)) == Errno.ERESTART)
+                return Errno.ERESTART;
+            info->PartialEntry = false;
         }
+
+        int first = info->Progress - 1;
+        for (int i = first; i >= 0; i--)
+        {
+            PageTableEntry value = Read(table + i);
+            if (!value.IsPresent || (level == 4 && Paging.IsHypervisorSlot(i)))
+                continue;
+            if (level > 1 && i < first && vcpu->PreemptionDue)
+            {
+                info->Progress = i + 1;
+                return Errno.ERESTART;
+            }
+
+            Errno error = Unreference(vcpu, frame, level, value);
+            if (error == Errno.ERESTART)
+            {
+                info->Progress = i;
+                info->PartialEntry = true;
+                return error;
+            }
+        }
+
+        info->Progress = 0;
+        return Errno.None;
     }
 }

@@ -19,8 +19,16 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     /// </returns>
     public bool TryEmulate(VirtualAddress fault)
     {
-        if (!fault.IsGuest || !FindTable(fault, out Mfn table))
+        if (!fault.IsGuest || !TryHoldTable(fault, out Mfn table, out FrameInfo* info))
             return false;
+        bool performed = TryPerform(fault, table);
+        PageTables.Release(_vcpu, table, info);
+        FrameTable.Of(_vcpu->Domain)->PutPage(info);
+        return performed;
+    }
+
+    private bool TryPerform(VirtualAddress fault, Mfn table)
+    {
         if (!_decoder.TryDecode(out Instruction instruction) || !IsStore(instruction, out int size))
             return false;
         ulong address = DestinationAddress(instruction);
@@ -58,16 +66,28 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             => new((entry.Value & ~(Mask << Shift)) | ((value & Mask) << Shift));
     }
 
-    /// <summary>Whether the address is a read-only mapping of a frame in use as an L1 table.</summary>
-    private bool FindTable(VirtualAddress fault, out Mfn table)
+    /// <summary>Holds the L1 table that the address is a read-only mapping of.</summary>
+    private bool TryHoldTable(VirtualAddress fault, out Mfn table, out FrameInfo* info)
     {
         table = default;
+        info = null;
         PageTableEntry* entry = GuestAccess.FindEntry(_vcpu, fault);
         if (entry == null || !entry->IsPresent || entry->IsWritable)
             return false;
         table = entry->Frame;
-        FrameInfo* info = FrameTable.Of(_vcpu->Domain)->Find(table);
-        return info != null && info->Owner == _vcpu->Domain->State->Id && info->Type == PageType.L1PageTable && info->TypeCount != 0;
+        FrameTable* frames = FrameTable.Of(_vcpu->Domain);
+        info = frames->GetPage(table, _vcpu->Domain->State->Id);
+        if (info == null)
+            return false;
+        if (PageTables.TryHold(info, out int level))
+        {
+            if (level == 1)
+                return true;
+            PageTables.Release(_vcpu, table, info);
+        }
+
+        frames->PutPage(info);
+        return false;
     }
 
     private static bool IsStore(in Instruction instruction, out int size)

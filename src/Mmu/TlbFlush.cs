@@ -25,6 +25,19 @@ internal static unsafe class TlbFlush
     }
 
     /// <summary>
+    /// A frame becomes something that the guest must not write: what may still map it writable goes first. Nothing is checked
+    /// before that has happened, as the guest does not run meanwhile.
+    /// </summary>
+    public static void BeforeTypeChange(VcpuContext* vcpu, PageType before)
+    {
+        if (before == PageType.Writable)
+            OnThisVcpu(vcpu);
+    }
+
+    /// <summary>An entry above L1 was replaced: parts of walks that went through it may be cached.</summary>
+    public static void AfterUnlink(VcpuContext* vcpu) => OnThisVcpu(vcpu);
+
+    /// <summary>
     /// Drops translations on the vCPUs of a bitmap in guest memory: one bit a vCPU, read in words of 64.
     /// </summary>
     public static Errno OnVcpus(VcpuContext* vcpu, ulong bitmap)

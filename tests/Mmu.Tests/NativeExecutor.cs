@@ -1,4 +1,4 @@
-// Runs one instruction on the real processor, with registers and flags of the test's choice.
+// Native code that a test makes: one instruction with registers and flags of its choice, or a clock.
 using System.Runtime.InteropServices;
 using Iced.Intel;
 using XenSharp.Core;
@@ -54,11 +54,30 @@ internal sealed unsafe partial class NativeExecutor : IDisposable
         foreach (AssemblerRegister64 register in saved.Reverse())
             assembler.pop(register);
         assembler.ret();
+        Install(assembler);
+        ((delegate* unmanaged<CpuRegisters*, void>)_code)(registers);
+    }
 
+    /// <summary>A clock that only goes on by being looked at.</summary>
+    /// <param name="step">By how much.</param>
+    public delegate* unmanaged[SuppressGCTransition]<ulong> Clock(uint step)
+    {
+        var assembler = new Assembler(64);
+        Label count = assembler.CreateLabel();
+        assembler.mov(eax, step);
+        assembler.xadd(__qword_ptr[count], rax);
+        assembler.ret();
+        assembler.Label(ref count);
+        assembler.dq(step);
+        Install(assembler);
+        return (delegate* unmanaged[SuppressGCTransition]<ulong>)_code;
+    }
+
+    private void Install(Assembler assembler)
+    {
         using var stream = new MemoryStream();
         _ = assembler.Assemble(new StreamCodeWriter(stream), (ulong)_code);
         stream.ToArray().CopyTo(new Span<byte>(_code, PageSize));
-        ((delegate* unmanaged<CpuRegisters*, void>)_code)(registers);
     }
 
     public void Dispose() => _ = Unmap((nint)_code, PageSize);

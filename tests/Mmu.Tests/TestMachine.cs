@@ -1,4 +1,4 @@
-// A domain with one vCPU on plain memory, as small as Mmu needs it.
+// A domain on plain memory, as small as Mmu needs it.
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 
@@ -24,18 +24,20 @@ internal sealed unsafe class TestMachine : IDisposable
     public const PageFlags ReadOnly = PageFlags.Present | PageFlags.Accessed;
 
     private readonly List<nint> _blocks = [];
+    private bool _interrupted;
 
     /// <param name="frames">Frames in all, at least 8.</param>
     /// <param name="owned">Frames that the domain owns, from the first on; the others are free.</param>
     /// <param name="inGuest">Whether page-table stores have to be repeated inside the VM.</param>
-    public TestMachine(int frames = 64, int owned = 64, bool inGuest = false)
+    /// <param name="vcpus">vCPUs, all on the boot tables, at most <see cref="DataPages"/>.</param>
+    public TestMachine(int frames = 64, int owned = 64, bool inGuest = false, int vcpus = 1)
     {
         FrameCount = frames;
         var memory = new MachineMemory((byte*)Allocate((nuint)frames * 4096), new Mfn(FirstFrame), (ulong)frames);
         Context = (DomainContext*)Allocate((nuint)sizeof(DomainContext));
         Context->State = (DomainState*)Allocate((nuint)sizeof(DomainState));
         Context->State->Id = Domain;
-        Context->State->VcpuCount = 1;
+        Context->State->VcpuCount = vcpus;
         Context->State->MaxPages = (ulong)frames;
         Context->Memory = memory;
         Context->MachineToPhys = (ulong*)Allocate((nuint)frames * 8);
@@ -51,19 +53,9 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->State->MemoryMapEntries = 1;
         Frames->Initialize((FrameInfo*)Allocate((nuint)frames * (nuint)sizeof(FrameInfo)), memory, Context->State, Context->MachineToPhys);
 
-        Vcpu = (VcpuContext*)Allocate((nuint)sizeof(VcpuContext));
-        Vcpu->Domain = Context;
-        Vcpu->State = (VcpuState*)Allocate((nuint)sizeof(VcpuState));
-        Vcpu->State->KernelMode = 1;
-        Vcpu->Registers = (CpuRegisters*)Allocate((nuint)sizeof(CpuRegisters));
-        Vcpu->Registers->Rflags = 0x202;
-        Vcpu->Segments = (SegmentRegisters*)Allocate((nuint)sizeof(SegmentRegisters));
-        Vcpu->PageTableWrites = (PageTableWriteQueue*)Allocate((nuint)sizeof(PageTableWriteQueue));
-        Vcpu->PageTableWrites->InGuest = inGuest ? 1 : 0;
-        Vcpu->Info = (VcpuInfo*)Context->SharedInfo;
-        Vcpu->GdtEntries = (PageTableEntry*)Allocate(4096);
-        Vcpu->GdtEntriesAddress = new MachineAddress(0x7770_0000);
-        Vcpu->KickPending = (int*)Allocate(sizeof(int));
+        Context->Vcpus = (VcpuContext*)Allocate((nuint)(vcpus * sizeof(VcpuContext)));
+        for (int i = 0; i < vcpus; i++)
+            AddVcpu(Context->Vcpus + i, i, inGuest);
 
         for (int i = 0; i < frames; i++)
             Context->MachineToPhys[i] = Invalid;
@@ -79,7 +71,8 @@ internal sealed unsafe class TestMachine : IDisposable
         for (int i = 0; i < DataPages; i++)
             *Entry(3, new VirtualAddress(DataAddress).TableIndex(1) + i) = new PageTableEntry(Frame(4 + i), Leaf);
         Assert.That(MmuextOp.Pin(Vcpu, Frame(0), PageType.L4PageTable), Is.EqualTo(Errno.None));
-        Assert.That(MmuextOp.NewBaseptr(Vcpu, Frame(0)), Is.EqualTo(Errno.None));
+        for (int i = 0; i < vcpus; i++)
+            Assert.That(MmuextOp.NewBaseptr(Context->Vcpus + i, Frame(0)), Is.EqualTo(Errno.None));
         Vcpu->PageTableWrites->Count = 0;
         Vcpu->PageTableWrites->FlushPending = 0;
     }
@@ -88,7 +81,8 @@ internal sealed unsafe class TestMachine : IDisposable
 
     public DomainContext* Context { get; }
 
-    public VcpuContext* Vcpu { get; }
+    /// <summary>The first vCPU.</summary>
+    public VcpuContext* Vcpu => Context->Vcpus;
 
     public FrameTable* Frames => (FrameTable*)Context->Frames;
 
@@ -118,7 +112,7 @@ internal sealed unsafe class TestMachine : IDisposable
             ((ulong*)Data)[(2 * i) + 1] = requests[i].Value;
         }
 
-        return MmuUpdate.Execute(Vcpu, new HypercallArguments { A0 = DataAddress, A1 = (ulong)requests.Length, A3 = DomainId.Self.Value });
+        return Complete(&MmuUpdate.Execute, new HypercallArguments { A0 = DataAddress, A1 = (ulong)requests.Length, A3 = DomainId.Self.Value });
     }
 
     /// <summary>mmu_update of one entry.</summary>
@@ -130,7 +124,7 @@ internal sealed unsafe class TestMachine : IDisposable
         ((ulong*)Data)[0] = command;
         ((ulong*)Data)[1] = first;
         ((ulong*)Data)[2] = second;
-        return MmuextOp.Execute(Vcpu, new HypercallArguments { A0 = DataAddress, A1 = 1, A3 = domain });
+        return Complete(&MmuextOp.Execute, new HypercallArguments { A0 = DataAddress, A1 = 1, A3 = domain });
     }
 
     public long Pin(int level, int frame) => Extended((uint)level - 1, Frame(frame).Value);
@@ -141,7 +135,31 @@ internal sealed unsafe class TestMachine : IDisposable
         => MmuUpdate.UpdateVaMapping(Vcpu, new HypercallArguments { A0 = address, A1 = value.Value, A2 = flags });
 
     public long Memory(ulong command, ulong pointer = DataAddress)
-        => MemoryOp.Execute(Vcpu, new HypercallArguments { A0 = command, A1 = pointer });
+        => Complete(&MemoryOp.Execute, new HypercallArguments { A0 = command, A1 = pointer });
+
+    /// <summary>From now on calls are stopped at every point where they can be, and continued.</summary>
+    public void Interrupt(bool always) => *Vcpu->KickPending = (_interrupted = always) ? 1 : 0;
+
+    /// <summary>Called between the parts of a call that is continued.</summary>
+    public Action? Between { get; set; }
+
+    /// <summary>Parts of calls that were followed by another.</summary>
+    public int Continuations { get; private set; }
+
+    /// <summary>Makes a hypercall, and where calls are interrupted again as long as it asks for it.</summary>
+    public long Complete(delegate*<VcpuContext*, in HypercallArguments, long> call, HypercallArguments arguments)
+    {
+        while (true)
+        {
+            long result = call(Vcpu, arguments);
+            if (!_interrupted || Vcpu->Continuation.Pending == 0)
+                return result;
+            Vcpu->Continuation.Pending = 0;
+            arguments = Vcpu->Continuation.Arguments;
+            Continuations++;
+            Between?.Invoke();
+        }
+    }
 
     /// <summary>increase/decrease_reservation, populate_physmap; the extents lie 256 bytes behind the structure.</summary>
     public long Reservation(ulong command, ReadOnlySpan<ulong> extents, uint order = 0, uint flags = 0, ushort domain = 0x7ff0)
@@ -160,6 +178,23 @@ internal sealed unsafe class TestMachine : IDisposable
         foreach (nint block in _blocks)
             NativeMemory.AlignedFree((void*)block);
         _blocks.Clear();
+    }
+
+    private void AddVcpu(VcpuContext* vcpu, int id, bool inGuest)
+    {
+        vcpu->Domain = Context;
+        vcpu->State = (VcpuState*)Allocate((nuint)sizeof(VcpuState));
+        vcpu->State->Id = id;
+        vcpu->State->KernelMode = 1;
+        vcpu->Registers = (CpuRegisters*)Allocate((nuint)sizeof(CpuRegisters));
+        vcpu->Registers->Rflags = 0x202;
+        vcpu->Segments = (SegmentRegisters*)Allocate((nuint)sizeof(SegmentRegisters));
+        vcpu->PageTableWrites = (PageTableWriteQueue*)Allocate((nuint)sizeof(PageTableWriteQueue));
+        vcpu->PageTableWrites->InGuest = inGuest ? 1 : 0;
+        vcpu->Info = (VcpuInfo*)Context->SharedInfo + id;
+        vcpu->GdtEntries = (PageTableEntry*)Allocate(4096);
+        vcpu->GdtEntriesAddress = new MachineAddress(0x7770_0000 + ((ulong)id << Paging.PageShift));
+        vcpu->KickPending = (int*)Allocate(sizeof(int));
     }
 
     private void* Allocate(nuint size)

@@ -112,7 +112,9 @@ internal sealed unsafe class DomainBuilder
             HypercallPage.Fill(new Span<byte>(HostOf(hypercallPage - _kernel.VirtualBase), (int)Paging.PageSize));
 
         Mfn root = FrameOf(plan.PageTables.First);
-        Errno error = MmuextOp.Pin(vcpu, root, PageType.L4PageTable);
+        Errno error;
+        while ((error = MmuextOp.Pin(vcpu, root, PageType.L4PageTable)) == Errno.ERESTART)
+            vcpu->Budget.Renew();
         if (error == Errno.None)
             error = MmuextOp.NewBaseptr(vcpu, root);
         if (error != Errno.None)

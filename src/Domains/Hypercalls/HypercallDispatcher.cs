@@ -51,6 +51,7 @@ internal static unsafe class HypercallDispatcher
             registers->R8 = rest.A4;
         if (count > 5)
             registers->R9 = rest.A5;
+        vcpu.Continue();
     }
 
     /// <summary>Serves one hypercall by number; a multicall comes here for each of its entries.</summary>

@@ -222,7 +222,7 @@ internal static unsafe class PhysdevOp
         PhysicalInterrupts interrupts = vcpu.Domain.PhysicalInterrupts;
         if (interrupts.EoiFrame is not null)
         {
-            PageTables.PutPageAndType(vcpu.Context, frame, info);
+            _ = PageTables.PutPageAndType(vcpu.Context, frame, info);
             return Errno.EBUSY;
         }
 

@@ -91,6 +91,9 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public int* KickPending => &_block->Kick;
 
+    /// <summary>None: a step must not depend on how long it takes.</summary>
+    public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => null;
+
     public bool TaskSwitched { get; private set; }
 
     public bool TimeStampDisabled { get; private set; }

@@ -4,6 +4,7 @@ using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains;
 
@@ -154,6 +155,10 @@ public sealed unsafe class Domain : IDisposable
         _ = Interlocked.CompareExchange(ref _crashRequest, why, null);
         Stop(new DomainExit(ShutdownReason.Crash));
     }
+
+    /// <summary>Recounts every reference and use of the domain's frames (<see cref="FrameTableAudit"/>). The vCPUs must have stopped.</summary>
+    /// <returns>Null when all counts are what holds them; else sentences about those that are not.</returns>
+    public string? AuditFrames() => FrameTableAudit.Check(Context, Layout.WrittenByManager);
 
     public void Dispose()
     {

@@ -127,6 +127,9 @@ internal sealed class FuzzMemory
     /// <summary>All but what others write to, and the L1s that the guest runs on: stores through mappings of these would do what they say.</summary>
     public FuzzPool Mappable => AllFrames.Part(0, FirstL1Frame);
 
+    /// <summary>Those of them that a scratch table may link to: a linear view of the guest's own L2 would map its L1s.</summary>
+    public FuzzPool Linkable => AllFrames.Part(0, L2Frame);
+
     public FuzzPool Scratch => AllFrames.Part(0, ScratchPages);
 
     public FuzzPool Roots => AllFrames.Part(FirstRootFrame, RootPages);

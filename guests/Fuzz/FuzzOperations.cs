@@ -113,7 +113,7 @@ internal sealed partial class FuzzOperations
         (9, r => Named(r, level == 4 ? _memory.Roots : _memory.Tables(level), _linearFlags)),
         (3, r => Named(r, level == 4 ? _memory.Roots : _memory.Tables(level), _tableFlags)),
         (5, r => Named(r, _memory.Scratch, _tableFlags)),
-        (5, r => Named(r, _memory.AllFrames, _tableFlags)),
+        (5, r => Named(r, _memory.Linkable, _tableFlags)),
         (4, r => Named(r, _memory.Tables(level - 1), _badUpperFlags)),
         (3, r => r.Random(~1UL)),
         (21, static r => r.Constant(0)));

@@ -147,7 +147,7 @@ public static class FuzzGuest
             _guest.Hypercall(GuestHypercall.VmAssist);
         }
 
-        /// <summary>#SS, #GP and #PF end what was tried, where one was expected; elsewhere they end the guest, with what they were on the stack.</summary>
+        /// <summary>#SS, #GP and #PF end what was tried, where one was expected; elsewhere they end the guest, with their frame on the stack.</summary>
         private void EmitHandlers()
         {
             Label handler = _code.CreateLabel();
@@ -280,7 +280,10 @@ public static class FuzzGuest
             }
         }
 
-        /// <summary>Scratch pages but those for data lose their mapping, roots get the image and become read-only, and two pages are as their names say.</summary>
+        /// <summary>
+        /// Scratch pages but those for data lose their mapping, roots get the image and become read-only, and two pages become what they are
+        /// called.
+        /// </summary>
         private void EmitPages()
         {
             for (int i = FuzzMemory.DataPages; i < FuzzMemory.ScratchPages; i++)

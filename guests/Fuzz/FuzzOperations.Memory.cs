@@ -40,8 +40,8 @@ internal sealed partial class FuzzOperations
         });
         foreach ((string name, ulong command) in (ReadOnlySpan<(string, ulong)>)
             [
-                ("machphys_mfn_list", 5), ("add_to_physmap", 7), ("machine_memory_map", 10), ("remove_from_physmap", 15), ("set_pod_target", 16), ("get_pod_target", 17),
-                ("paging_op", 20), ("access_op", 21), ("sharing_op", 22), ("add_to_physmap_batch", 23), ("claim_pages", 24), ("get_vnumainfo", 26),
+                ("machphys_mfn_list", 5), ("add_to_physmap", 7), ("machine_memory_map", 10), ("remove_from_physmap", 15), ("set_pod_target", 16),
+                ("get_pod_target", 17), ("paging_op", 20), ("access_op", 21), ("sharing_op", 22), ("add_to_physmap_batch", 23), ("claim_pages", 24), ("get_vnumainfo", 26),
                 ("reserved_device_memory_map", 27), ("acquire_resource", 28),
             ])
         {
@@ -104,7 +104,8 @@ internal sealed partial class FuzzOperations
         r.OneOf((10, static r => r.Constant(1)), (6, static r => r.Random(3)), (1, r => r.Pick(_hugeCounts))).ToBuffer(offset + 8);
 
         // Order, and above it flags: address bits, a node.
-        r.OneOf((12, static r => r.Constant(0)), (2, static r => r.Random(1)), (1, static r => r.Random(0xffff_0000_00ff)), (1, static r => r.Random(~0UL))).ToBuffer(offset + 16);
+        r.OneOf((12, static r => r.Constant(0)), (2, static r => r.Random(1)), (1, static r => r.Random(0xffff_0000_00ff)), (1, static r => r.Random(~0UL)))
+            .ToBuffer(offset + 16);
         r.OneOf((20, static r => r.Constant(Self)), (1, r => r.Pick(_badDomains))).ToBuffer(offset + 24);
     }
 

@@ -132,9 +132,11 @@ internal sealed partial class FuzzOperations
     // Arguments that many calls have.
 
     private void Pointer(FuzzRecipe r, int offset) => r.OneOf(
-        (60, r => r.BufferAddress(offset)), (1, r => r.Pick(_memory.BadPointers)), (1, r => r.Pick(_memory.ScratchAddresses)), (1, r => r.Pick(_memory.Windows)));
+        (60, r => r.BufferAddress(offset)), (1, r => r.Pick(_memory.BadPointers)), (1, r => r.Pick(_memory.ScratchAddresses)),
+        (1, r => r.Pick(_memory.Windows)));
 
-    private void DonePointer(FuzzRecipe r) => r.OneOf((5, static r => r.Constant(0)), (4, static r => r.BufferAddress(Done)), (1, r => r.Pick(_memory.BadPointers)));
+    private void DonePointer(FuzzRecipe r)
+        => r.OneOf((5, static r => r.Constant(0)), (4, static r => r.BufferAddress(Done)), (1, r => r.Pick(_memory.BadPointers)));
 
     private void Count(FuzzRecipe r, int count) => r.OneOf(
         (60, r => r.Constant((ulong)count)), (1, static r => r.Constant(0)), (2, r => r.Constant((ulong)count | Preempted)), (1, r => r.Pick(_hugeCounts)));
@@ -173,7 +175,9 @@ internal sealed partial class FuzzOperations
             r => r.OneOf((1, r => r.Pick(_memory.AllFrames.Part(FuzzMemory.L3Frame, 1))), (1, r => r.Pick(_memory.AllFrames.Part(FuzzMemory.L2Frame, 1)))).Shift(12)
                 .OneOf((1, r => r.Constant(510 * 8)), (1, r => r.Constant(0))),
             r => EntryRefused(r, 2));
-        MmuUpdate("mmu_update machphys", 30, 1, r => r.OneOf((5, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.Bad))).Shift(12).Constant(1), static r => r.Random(0xffff));
+        MmuUpdate(
+            "mmu_update machphys", 30, 1,
+            r => r.OneOf((5, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.Bad))).Shift(12).Constant(1), static r => r.Random(0xffff));
         MmuUpdate("mmu_update garbage", 10, 2, static r => r.Random(~0UL), static r => r.Random(~0UL));
     }
 
@@ -225,13 +229,15 @@ internal sealed partial class FuzzOperations
         {
             int own = level;
             Mmuext($"pin L{own}", 45, (ulong)(own - 1), r => r.OneOf(
-                (8, r => r.Pick(own == 4 ? _memory.Roots : _memory.Tables(own))), (4, r => r.Pick(_memory.Tables(own))), (2, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.AllFrames))));
+                (8, r => r.Pick(own == 4 ? _memory.Roots : _memory.Tables(own))), (4, r => r.Pick(_memory.Tables(own))),
+                (2, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.AllFrames))));
         }
 
         Mmuext("unpin", 90, 4, r => r.OneOf(
             (6, r => r.Pick(_memory.Scratch)), (2, r => r.Pick(_memory.Roots)), (1, r => r.Pick(_memory.OwnTablesButRoot)), (1, r => r.Pick(_memory.Bad))));
         Mmuext("new_baseptr", 25, 5, r => r.OneOf(
-            (5, r => r.Pick(_memory.Roots)), (3, r => r.Pick(_memory.Root)), (1, r => r.Pick(_memory.OwnTablesButRoot)), (1, r => r.Pick(_memory.Bad)), (1, r => r.Pick(_memory.Own))));
+            (5, r => r.Pick(_memory.Roots)), (3, r => r.Pick(_memory.Root)), (1, r => r.Pick(_memory.OwnTablesButRoot)),
+            (1, r => r.Pick(_memory.Bad)), (1, r => r.Pick(_memory.Own))));
         Mmuext("new_user_baseptr", 25, 15, r => r.OneOf(
             (4, r => r.Pick(_memory.Tables(4))), (3, r => r.Pick(_memory.Roots)), (1, r => r.Pick(_memory.AllFrames)), (2, static r => r.Constant(0))));
         Mmuext("tlb_flush_local", 8, 6, static r => r.Constant(0));
@@ -250,19 +256,25 @@ internal sealed partial class FuzzOperations
         Call(GuestHypercall.MmuextOp, "mmuext_op pin, unpin, pin", 25, r =>
         {
             for (int i = 0; i < 3; i++)
-                MmuextRequest(r, i, r => r.OneOf((1, static r => r.Constant(0)), (1, static r => r.Constant(1)), (2, static r => r.Constant(4))), r => r.Pick(_memory.Tables(1)), null);
+            {
+                MmuextRequest(
+                    r, i, r => r.OneOf((1, static r => r.Constant(0)), (1, static r => r.Constant(1)), (2, static r => r.Constant(4))),
+                    r => r.Pick(_memory.Tables(1)), null);
+            }
+
             MmuextArguments(r, 3);
         });
         Call(GuestHypercall.MmuextOp, "mmuext_op garbage", 8, r =>
         {
-            // Not unpin, new_baseptr, clear_page and copy_page, which might do what they are told to.
+            // Not unpin, new_baseptr, clear_page and copy_page: they might do what they are told to.
             MmuextRequest(r, 0, static r => r.Random(~0x1dUL), static r => r.Random(~0UL), static r => r.Random(~0UL));
             MmuextArguments(r, 1);
         });
     }
 
     /// <summary>A frame that the guest can do without the contents of.</summary>
-    private void DestinationFrame(FuzzRecipe r) => r.OneOf((8, r => r.Pick(_memory.Data)), (3, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.BadOrOwnTables)));
+    private void DestinationFrame(FuzzRecipe r)
+        => r.OneOf((8, r => r.Pick(_memory.Data)), (3, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.BadOrOwnTables)));
 
     private void Mmuext(string name, int weight, ulong command, Action<FuzzRecipe> argument1, Action<FuzzRecipe>? argument2 = null)
         => Call(GuestHypercall.MmuextOp, $"mmuext_op {name}", weight, r =>

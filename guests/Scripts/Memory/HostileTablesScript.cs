@@ -1,6 +1,7 @@
 // Attempts to get a page table writable, or a mapping beyond one page, out of the tables above L1: superpages, fast paths, linear tables.
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Probe;
+using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Guests.Scripts.Memory;
 
@@ -130,7 +131,7 @@ internal static class HostileTablesScript
                 c.ShowFlags(c.Load(itself, 8, AnswerFormat.None), "own entry");
                 c.Store(itself, 8, ((table << 12) | Pte.Table).Named("own|0x67"));
                 c.Store(itself, 1, Pte.Table);
-                c.Kernel("lock bts [rdi], 1", static a => a.@lock.bts(Iced.Intel.AssemblerRegisters.__qword_ptr[Iced.Intel.AssemblerRegisters.rdi], 1), null, [(Register64.Rdi, itself)]);
+                c.Kernel("lock bts [rdi], 1", static a => a.@lock.bts(__qword_ptr[rdi], 1), null, [(Register64.Rdi, itself)]);
                 c.ShowFlags(c.Load(itself, 8, AnswerFormat.None), "own entry");
                 c.MmuUpdate(new MmuRequest(place, 0));
                 c.Load(window.At(0));
@@ -161,7 +162,8 @@ internal static class HostileTablesScript
             ScratchPage page = c.Page("page");
             foreach ((string name, Value frame) in (ReadOnlySpan<(string, Value)>)
                 [
-                    ("root", c.Root), ("user root", c.UserRoot), ("the image's L3", FrameOf(c, 4)), ("the image's L2", FrameOf(c, 3)), ("the image's L1", FrameOf(c, 2)),
+                    ("root", c.Root), ("user root", c.UserRoot), ("the image's L3", FrameOf(c, 4)), ("the image's L2", FrameOf(c, 3)),
+                    ("the image's L1", FrameOf(c, 2)),
                 ])
             {
                 c.UpdateVa(page, ((frame << 12) | Pte.ReadWrite).Named($"{name}|0x63"));

@@ -1,6 +1,7 @@
 // Attempts to use one frame as two things: stale translations, reuse after a failed or an undone validation, frames given away while in use.
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Probe;
+using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Guests.Scripts.Memory;
 
@@ -472,9 +473,9 @@ internal static class HostileTypesScript
 
     private static void LoadSegment(AbiCase c, ulong selector) => c.Kernel("mov ds, ax", static a =>
     {
-        a.mov(Iced.Intel.AssemblerRegisters.ds, Iced.Intel.AssemblerRegisters.ax);
-        a.xor(Iced.Intel.AssemblerRegisters.eax, Iced.Intel.AssemblerRegisters.eax);
-        a.mov(Iced.Intel.AssemblerRegisters.ds, Iced.Intel.AssemblerRegisters.ax);
+        a.mov(ds, ax);
+        a.xor(eax, eax);
+        a.mov(ds, ax);
     }, null, [(Register64.Rax, selector)]);
 
     private static void GiveBack(AbiCase c, params ScratchPage[] pages)

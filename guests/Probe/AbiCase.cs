@@ -84,6 +84,9 @@ public sealed partial class AbiCase
     /// <summary>Machine frame of the user mode's L4.</summary>
     public Value UserRoot => Value.Load(_script.Variables.UserRoot, "user root");
 
+    /// <summary>Address of start_info.</summary>
+    public Value StartInfo => Value.Load(_script.StartInfoVariable, "start_info");
+
     /// <summary>Address of the machine-to-physical table.</summary>
     public Value MachineToPhys => Value.Load(_script.Variables.MachineToPhys, "m2p");
 

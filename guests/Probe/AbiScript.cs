@@ -55,6 +55,9 @@ public sealed class AbiScript
 
     internal ProbeVariables Variables { get; }
 
+    /// <summary>Holds the address of start_info.</summary>
+    internal ulong StartInfoVariable => _console.StartInfoVariable;
+
     /// <summary>Writes a case.</summary>
     /// <param name="name">What it is about, as a phrase.</param>
     /// <param name="steps">Writes its steps.</param>

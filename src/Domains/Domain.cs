@@ -71,7 +71,6 @@ public sealed unsafe class Domain : IDisposable
                 AddVcpu(machine, i, options);
             Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
             _vcpus[0].MarkInitialised();
-            HoldBackEndPages();
             Time.UpdateWallClock(Context->SharedInfo);
         }
         catch
@@ -182,6 +181,11 @@ public sealed unsafe class Domain : IDisposable
         Stop(new DomainExit(ShutdownReason.Crash));
     }
 
+    /// <summary>Recounts every reference and use of the domain's frames (<see cref="FrameTableAudit"/>). The vCPUs must be at rest.</summary>
+    /// <returns>Null when all counts are what holds them; else sentences about those that are not.</returns>
+    public string? AuditFrames()
+        => FrameTableAudit.Check(Context, [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0]) ?? ScrubAudit.Check(Context);
+
     public void Dispose()
     {
         if (_disposed)
@@ -253,16 +257,6 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>The domain cannot go on: stops it with a report. Called on the vCPU's own thread.</summary>
     internal void Crash(Vcpu vcpu, string why) => Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, why)));
-
-    /// <summary>The back ends have their rings mapped, writable, as long as the domain lives: it can make nothing else of these frames.</summary>
-    private void HoldBackEndPages()
-    {
-        foreach (Mfn frame in (ReadOnlySpan<Mfn>)[Layout.Console, Layout.Store])
-        {
-            if (PageTables.GetPageAndType(_memory.VcpuContexts, frame, PageType.Writable, out _) != Errno.None)
-                throw new InvalidOperationException("A ring page of the fresh domain cannot be written.");
-        }
-    }
 
     private void Stop(DomainExit exit)
     {

@@ -1,8 +1,4 @@
 // What is kept about a domain, checked while it runs.
-using XenSharp.Core;
-using XenSharp.Domains.Builder;
-using XenSharp.Mmu;
-
 namespace XenSharp.Domains;
 
 /// <summary>
@@ -24,10 +20,7 @@ internal sealed unsafe class DomainAudit(int interval)
         if (Interlocked.Increment(ref _exits) % interval != 0 || vcpu.Domain.Context->State->StartedVcpus > 1)
             return;
         _ = Interlocked.Increment(ref _count);
-        DomainContext* domain = vcpu.Domain.Context;
-        DomainLayout layout = vcpu.Domain.Layout;
-        ReadOnlySpan<ulong> held = [layout.Console.Value, layout.Store.Value, vcpu.Domain.PhysicalInterrupts.EoiFrame ?? 0];
-        if ((FrameTableAudit.Check(domain, held) ?? ScrubAudit.Check(domain)) is { } trouble)
+        if (vcpu.Domain.AuditFrames() is { } trouble)
             vcpu.Domain.Crash(vcpu, $"The domain's books do not agree: {trouble}");
     }
 }

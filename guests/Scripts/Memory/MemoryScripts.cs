@@ -22,6 +22,10 @@ internal static class MemoryScripts
         DescriptorTablesScript.SetGdt(),
         DescriptorTablesScript.UpdateDescriptor(),
         HypervisorMemoryScript.Create(),
+        HostileTablesScript.Create(),
+        HostileTypesScript.Create(),
+        HostileReservedScript.Create(),
+        HostileStoresScript.Create(),
         VmAssistScript.Create(),
     ];
 }

@@ -120,13 +120,27 @@ internal sealed unsafe class DomainBuilder
         if (error != Errno.None)
             throw new InvalidOperationException($"The boot page tables that were built are refused by validation ({error}).");
         SetEntryState(vcpu, plan);
-        return new DomainLayout
+        var layout = new DomainLayout
         {
+            SharedInfo = new Mfn(_domain->State->SharedInfoFrame),
             StartInfo = FrameOf(plan.StartInfo),
             Console = FrameOf(plan.Console),
             Store = FrameOf(plan.Store),
             PageTableRoot = root,
         };
+        foreach (ulong frame in layout.WrittenByManager)
+            HoldWritable(vcpu, new Mfn(frame));
+        return layout;
+    }
+
+    /// <summary>
+    /// Takes the reference that dom0's own mapping would hold of a page on Xen, for as long as the domain lives: the guest may give up
+    /// its mapping, but never make a page table of what is written behind its validation.
+    /// </summary>
+    private static void HoldWritable(VcpuContext* vcpu, Mfn frame)
+    {
+        if (PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out _) != Errno.None)
+            throw new InvalidOperationException($"The boot page tables let {frame} not be written.");
     }
 
     private static ulong PagesOf(ulong bytes) => (bytes + Paging.PageSize - 1) >> Paging.PageShift;

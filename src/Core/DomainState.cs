@@ -111,7 +111,7 @@ public struct VcpuState
     public ulong IoBitmap;
     public uint IoBitmapPorts;
 
-    /// <summary>Virtual address and entries of the LDT.</summary>
+    /// <summary>Virtual address and entries of the LDT, as MMUEXT_SET_LDT said.</summary>
     public ulong LdtBase;
     public uint LdtEntries;
 
@@ -178,12 +178,8 @@ public unsafe struct VcpuContext
     /// <summary>Host view of vcpu_info. Guest-writable: read once, believe nothing.</summary>
     public VcpuInfo* Info;
 
-    /// <summary>Host view of the entries that map the GDT, and the machine address of the first.</summary>
-    public PageTableEntry* GdtEntries;
-    public MachineAddress GdtEntriesAddress;
-
-    /// <summary>What stands there for no frame: <see cref="GdtWindow.Empty"/>.</summary>
-    public PageTableEntry GdtEmptyEntry;
+    /// <summary>The window in which the GDT and the LDT are mapped.</summary>
+    public DescriptorWindow DescriptorWindow;
 
     /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
     public int* KickPending;
@@ -211,6 +207,9 @@ public unsafe struct DomainContext
     /// <summary>M2P entry of <c>Memory.FirstFrame</c>.</summary>
     public ulong* MachineToPhys;
 
+    /// <summary>The frame that holds <see cref="MachineToPhys"/>, outside <see cref="Memory"/>; the rest of the table follows.</summary>
+    public Mfn MachineToPhysFrame;
+
     /// <summary>Where the guest reads the M2P table (address of machine frame 0's entry).</summary>
     public VirtualAddress MachineToPhysStart;
 
@@ -229,6 +228,10 @@ public unsafe struct DomainContext
 
     /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>
     public E820Entry* MemoryMap;
+
+    /// <summary>Whether a frame outside <see cref="Memory"/> is one of the M2P table's.</summary>
+    public readonly bool IsMachineToPhys(Mfn frame)
+        => (frame.Value - MachineToPhysFrame.Value) << Paging.PageShift < Memory.FrameCount * sizeof(ulong);
 
     /// <summary>Whether KVM may hold a shadow of the frame, made when it was a page table.</summary>
     public readonly bool MayBeShadowed(Mfn frame)

@@ -46,9 +46,7 @@ internal sealed unsafe class Vcpu : IDisposable
         context->Registers = cpu.Registers;
         context->Segments = cpu.Segments;
         context->PageTableWrites = cpu.PageTableWrites;
-        context->GdtEntries = (PageTableEntry*)cpu.GdtWindow.Entries;
-        context->GdtEntriesAddress = cpu.GdtWindow.Address;
-        context->GdtEmptyEntry = cpu.GdtWindow.Empty;
+        context->DescriptorWindow = cpu.DescriptorWindow;
         context->KickPending = cpu.KickPending;
         context->Info = (VcpuInfo*)domain.Context->SharedInfo + id;
         context->State->VcpuInfoFrame = domain.Context->State->SharedInfoFrame;
@@ -105,6 +103,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
             DeliverEvents();
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
+            Cpu.LdtEntries = Context->State->LdtEntries;
             Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
@@ -368,6 +367,14 @@ internal sealed unsafe class Vcpu : IDisposable
 
         if (address.IsHypervisorReserved)
         {
+            ulong offset = address.Value - Context->DescriptorWindow.Ldt.Value;
+            if ((error & (PageFaultError.Present | PageFaultError.User | PageFaultError.ReservedBit)) == 0
+                && offset < Context->State->LdtEntries * sizeof(ulong))
+            {
+                HandleLdtFault((uint)offset, errorCode);
+                return;
+            }
+
             if (_machineToPhysRead.TryEmulate(address, error))
                 return;
 
@@ -379,6 +386,23 @@ internal sealed unsafe class Vcpu : IDisposable
         if (IsSpurious(address, error))
             return;
         InjectPageFault(address.Value, errorCode);
+    }
+
+    /// <summary>
+    /// The processor looked for a descriptor of the LDT, whose page is not mapped in the window (handle_ldt_mapping_fault). Where it
+    /// cannot be, the guest gets the fault that it would have had at the table's own address.
+    /// </summary>
+    private void HandleLdtFault(uint offset, uint errorCode)
+    {
+        const uint selectorMask = 0xfffc;
+        const uint localTable = 1 << 2;
+        if (DescriptorTables.MapLdtPage(Context, offset))
+            return;
+        var linear = new VirtualAddress(Context->State->LdtBase + offset);
+        if (linear.IsCanonical)
+            InjectPageFault(linear.Value, errorCode);
+        else
+            InjectTrap(ExceptionVector.GeneralProtection, (offset & selectorMask) | localTable);
     }
 
     /// <summary>

@@ -63,6 +63,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private long _timerDeadline = long.MaxValue;
     private ulong _root;
     private readonly int* _kicked;
+    private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
 
@@ -71,7 +72,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _machine = machine;
         _code = machine.Code;
         _pages = pages;
-        _guestSegments = new GuestSegments(machine, pages.GdtWindow);
         _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
         if (_file < 0)
             throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
@@ -88,6 +88,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 throw new KvmException("Cannot map kvm_run", LibC.errno);
             _run = (KvmRun*)run;
             _sregs = &_run->Sregs;
+            _guestSegments = new GuestSegments(machine, pages.DescriptorWindow, _sregs);
             SetUp();
         }
         catch
@@ -111,7 +112,20 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public PageTableWriteQueue* PageTableWrites => _writes;
 
-    public GdtWindow GdtWindow => _pages.GdtWindow;
+    public DescriptorWindow DescriptorWindow => _pages.DescriptorWindow;
+
+    public uint LdtEntries
+    {
+        get => _ldtEntries;
+        set
+        {
+            if (_ldtEntries == value)
+                return;
+            _ldtEntries = value;
+            _sregs->Ldt = LocalTable(value);
+            _forced = KvmSyncRegs.Sregs;
+        }
+    }
 
     public int* KickPending => _kicked;
 
@@ -323,8 +337,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             Type = 11,
             Present = 1,
         };
-        sregs.Ldt = default(KvmSegment) with { Unusable = 1 };
-        sregs.Gdt.Base = _pages.GdtStart;
+        sregs.Ldt = LocalTable(0);
+        sregs.Gdt.Base = _pages.DescriptorWindow.Start.Value;
         sregs.Gdt.Limit = (ushort)((MonitorLayout.GdtWindowPages << Paging.PageShift) - 1);
         sregs.Idt.Base = _machine.InterruptTable;
         sregs.Idt.Limit = (MonitorLayout.Vectors * 16) - 1;
@@ -390,6 +404,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             NativeMemory.Free(buffer);
         }
     }
+
+    /// <summary>LDTR as LLDT would load it; with no entry, as it would load a null selector.</summary>
+    private KvmSegment LocalTable(uint entries) => entries == 0
+        ? new KvmSegment { Unusable = 1 }
+        : new KvmSegment
+        {
+            Base = _pages.DescriptorWindow.Ldt.Value,
+            Limit = (entries * sizeof(ulong)) - 1,
+            Selector = MonitorLayout.LdtSelector,
+            Type = 2,
+            Present = 1,
+        };
 
     private static void SetCpl3(ref KvmSregs sregs)
     {

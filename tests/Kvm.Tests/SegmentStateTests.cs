@@ -307,8 +307,8 @@ public sealed unsafe class SegmentStateTests : KvmTest
         table[GuestCode64 >> 3] = 0x00af_fb00_0000_ffff;
         table[GuestBasedData >> 3] = 0x00cf_f300_0000_ffff | ((BasedDataBase & 0xff_ffff) << 16);
         table[NotPresentData >> 3] = 0x00cf_7300_0000_ffff;
-        var entries = (PageTableEntry*)_guest.Vcpu.GdtWindow.Entries;
+        var entries = (PageTableEntry*)_guest.Vcpu.DescriptorWindow.Entries;
         const PageFlags flags = PageFlags.Present | PageFlags.Writable | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
-        _guest.Vcpu.PageTableWrites->Store(entries, _guest.Vcpu.GdtWindow.Address, new PageTableEntry(_guest.SecondDataFrame, flags));
+        _guest.Vcpu.PageTableWrites->Store(entries, _guest.Vcpu.DescriptorWindow.Address, new PageTableEntry(_guest.SecondDataFrame, flags));
     }
 }

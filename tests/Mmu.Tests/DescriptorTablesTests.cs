@@ -73,9 +73,9 @@ public sealed unsafe class DescriptorTablesTests
         for (int i = 0; i < 14; i++)
         {
             Assert.That(machine.Vcpu->State->GdtFrames[i], Is.EqualTo(i < frames ? Frame(Gdt + i).Value : 0));
-            Assert.That(machine.Vcpu->GdtEntries[i].IsPresent, Is.EqualTo(i < frames));
+            Assert.That(machine.DescriptorPages[i].IsPresent, Is.EqualTo(i < frames));
             if (i < frames)
-                Assert.That(machine.Vcpu->GdtEntries[i].Frame, Is.EqualTo(Frame(Gdt + i)));
+                Assert.That(machine.DescriptorPages[i].Frame, Is.EqualTo(Frame(Gdt + i)));
         }
 
         Assert.That(machine.Info(40).TypeCount, Is.Zero, "the old ones are let go");
@@ -94,7 +94,7 @@ public sealed unsafe class DescriptorTablesTests
         Assert.That(DescriptorTables.SetGdt(machine.Vcpu, arguments), Is.EqualTo(-(long)Errno.EFAULT));
         Assert.That(machine.Info(Gdt).TypeCount, Is.EqualTo(1));
         Assert.That(machine.Info(Gdt + 1).TypeCount, Is.Zero);
-        Assert.That(machine.Vcpu->GdtEntries[0].Frame, Is.EqualTo(Frame(Gdt)));
+        Assert.That(machine.DescriptorPages[0].Frame, Is.EqualTo(Frame(Gdt)));
     }
 
     [Test]

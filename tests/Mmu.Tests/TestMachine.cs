@@ -39,6 +39,7 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->State->MaxPages = (ulong)frames;
         Context->Memory = memory;
         Context->MachineToPhys = (ulong*)Allocate((nuint)frames * 8);
+        Context->MachineToPhysFrame = new Mfn(0x100);
         Context->MachineToPhysStart = new VirtualAddress(0xffff_8300_0000_0000);
         Context->Frames = Allocate((nuint)sizeof(FrameTable));
         Context->ShadowedFrames = inGuest ? (ulong*)Allocate(((nuint)frames + 63) / 64 * 8) : null;
@@ -61,8 +62,8 @@ internal sealed unsafe class TestMachine : IDisposable
         Vcpu->PageTableWrites = (PageTableWriteQueue*)Allocate((nuint)sizeof(PageTableWriteQueue));
         Vcpu->PageTableWrites->InGuest = inGuest ? 1 : 0;
         Vcpu->Info = (VcpuInfo*)Context->SharedInfo;
-        Vcpu->GdtEntries = (PageTableEntry*)Allocate(4096);
-        Vcpu->GdtEntriesAddress = new MachineAddress(0x7770_0000);
+        Vcpu->DescriptorWindow = new DescriptorWindow(
+            new VirtualAddress(0xffff_8400_0000_0000), (nint)Allocate(4096), new MachineAddress(0x7770_0000), default);
         Vcpu->KickPending = (int*)Allocate(sizeof(int));
 
         for (int i = 0; i < frames; i++)
@@ -85,6 +86,9 @@ internal sealed unsafe class TestMachine : IDisposable
     }
 
     public int FrameCount { get; }
+
+    /// <summary>The entries of <see cref="VcpuContext.DescriptorWindow"/>.</summary>
+    public PageTableEntry* DescriptorPages => (PageTableEntry*)Vcpu->DescriptorWindow.Entries;
 
     public DomainContext* Context { get; }
 

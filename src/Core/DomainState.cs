@@ -229,10 +229,6 @@ public unsafe struct DomainContext
     /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>
     public E820Entry* MemoryMap;
 
-    /// <summary>Whether a frame outside <see cref="Memory"/> is one of the M2P table's.</summary>
-    public readonly bool IsMachineToPhys(Mfn frame)
-        => (frame.Value - MachineToPhysFrame.Value) << Paging.PageShift < Memory.FrameCount * sizeof(ulong);
-
     /// <summary>Whether KVM may hold a shadow of the frame, made when it was a page table.</summary>
     public readonly bool MayBeShadowed(Mfn frame)
     {

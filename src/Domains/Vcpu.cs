@@ -360,9 +360,21 @@ internal sealed unsafe class Vcpu : IDisposable
         var error = (PageFaultError)errorCode;
         const PageFaultError considered = PageFaultError.Present | PageFaultError.Write | PageFaultError.ReservedBit | PageFaultError.InstructionFetch;
         if (Context->State->KernelMode != 0 && (error & considered) == (PageFaultError.Present | PageFaultError.Write)
-            && Domain.Context->State->Has(VmAssist.WritablePageTables) && _readOnlyPageFault.TryEmulate(address))
+            && Domain.Context->State->Has(VmAssist.WritablePageTables))
         {
-            return;
+            if (_readOnlyPageFault.TryEmulate(address))
+            {
+                // Xen leaves DR6 alone here, unlike where it emulates a privileged instruction.
+                if ((Context->Registers->Rflags & (ulong)Rflags.Trap) != 0)
+                    InjectTrap(ExceptionVector.Debug, null);
+                return;
+            }
+
+            if (_readOnlyPageFault.UnreadableAddress is { } unreadable)
+            {
+                InjectPageFault(unreadable.Value, (uint)PageFaultError.None);
+                return;
+            }
         }
 
         if (address.IsHypervisorReserved)
@@ -376,7 +388,16 @@ internal sealed unsafe class Vcpu : IDisposable
             }
 
             if (_machineToPhysRead.TryEmulate(address, error))
+            {
+                // On Xen it is an ordinary load.
+                if ((Context->Registers->Rflags & (ulong)Rflags.Trap) != 0)
+                {
+                    DebugRegisters.Note(Context->State, DebugRegisters.StatusOnes | DebugRegisters.SingleStep);
+                    InjectTrap(ExceptionVector.Debug, null);
+                }
+
                 return;
+            }
 
             // No entry of ours has a reserved bit: it is how a host shows that it has the slot to itself. To the guest nothing is there.
             if ((error & PageFaultError.ReservedBit) != 0)

@@ -32,7 +32,8 @@ internal static class PageTableStoreFormScript
             Show(c, table, "mov [rdi+rcx*8+8], rax, rcx -1", static a => a.mov(__qword_ptr[rdi + (rcx * 8) + 8], rax), (Register64.Rcx, -1));
             Show(c, table, "mov [rcx*8+table], rax, rcx 0", a => a.mov(__qword_ptr[(rcx * 8) + (int)table.Address], rax));
             Show(c, table, "mov [table], rax", a => a.mov(__qword_ptr[(long)(int)table.Address], rax));
-            Show(c, table, "mov [rip+table], rax", a => a.mov(__qword_ptr[rip + (long)table.Address], rax));
+            Show(c, table, "mov [rip+table], rax", a => a.AddInstruction(
+                Instruction.Create(Code.Mov_rm64_r64, new MemoryOperand(Register.RIP, (long)table.Address, sizeof(ulong)), Register.RAX)));
             Show(c, table, "movabs [table], rax", a => a.db([0x48, 0xa3, .. BitConverter.GetBytes(table.Address)]));
             Show(c, table, "movabs [table], al", a => a.db([0xa2, .. BitConverter.GetBytes(table.Address)]));
             Show(c, table, "mov [rbp], rax", static a => a.mov(__qword_ptr[rbp], rax), (Register64.Rbp, table.At));
@@ -100,6 +101,8 @@ internal static class PageTableStoreFormScript
             c.Load(table[8]);
             Show(c, table, "fs stosq, which stays in ES", static a => a.db(0x64, 0x48, 0xab));
             Show(c, table, "fs movsq", static a => a.db(0x64, 0x48, 0xa5), (Register64.Rsi, 8));
+            Show(c, table, "lock cmpxchg fs:[rcx], rax", static a => a.@lock.cmpxchg(__qword_ptr.fs[rcx], rax));
+            Show(c, table, "setz fs:[rcx]", static a => a.setz(__byte_ptr.fs[rcx]));
             c.Hypercall(GuestHypercall.SetSegmentBase, FsBase, 0);
         });
         script.Case("segments that 64-bit code has no use for", c =>
@@ -190,8 +193,8 @@ internal static class PageTableStoreFormScript
             foreach ((string text, byte[] code) in ((string, byte[])[])
                 [
                     ("inc byte [rdi]", [0xfe, 0x07]), ("lock dec qword [rdi]", [0xf0, 0x48, 0xff, 0x0f]), ("lock not qword [rdi]", [0xf0, 0x48, 0xf7, 0x17]),
-                    ("rcl word [rdi], 1", [0x66, 0xd1, 0x17]), ("shld [rdi], eax, 4", [0x0f, 0xa4, 0x07, 0x04]), ("lock sbb [rdi], eax", [0xf0, 0x19, 0x07]),
-                    ("sgdt-like str word [rdi]", [0x66, 0x0f, 0x00, 0x0f]), ("movnti [rdi], rax", [0x48, 0x0f, 0xc3, 0x07]),
+                    ("shr word [rdi], 1", [0x66, 0xd1, 0x2f]), ("shld [rdi], eax, 4", [0x0f, 0xa4, 0x07, 0x04]), ("lock sbb [rdi], eax", [0xf0, 0x19, 0x07]),
+                    ("movnti [rdi], rax", [0x48, 0x0f, 0xc3, 0x07]),
                     ("movbe [rdi], rax", [0x48, 0x0f, 0x38, 0xf1, 0x07]), ("bts [rdi], rax", [0x48, 0x0f, 0xab, 0x07]), ("bt [rdi], rcx", [0x48, 0x0f, 0xa3, 0x0f]),
                     ("setz [rdi]", [0x0f, 0x94, 0x07]),
                 ])

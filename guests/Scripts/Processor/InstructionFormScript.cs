@@ -51,7 +51,7 @@ internal static class InstructionFormScript
         script.Case("cli and sti with prefixes", c =>
         {
             foreach ((string text, byte[] code) in ((string, byte[])[])
-                [("rep cli", [0xf3, 0xfa]), ("66 sti", [0x66, 0xfb]), ("rex.w cli", [0x48, 0xfa]), ("lock cli", [0xf0, 0xfa])])
+                [("rep cli", [0xf3, 0xfa]), ("66 sti", [0x66, 0xfb]), ("rex.w cli", [0x48, 0xfa])])
             {
                 c.Kernel(text, a => a.db(code));
             }
@@ -139,13 +139,13 @@ internal static class InstructionFormScript
             c.Load(area);
             c.Load(area[8]);
         });
-        script.Case("string input into a page table and into code that is mapped read-only", c =>
+        script.Case("string input into a page that is mapped read-only", c =>
         {
             ScratchPage page = c.Page("readonly");
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, page.Entry(Pte.ReadOnly), Pte.InvalidatePage);
             c.Kernel("rep insb", static a => a.rep.insb(), [Register64.Rcx, Register64.Rdi],
                 [(Register64.Rcx, 4), (Register64.Rdx, Pic), (Register64.Rdi, page.At)]);
-            c.Kernel("insd, four bytes before it", static a => a.insd(), [Register64.Rcx, Register64.Rdi],
+            c.Kernel("insd, two bytes before it", static a => a.insd(), [Register64.Rcx, Register64.Rdi],
                 [(Register64.Rdx, Pic), (Register64.Rdi, page.At - 2)]);
         });
     }
@@ -160,7 +160,7 @@ internal static class InstructionFormScript
                     ("mov rax, cr0 as if from memory", [0x0f, 0x20, 0x00]), ("rep mov rax, cr0", [0xf3, 0x0f, 0x20, 0xc0]),
                     ("lock mov rax, cr0", [0xf0, 0x0f, 0x20, 0xc0]), ("mov rax, cr1", [0x0f, 0x20, 0xc8]), ("mov rax, cr8", [0x44, 0x0f, 0x20, 0xc0]),
                     ("mov cr8, rax", [0x44, 0x0f, 0x22, 0xc0]), ("mov r8, cr4", [0x41, 0x0f, 0x20, 0xe0]), ("mov rax, cr5", [0x0f, 0x20, 0xe8]),
-                    ("mov rax, dr8", [0x44, 0x0f, 0x21, 0xc0]), ("66 mov rax, dr7", [0x66, 0x0f, 0x21, 0xf8]), ("mov dr7 as if from memory", [0x0f, 0x21, 0x38]),
+                    ("66 mov rax, dr7", [0x66, 0x0f, 0x21, 0xf8]), ("mov dr7 as if from memory", [0x0f, 0x21, 0x38]),
                 ])
             {
                 c.Kernel(text, a => a.db(code), [Register64.Rax, Register64.R8], [(Register64.Rax, Pattern)]);
@@ -174,8 +174,8 @@ internal static class InstructionFormScript
                     ("lock wbinvd", [0xf0, 0x0f, 0x09]), ("invd", [0x0f, 0x08]), ("clts with rex.w", [0x48, 0x0f, 0x06]), ("66 clts", [0x66, 0x0f, 0x06]),
                     ("lock clts", [0xf0, 0x0f, 0x06]), ("rdpmc", [0x0f, 0x33]), ("invlpg [rdi]", [0x0f, 0x01, 0x3f]), ("lmsw ax", [0x0f, 0x01, 0xf0]),
                     ("hlt with rex.w", [0x48, 0xf4]), ("swapgs", [0x0f, 0x01, 0xf8]), ("lgdt [rdi]", [0x0f, 0x01, 0x17]), ("lldt ax", [0x0f, 0x00, 0xd0]),
-                    ("ltr ax", [0x0f, 0x00, 0xd8]), ("sysretq", [0x48, 0x0f, 0x07]), ("sysexit", [0x0f, 0x35]), ("invpcid rax, [rdi]", [0x66, 0x0f, 0x38, 0x82, 0x07]),
-                    ("monitor", [0x0f, 0x01, 0xc8]), ("rsm", [0x0f, 0xaa]),
+                    ("ltr ax", [0x0f, 0x00, 0xd8]), ("sysretq", [0x48, 0x0f, 0x07]), ("invpcid rax, [rdi]", [0x66, 0x0f, 0x38, 0x82, 0x07]),
+                    ("rsm", [0x0f, 0xaa]),
                 ])
             {
                 c.Kernel(text, a => a.db(code), null, [(Register64.Rax, 0)]);

@@ -20,7 +20,6 @@ internal static class LocalTableScript
     private const ulong AbsentData = 0x00cf_7300_0000_ffff;
     private const ulong KernelData = 0x00cf_9300_0000_ffff;
     private const ulong Code64 = 0x00af_fb00_0000_ffff;
-    private const ulong Code32 = 0x00cf_fb00_0000_ffff;
     private const ulong AbsentCode = 0x00af_7b00_0000_ffff;
     private const ulong TaskState = 0x0000_8900_0000_0067;
 
@@ -47,7 +46,6 @@ internal static class LocalTableScript
             Writable(c, pages[0]);
             ReadOnly(c, pages[1]);
             LoadFs(c, EntriesPerPage + 8);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             Writable(c, pages[1]);
             Load(c, "none", 0, 0);
             Writable(c, pages[0]);
@@ -104,15 +102,12 @@ internal static class LocalTableScript
             LoadFs(c, 1);
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, other.Entry(Pte.ReadOnly), Pte.InvalidatePage);
             LoadFs(c, 1);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, 0, Pte.InvalidatePage);
             LoadFs(c, 1);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             Load(c, "one entry less", page.At, EntriesPerPage - 1);
             LoadFs(c, 1);
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, other.Entry(Pte.ReadOnly), Pte.InvalidatePage);
             LoadFs(c, 1);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             Load(c, "none", 0, 0);
             c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, page.Entry(Pte.ReadWrite), Pte.InvalidatePage);
         });
@@ -122,12 +117,10 @@ internal static class LocalTableScript
     {
         script.Case("an address that nothing is mapped at", c =>
         {
-            ScratchPage page = Table(c, "ldt", FlatData);
             Load(c, "nowhere", Addresses.Unmapped, 8192);
             LoadFs(c, 1);
             LoadFs(c, 8191);
             c.Kernel("mov ss, ecx", static a => a.mov(ss, ecx), with: [(Register64.Rcx, Selector(1))]);
-            _ = page;
             Load(c, "none", 0, 0);
         });
         script.Case("a table that ends with the lower half, and one that goes round", c =>
@@ -179,11 +172,8 @@ internal static class LocalTableScript
             Load(c, "set", page.At, EntriesPerPage);
             Update(c, "another base", page, OtherBasedData);
             LoadFs(c, 1);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             Update(c, "the first base", page, BasedData);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             LoadFs(c, 1);
-            c.ReadMsr("FS_BASE", MsrNumber.FsBase);
             Update(c, "a TSS", page, TaskState);
             Update(c, "absent data", page, AbsentData);
             LoadFs(c, 1);
@@ -194,7 +184,6 @@ internal static class LocalTableScript
         script.Case("one page as the global and the local table", c =>
         {
             ScratchPage page = Table(c, "both", BasedData);
-            c.Put(page[8], 8, 0);
             Load(c, "set", page.At, EntriesPerPage);
             c.Hypercall(GuestHypercall.SetGdt, c.Structure("frames", 8, (0, 8, page.Mfn)), EntriesPerPage);
             LoadFs(c, 1);
@@ -211,13 +200,15 @@ internal static class LocalTableScript
         {
             ScratchPage page = Table(c, "ldt", BasedData, AbsentData, Code64);
             Load(c, "set", page.At, EntriesPerPage);
-            c.User("mov fs, ecx", static a => a.mov(fs, ecx), with: [(Register64.Rcx, Selector(1))]);
+            c.User("mov fs, ecx; mov fs, 0", EmitLoadFs, with: [(Register64.Rcx, Selector(1))]);
             Writable(c, page);
             foreach (int index in (int[])[1, 2, 3, 4, EntriesPerPage])
             {
-                c.User($"mov ds, 0x{Selector(index):x}", a =>
+                c.User($"mov ds, 0x{Selector(index):x}; mov ds, 0", a =>
                 {
                     a.mov(ecx, Selector(index));
+                    a.mov(ds, ecx);
+                    a.xor(ecx, ecx);
                     a.mov(ds, ecx);
                 });
                 c.User($"mov ss, 0x{Selector(index):x}", a =>
@@ -228,7 +219,7 @@ internal static class LocalTableScript
             }
 
             Load(c, "nowhere", Addresses.Unmapped, EntriesPerPage);
-            c.User("mov fs, ecx, nowhere", static a => a.mov(fs, ecx), with: [(Register64.Rcx, Selector(1))]);
+            c.User("mov fs, ecx; mov fs, 0", EmitLoadFs, with: [(Register64.Rcx, Selector(1))]);
             Load(c, "none", 0, 0);
         });
         script.Case("set_segment_base of a selector types its page", c =>
@@ -238,9 +229,11 @@ internal static class LocalTableScript
             c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(1));
             c.ReadMsr("KERNEL_GS_BASE", MsrNumber.KernelGsBase);
             Writable(c, page);
+            c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, 0);
             Load(c, "nowhere", Addresses.Unmapped, EntriesPerPage);
             c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(1));
             c.ReadMsr("KERNEL_GS_BASE", MsrNumber.KernelGsBase);
+            c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, 0);
             Load(c, "none", 0, 0);
         });
     }
@@ -249,9 +242,9 @@ internal static class LocalTableScript
     {
         script.Case("far returns to code in the table", c =>
         {
-            ScratchPage page = Table(c, "ldt", Code64, Code32, AbsentCode, FlatData);
+            ScratchPage page = Table(c, "ldt", Code64, AbsentCode, FlatData);
             Load(c, "set", page.At, EntriesPerPage);
-            for (int index = 1; index <= 5; index++)
+            for (int index = 1; index <= 4; index++)
                 FarReturn(c, Selector(index));
             Load(c, "nowhere", Addresses.Unmapped, EntriesPerPage);
             FarReturn(c, Selector(1));
@@ -327,8 +320,22 @@ internal static class LocalTableScript
     private static void Update(AbiCase c, string text, ScratchPage page, ulong descriptor) => c.Hypercall(
         (ulong)GuestHypercall.UpdateDescriptor, $"update_descriptor({page.Name}+8, {text})", AnswerFormat.Result, (page.Mfn << 12) + 8, descriptor);
 
-    private static void LoadFs(AbiCase c, int index)
-        => c.Kernel("mov fs, ecx", static a => a.mov(fs, ecx), with: [(Register64.Rcx, Selector(index))]);
+    /// <summary>Loads FS, shows its base, and leaves no selector of a table that goes: Xen reloads it when it switches vCPUs.</summary>
+    private static void LoadFs(AbiCase c, int index) => c.Kernel("mov fs, ecx; rdmsr FS_BASE; mov fs, 0", static a =>
+    {
+        a.mov(fs, ecx);
+        a.mov(ecx, MsrNumber.FsBase);
+        a.rdmsr();
+        a.xor(ecx, ecx);
+        a.mov(fs, ecx);
+    }, [Register64.Rax], [(Register64.Rcx, Selector(index))]);
+
+    private static void EmitLoadFs(Assembler a)
+    {
+        a.mov(fs, ecx);
+        a.xor(ecx, ecx);
+        a.mov(fs, ecx);
+    }
 
     private static void FarReturn(AbiCase c, int selector) => c.Kernel($"retfq to cs 0x{selector:x}", a =>
     {

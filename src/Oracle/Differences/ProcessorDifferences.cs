@@ -30,6 +30,9 @@ internal static class ProcessorDifferences
     private const string QemuFsBase =
         "QEMU's software CPU lets WRFSBASE take any address; hardware raises #GP for one that is not canonical.";
 
+    private const string HostStackSegment =
+        "A KVM that emulates the load of SS does not hold a single step off behind it, as the processor does.";
+
     private const string HostFsgsbase =
         "A KVM without hardware underneath runs guests with the host's CR4, where FSGSBASE is set.";
 
@@ -205,6 +208,11 @@ internal static class ProcessorDifferences
             "user: mov eax, gs",
             "rax 0",
             HostSelectorRead),
+        KnownDifference.ByHost(
+            "instruction-forms", "a trap after each emulated instruction",
+            "kernel: popf with TF; mov ss, ecx, flat; nop, rcx 0xe02b",
+            "#DB{rip code+0xb, cs e030, rflags 102, same stack, ss e02b, mask 1->1}",
+            HostStackSegment),
         KnownDifference.ByHost(
             "privileged-instructions", "xsetbv",
             "kernel: xsetbv(0) of x87 and SSE; xgetbv",

@@ -9,8 +9,10 @@ namespace XenSharp.Kvm;
 /// </summary>
 internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, DescriptorWindow window, KvmSregs* sregs)
 {
+    /// <summary>TI: the selector is one of the local table.</summary>
+    public const int LocalTable = 1 << 2;
+
     private const int RequestedLevelMask = 3;
-    private const int LocalTable = 1 << 2;
     private const int SelectorErrorMask = ~3;
     private const int TableIndexMask = ~7 & 0xffff;
     private const int EntriesPerPage = (int)Paging.PageSize / sizeof(ulong);

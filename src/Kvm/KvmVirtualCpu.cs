@@ -446,6 +446,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return false;
         }
 
+        // A KVM that interprets IRETQ may not do so for segments of the local table: they are entered without a chain, in the rare case.
+        if ((_writes->Count != 0 || _writes->FlushPending != 0) && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
+        {
+            _machine.DropShadowPages();
+            _writes->Count = 0;
+            _writes->Overflowed = 0;
+            _writes->FlushPending = 0;
+        }
+
         if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))
         {
             _machine.DropShadowPages();

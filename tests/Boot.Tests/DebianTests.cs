@@ -75,6 +75,19 @@ public sealed partial class DebianTests : KvmFixture
         Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
     }
 
+    [Test]
+    public async Task Processes_live_on_their_local_descriptor_tables()
+    {
+        string program = Convert.ToBase64String(LocalTableProgram.Build());
+        CommandEnd end = await CommandProcess.RunAsync(
+            $"echo {program} | base64 -d >/ldt; chmod +x /ldt\nfor i in 1 2 3; do /ldt || echo failed: $?; done\n"
+            + "/ldt & /ldt; echo status: $?; wait $!; echo status: $?\ndmesg\n",
+            ["demo"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(end.Output, Does.Not.Contain("failed: ").And.Match("status: 0\\s+status: 0"));
+        Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
+    }
+
     [TestCase("poweroff", 0)]
     [TestCase("reboot", 3)]
     public async Task What_the_shell_is_told_becomes_the_status(string command, int status)

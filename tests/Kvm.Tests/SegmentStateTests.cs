@@ -297,7 +297,8 @@ public sealed unsafe class SegmentStateTests : KvmTest
         InstallTable(DescriptorWindow.GdtPages);
         AssertSyscall(Load(basedData));
         Assert.That((Segments->Fs, Segments->FsBase), Is.EqualTo((basedData, BasedDataBase)));
-        Assert.That(Enter(code64, data).Vector, Is.EqualTo(ExceptionVector.InvalidOpcode));
+        VcpuExit entered = Enter(code64, data);
+        Assert.That((entered.Kind, entered.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), entered.Failure);
         AssertRefused(Load(NotPresentData | 7), (NotPresentData & ~7) | 7);
         _guest.Vcpu.LdtEntries = 0;
         AssertRefused(Load(basedData), basedData);

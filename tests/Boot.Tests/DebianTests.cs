@@ -1,5 +1,6 @@
 // Stock Debian kernels, by the command's own demonstration: to the shell, through it, and out of it.
 
+using System.IO.Compression;
 using System.Text.RegularExpressions;
 using XenSharp.Cli.Tests;
 using XenSharp.Cli.Tests.Terminal;
@@ -78,13 +79,16 @@ public sealed partial class DebianTests : KvmFixture
     [Test]
     public async Task Processes_live_on_their_local_descriptor_tables()
     {
-        string program = Convert.ToBase64String(LocalTableProgram.Build());
+        // Packed, because a terminal takes no line of more than 4096 characters.
+        using var packed = new MemoryStream();
+        await using (var writer = new GZipStream(packed, CompressionLevel.Optimal))
+            await writer.WriteAsync(LocalTableProgram.Build());
         CommandEnd end = await CommandProcess.RunAsync(
-            $"echo {program} | base64 -d >/ldt; chmod +x /ldt\nfor i in 1 2 3; do /ldt || echo failed: $?; done\n"
-            + "/ldt & /ldt; echo status: $?; wait $!; echo status: $?\ndmesg\n",
+            $"echo {Convert.ToBase64String(packed.ToArray())} | base64 -d | gunzip >/ldt; chmod +x /ldt\n"
+            + "for i in 1 2 3; do /ldt; echo status: $?; done\n/ldt & /ldt; echo status: $?; wait $!; echo status: $?\ndmesg\n",
             ["demo"]);
         Assert.That(end.Status, Is.Zero, end.Error);
-        Assert.That(end.Output, Does.Not.Contain("failed: ").And.Match("status: 0\\s+status: 0"));
+        Assert.That(Regex.Matches(end.Output, @"status: (\d+)").Select(static match => match.Groups[1].Value), Is.EqualTo(Enumerable.Repeat("0", 5)));
         Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
     }
 

@@ -159,11 +159,11 @@ public sealed unsafe class WriteEmulationTests
 
         // Where nothing can be read it is that fault, and the store is not made.
         PutCode(machine, static a => { a.db(0x65); a.movsq(); });
-        machine.Vcpu->Registers->Rsi = SourceAddress - 0x7000_0000;
+        machine.Vcpu->Registers->Rsi = 0x7100_0000;
         machine.Vcpu->Registers->Rdi = TableAddress;
         var emulation = new ReadOnlyPageFault(machine.Vcpu);
         Assert.That(emulation.TryEmulate(new VirtualAddress(TableAddress)), Is.False);
-        Assert.That(emulation.UnreadableAddress, Is.EqualTo(new VirtualAddress(SourceAddress - 0x7000_0000)));
+        Assert.That(emulation.UnreadableAddress, Is.EqualTo(new VirtualAddress(0x7100_0000)));
     }
 
     [Test]

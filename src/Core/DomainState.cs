@@ -120,7 +120,7 @@ public struct VcpuState
     public ulong IoBitmap;
     public uint IoBitmapPorts;
 
-    /// <summary>Virtual address and entries of the LDT.</summary>
+    /// <summary>Virtual address and entries of the LDT, as MMUEXT_SET_LDT said.</summary>
     public ulong LdtBase;
     public uint LdtEntries;
 
@@ -187,12 +187,8 @@ public unsafe struct VcpuContext
     /// <summary>Host view of vcpu_info. Guest-writable: read once, believe nothing.</summary>
     public VcpuInfo* Info;
 
-    /// <summary>Host view of the entries that map the GDT, and the machine address of the first.</summary>
-    public PageTableEntry* GdtEntries;
-    public MachineAddress GdtEntriesAddress;
-
-    /// <summary>What stands there for no frame: <see cref="GdtWindow.Empty"/>.</summary>
-    public PageTableEntry GdtEmptyEntry;
+    /// <summary>The window in which the GDT and the LDT are mapped.</summary>
+    public DescriptorWindow DescriptorWindow;
 
     /// <summary>Not 0 when a kick has arrived: long operations stop for it.</summary>
     public int* KickPending;
@@ -237,6 +233,9 @@ public unsafe struct DomainContext
 
     /// <summary>M2P entry of <c>Memory.FirstFrame</c>.</summary>
     public ulong* MachineToPhys;
+
+    /// <summary>The frame that holds <see cref="MachineToPhys"/>, outside <see cref="Memory"/>; the rest of the table follows.</summary>
+    public Mfn MachineToPhysFrame;
 
     /// <summary>Where the guest reads the M2P table (address of machine frame 0's entry).</summary>
     public VirtualAddress MachineToPhysStart;

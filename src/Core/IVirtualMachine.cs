@@ -48,8 +48,13 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>Page-table entries that must be stored again from inside the VM before the guest runs on.</summary>
     PageTableWriteQueue* PageTableWrites { get; }
 
-    /// <summary>Where the guest's 14 descriptor-table frames are mapped for this processor.</summary>
-    GdtWindow GdtWindow { get; }
+    /// <summary>Where the guest's descriptor tables are mapped for this processor.</summary>
+    DescriptorWindow DescriptorWindow { get; }
+
+    /// <summary>
+    /// Descriptors of the local table, 0 for none: the next entry runs with a table of that size at <see cref="DescriptorWindow.Ldt"/>.
+    /// </summary>
+    uint LdtEntries { get; set; }
 
     /// <summary>Not 0 once <see cref="Kick"/> was called, until <see cref="Run"/> or <see cref="WaitForKick"/> took note of it.</summary>
     int* KickPending { get; }
@@ -105,11 +110,25 @@ public unsafe interface IVirtualCpu : IDisposable
     void Kick();
 }
 
-/// <summary>Machine addresses of the entries that map a vCPU's descriptor-table frames, for <c>set_gdt</c>.</summary>
-/// <param name="Entries">Host view of 16 consecutive L1 entries; the guest's frames are the first 14.</param>
+/// <summary>The entries that map a vCPU's descriptor tables, for <c>set_gdt</c> and MMUEXT_SET_LDT.</summary>
+/// <param name="Start">Where the window is, in the reserved slots.</param>
+/// <param name="Entries">
+/// Host view of its consecutive L1 entries: <see cref="GdtPages"/> of the global table, of which the guest's frames are the first 14,
+/// then <see cref="LdtPages"/> of the local one, not present at first.
+/// </param>
 /// <param name="Address">Machine address of the first of them.</param>
-/// <param name="Empty">What stands in the guest's entries for no frame: a page of null descriptors, as Xen's zero page there.</param>
-public readonly unsafe record struct GdtWindow(nint Entries, MachineAddress Address, PageTableEntry Empty);
+/// <param name="Empty">What stands in the guest's GDT entries for no frame: a page of null descriptors, as Xen's zero page there.</param>
+public readonly record struct DescriptorWindow(VirtualAddress Start, nint Entries, MachineAddress Address, PageTableEntry Empty)
+{
+    /// <summary>Pages of the global table.</summary>
+    public const int GdtPages = 16;
+
+    /// <summary>Pages of the local table.</summary>
+    public const int LdtPages = 16;
+
+    /// <summary>Where the local table is.</summary>
+    public VirtualAddress Ldt => Start + (GdtPages * Paging.PageSize);
+}
 
 /// <summary>The VM around one domain: its machine memory and its virtual processors.</summary>
 public unsafe interface IVirtualMachine : IDisposable
@@ -119,6 +138,9 @@ public unsafe interface IVirtualMachine : IDisposable
 
     /// <summary>Host view of the M2P table; entry i belongs to frame <c>Memory.FirstFrame + i</c>.</summary>
     ulong* MachineToPhys { get; }
+
+    /// <summary>The frame that the M2P table starts in, outside <see cref="Memory"/>; those that follow are the table's too.</summary>
+    Mfn MachineToPhysFrame { get; }
 
     /// <summary>Where the guest reads the M2P table: the address of the entry of machine frame 0.</summary>
     VirtualAddress MachineToPhysStart { get; }

@@ -55,6 +55,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context->State->MaxPages = maxPages;
         Context->Memory = machine.Memory;
         Context->MachineToPhys = machine.MachineToPhys;
+        Context->MachineToPhysFrame = machine.MachineToPhysFrame;
         Context->MachineToPhysStart = machine.MachineToPhysStart;
         Context->HypervisorSlots = (ulong*)(_block + slotsAt);
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));

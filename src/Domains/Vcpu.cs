@@ -51,9 +51,7 @@ internal sealed unsafe class Vcpu : IDisposable
         context->Registers = cpu.Registers;
         context->Segments = cpu.Segments;
         context->PageTableWrites = cpu.PageTableWrites;
-        context->GdtEntries = (PageTableEntry*)cpu.GdtWindow.Entries;
-        context->GdtEntriesAddress = cpu.GdtWindow.Address;
-        context->GdtEmptyEntry = cpu.GdtWindow.Empty;
+        context->DescriptorWindow = cpu.DescriptorWindow;
         context->KickPending = cpu.KickPending;
         context->Budget.ReadTimeStampCounter = cpu.ReadTimeStampCounter;
         context->Budget.Cycles = PreemptionBudget.Microseconds * domain.Time.TscKiloHertz / 1000;
@@ -148,6 +146,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
             DeliverEvents();
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
+            Cpu.LdtEntries = Context->State->LdtEntries;
             Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
@@ -490,15 +489,44 @@ internal sealed unsafe class Vcpu : IDisposable
         var error = (PageFaultError)errorCode;
         const PageFaultError considered = PageFaultError.Present | PageFaultError.Write | PageFaultError.ReservedBit | PageFaultError.InstructionFetch;
         if (Context->State->KernelMode != 0 && (error & considered) == (PageFaultError.Present | PageFaultError.Write)
-            && Domain.Context->State->Has(VmAssist.WritablePageTables) && _readOnlyPageFault.TryEmulate(address))
+            && Domain.Context->State->Has(VmAssist.WritablePageTables))
         {
-            return;
+            if (_readOnlyPageFault.TryEmulate(address))
+            {
+                // Xen leaves DR6 alone here, unlike where it emulates a privileged instruction.
+                if ((Context->Registers->Rflags & (ulong)Rflags.Trap) != 0 && !_readOnlyPageFault.MustRetry)
+                    InjectTrap(ExceptionVector.Debug, null);
+                return;
+            }
+
+            if (_readOnlyPageFault.UnreadableAddress is { } unreadable)
+            {
+                InjectPageFault(unreadable.Value, (uint)PageFaultError.None);
+                return;
+            }
         }
 
         if (address.IsHypervisorReserved)
         {
-            if (_machineToPhysRead.TryEmulate(address, error))
+            ulong offset = address.Value - Context->DescriptorWindow.Ldt.Value;
+            if ((error & (PageFaultError.Present | PageFaultError.User | PageFaultError.ReservedBit)) == 0
+                && offset < Context->State->LdtEntries * sizeof(ulong))
+            {
+                HandleLdtFault((uint)offset, errorCode);
                 return;
+            }
+
+            if (_machineToPhysRead.TryEmulate(address, error))
+            {
+                // On Xen it is an ordinary load.
+                if ((Context->Registers->Rflags & (ulong)Rflags.Trap) != 0)
+                {
+                    DebugRegisters.Note(Context->State, DebugRegisters.StatusOnes | DebugRegisters.SingleStep);
+                    InjectTrap(ExceptionVector.Debug, null);
+                }
+
+                return;
+            }
 
             // No entry of ours has a reserved bit: it is how a host shows that it has the slot to itself. To the guest nothing is there.
             if ((error & PageFaultError.ReservedBit) != 0)
@@ -508,6 +536,23 @@ internal sealed unsafe class Vcpu : IDisposable
         if (IsSpurious(address, error))
             return;
         InjectPageFault(address.Value, errorCode);
+    }
+
+    /// <summary>
+    /// The processor looked for a descriptor of the LDT, whose page is not mapped in the window (handle_ldt_mapping_fault). Where it
+    /// cannot be, the guest gets the fault that it would have had at the table's own address.
+    /// </summary>
+    private void HandleLdtFault(uint offset, uint errorCode)
+    {
+        const uint selectorMask = 0xfffc;
+        const uint localTable = 1 << 2;
+        if (DescriptorTables.MapLdtPage(Context, offset))
+            return;
+        var linear = new VirtualAddress(Context->State->LdtBase + offset);
+        if (linear.IsCanonical)
+            InjectPageFault(linear.Value, errorCode);
+        else
+            InjectTrap(ExceptionVector.GeneralProtection, (offset & selectorMask) | localTable);
     }
 
     /// <summary>

@@ -1,17 +1,20 @@
-// Segments as the processor would load them from a vCPU's descriptor table, for entries that load them without an instruction.
+// Segments as the processor would load them from a vCPU's descriptor tables, for entries that load them without an instruction.
 using XenSharp.Core;
 
 namespace XenSharp.Kvm;
 
 /// <summary>
-/// Reads descriptors of one vCPU's GDT: the guest's frames in its window, and the reserved page behind them. The rules are
-/// those of IRET to CPL 3 (Intel SDM volume 2, IRET; volume 3, 5.8) and of data-segment loads at CPL 3.
+/// Reads descriptors of one vCPU's tables in its window: the guest's GDT frames, the reserved page behind them, and the LDT. The
+/// rules are those of IRET to CPL 3 (Intel SDM volume 2, IRET; volume 3, 5.8) and of data-segment loads at CPL 3.
 /// </summary>
-internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWindow window)
+internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, DescriptorWindow window, KvmSregs* sregs)
 {
+    /// <summary>TI: the selector is one of the local table.</summary>
+    public const int LocalTable = 1 << 2;
+
     private const int RequestedLevelMask = 3;
-    private const int LocalTable = 1 << 2;
     private const int SelectorErrorMask = ~3;
+    private const int TableIndexMask = ~7 & 0xffff;
     private const int EntriesPerPage = (int)Paging.PageSize / sizeof(ulong);
 
     private const ulong Present = 1UL << 47;
@@ -28,13 +31,16 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWind
     /// <summary>A code segment to be run at CPL 3.</summary>
     /// <param name="selector">Its selector.</param>
     /// <param name="segment">The segment.</param>
-    /// <param name="refusal">The exception that IRET would raise; its error code is the selector.</param>
+    /// <param name="refusal">
+    /// The exception that IRET would raise: with the selector as error code, or where the descriptor's page is not mapped in the window
+    /// the page fault, whose address is in CR2.
+    /// </param>
     public bool TryLoadCode(ushort selector, out KvmSegment segment, out VcpuExit refusal)
     {
-        refusal = default;
         segment = default;
-        if ((selector & RequestedLevelMask) != 3 || !TryRead(selector, out ulong descriptor)
-            || !IsCodeOrData(descriptor) || (Type(descriptor) & TypeCode) == 0
+        if (!TryReadOrFault(selector, out ulong descriptor, out refusal))
+            return false;
+        if ((selector & RequestedLevelMask) != 3 || !IsCodeOrData(descriptor) || (Type(descriptor) & TypeCode) == 0
             || (Level(descriptor) != 3 && (Type(descriptor) & TypeConforming) == 0)
             || (descriptor & (LongCode | DefaultBig)) == (LongCode | DefaultBig))
         {
@@ -57,10 +63,10 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWind
     /// <inheritdoc cref="TryLoadCode"/>
     public bool TryLoadStack(ushort selector, out KvmSegment segment, out VcpuExit refusal)
     {
-        refusal = default;
         segment = default;
-        if ((selector & RequestedLevelMask) != 3 || !TryRead(selector, out ulong descriptor)
-            || !IsCodeOrData(descriptor) || Level(descriptor) != 3
+        if (!TryReadOrFault(selector, out ulong descriptor, out refusal))
+            return false;
+        if ((selector & RequestedLevelMask) != 3 || !IsCodeOrData(descriptor) || Level(descriptor) != 3
             || (Type(descriptor) & (TypeCode | TypeReadableOrWritable)) != TypeReadableOrWritable)
         {
             refusal = Refuse(ExceptionVector.GeneralProtection, selector);
@@ -80,7 +86,7 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWind
     /// <summary>A data segment; one that CPL 3 cannot load is unusable, as after a null selector.</summary>
     public KvmSegment LoadData(ushort selector)
     {
-        bool usable = TryRead(selector, out ulong descriptor) && IsCodeOrData(descriptor) && Level(descriptor) == 3
+        bool usable = TryRead(selector, out ulong descriptor) == Found.Descriptor && IsCodeOrData(descriptor) && Level(descriptor) == 3
             && (descriptor & Present) != 0
             && (Type(descriptor) & (TypeCode | TypeReadableOrWritable)) != TypeCode;
         return usable ? Unpack(selector, descriptor) : Null(selector);
@@ -118,19 +124,54 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, GdtWind
         };
     }
 
-    /// <summary>A descriptor of the global table; false for a null selector, a local one, and one past what set_gdt installed.</summary>
-    private bool TryRead(ushort selector, out ulong descriptor)
+    private enum Found
+    {
+        Descriptor,
+
+        /// <summary>A null selector, one past the table's end, and one in a page that set_gdt did not install.</summary>
+        Nothing,
+
+        /// <summary>The LDT's page is not mapped yet.</summary>
+        NoPage,
+    }
+
+    private bool TryReadOrFault(ushort selector, out ulong descriptor, out VcpuExit refusal)
+    {
+        refusal = default;
+        switch (TryRead(selector, out descriptor))
+        {
+            case Found.Descriptor:
+                return true;
+            case Found.NoPage:
+                sregs->Cr2 = window.Ldt.Value + (ulong)(selector & TableIndexMask);
+                refusal = new VcpuExit(VcpuExitKind.Exception, ExceptionVector.PageFault);
+                return false;
+            default:
+                refusal = Refuse(ExceptionVector.GeneralProtection, selector);
+                return false;
+        }
+    }
+
+    private Found TryRead(ushort selector, out ulong descriptor)
     {
         descriptor = 0;
-        if ((selector & ~RequestedLevelMask) == 0 || (selector & LocalTable) != 0)
-            return false;
+        bool local = (selector & LocalTable) != 0;
+        if ((selector & ~RequestedLevelMask) == 0
+            || (local && (sregs->Ldt.Unusable != 0 || (selector & TableIndexMask) + sizeof(ulong) - 1 > sregs->Ldt.Limit)))
+        {
+            return Found.Nothing;
+        }
+
         int index = selector >> 3;
-        PageTableEntry entry = ((PageTableEntry*)window.Entries)[index / EntriesPerPage];
-        bool reserved = index / EntriesPerPage >= MonitorLayout.ReservedGdtPage;
+        int page = index / EntriesPerPage;
+        PageTableEntry entry = ((PageTableEntry*)window.Entries)[(local ? DescriptorWindow.GdtPages : 0) + page];
+        bool reserved = !local && page >= MonitorLayout.ReservedGdtPage;
+        if (local && !entry.IsPresent)
+            return Found.NoPage;
         if (!reserved && !machine.Memory.Contains(entry.Frame))
-            return false;
-        ulong* page = reserved ? machine.ReservedDescriptors : (ulong*)machine.Memory.Page(entry.Frame);
-        descriptor = Volatile.Read(ref page[index % EntriesPerPage]);
-        return true;
+            return Found.Nothing;
+        ulong* descriptors = reserved ? machine.ReservedDescriptors : (ulong*)machine.Memory.Page(entry.Frame);
+        descriptor = Volatile.Read(ref descriptors[index % EntriesPerPage]);
+        return Found.Descriptor;
     }
 }

@@ -64,6 +64,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private long _timerDeadline = long.MaxValue;
     private ulong _root;
     private readonly int* _kicked;
+    private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
 
@@ -72,7 +73,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _machine = machine;
         _code = machine.Code;
         _pages = pages;
-        _guestSegments = new GuestSegments(machine, pages.GdtWindow);
         _file = LibC.ioctl(machine.File, KvmRequest.CreateVcpu, number);
         if (_file < 0)
             throw new KvmException($"KVM_CREATE_VCPU failed for vCPU {number}", LibC.errno);
@@ -89,6 +89,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 throw new KvmException("Cannot map kvm_run", LibC.errno);
             _run = (KvmRun*)run;
             _sregs = &_run->Sregs;
+            _guestSegments = new GuestSegments(machine, pages.DescriptorWindow, _sregs);
             SetUp();
         }
         catch
@@ -112,7 +113,20 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public PageTableWriteQueue* PageTableWrites => _writes;
 
-    public GdtWindow GdtWindow => _pages.GdtWindow;
+    public DescriptorWindow DescriptorWindow => _pages.DescriptorWindow;
+
+    public uint LdtEntries
+    {
+        get => _ldtEntries;
+        set
+        {
+            if (_ldtEntries == value)
+                return;
+            _ldtEntries = value;
+            _sregs->Ldt = LocalTable(value);
+            _forced = KvmSyncRegs.Sregs;
+        }
+    }
 
     public int* KickPending => _kicked;
 
@@ -366,8 +380,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             Type = 11,
             Present = 1,
         };
-        sregs.Ldt = default(KvmSegment) with { Unusable = 1 };
-        sregs.Gdt.Base = _pages.GdtStart;
+        sregs.Ldt = LocalTable(0);
+        sregs.Gdt.Base = _pages.DescriptorWindow.Start.Value;
         sregs.Gdt.Limit = (ushort)((MonitorLayout.GdtWindowPages << Paging.PageShift) - 1);
         sregs.Idt.Base = _machine.InterruptTable;
         sregs.Idt.Limit = (MonitorLayout.Vectors * 16) - 1;
@@ -434,6 +448,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
     }
 
+    /// <summary>LDTR as LLDT would load it; with no entry, as it would load a null selector.</summary>
+    private KvmSegment LocalTable(uint entries) => entries == 0
+        ? new KvmSegment { Unusable = 1 }
+        : new KvmSegment
+        {
+            Base = _pages.DescriptorWindow.Ldt.Value,
+            Limit = (entries * sizeof(ulong)) - 1,
+            Selector = MonitorLayout.LdtSelector,
+            Type = 2,
+            Present = 1,
+        };
+
     private static void SetCpl3(ref KvmSregs sregs)
     {
         sregs.Cs = new KvmSegment { Limit = uint.MaxValue, Selector = FlatSelectors.Ring3Cs64, Type = 11, Present = 1, Dpl = 3, S = 1, L = 1, G = 1 };
@@ -461,6 +487,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             || !_guestSegments.TryLoadStack(_segments->Ss, out stack, out refusal)))
         {
             return false;
+        }
+
+        // A KVM that interprets IRETQ may not do so for segments of the local table: they are entered without a chain, in the rare case.
+        if ((_writes->Count != 0 || _writes->FlushPending != 0) && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
+        {
+            _machine.DropShadowPages();
+            _writes->Count = 0;
+            _writes->Overflowed = 0;
+            _writes->FlushPending = 0;
         }
 
         if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))

@@ -41,7 +41,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         Capabilities = capabilities;
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
-        ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 32);
+        ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
         ulong regionPages = tables + 16 + (MaxVcpus * (2 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift);
         _file = -1;
         try
@@ -75,6 +75,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     public MachineMemory Memory { get; }
 
     public ulong* MachineToPhys { get; private set; }
+
+    public Mfn MachineToPhysFrame { get; private set; }
 
     public VirtualAddress MachineToPhysStart { get; private set; }
 
@@ -112,8 +114,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private ulong EmptyGdtPage { get; set; }
 
     private ulong IoBitmapPages { get; set; }
-
-    private ulong GdtTables { get; set; }
 
     private static ulong RoundUp(ulong value, ulong unit) => (value + unit - 1) & ~(unit - 1);
 
@@ -239,9 +239,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             MapLarge(address);
 
         // All windows' tables now, so that the L4 entries never change once guests hold copies of them.
-        GdtTables = TableEntry(MonitorLayout.GdtStart, 1);
         for (int vcpu = 0; vcpu < MaxVcpus; vcpu++)
-            _ = TableEntry(MonitorLayout.GdtStart + ((ulong)(vcpu * MonitorLayout.GdtWindowPages) << Paging.PageShift), 1);
+            _ = TableEntry(DescriptorWindowStart(vcpu), 1);
     }
 
     private void MapLarge(ulong physical)
@@ -297,6 +296,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     {
         ulong physical = TakePages(size >> Paging.PageShift);
         MachineToPhys = (ulong*)Host(physical);
+        MachineToPhysFrame = new MachineAddress(physical).Frame;
         ulong invalid = TakePages(1);
         new Span<byte>(Host(invalid), (int)Paging.PageSize).Fill(0xff);
         ulong start = Capabilities.Slot256Usable ? MonitorLayout.ClassicMachineToPhys : MonitorLayout.AlternativeMachineToPhys;
@@ -307,6 +307,9 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         for (ulong offset = 0; offset < size; offset += Paging.PageSize)
             Map(start + ramPart + offset, physical + offset, UserReadOnly);
     }
+
+    private static ulong DescriptorWindowStart(int vcpu)
+        => MonitorLayout.DescriptorTablesStart + ((ulong)(vcpu * MonitorLayout.DescriptorWindowPages) << Paging.PageShift);
 
     private VcpuPages BuildVcpuPages(int number)
     {
@@ -332,7 +335,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             tss[taskStateSize + (MonitorLayout.SyscallPort / 8)] &= unchecked((byte)~(1 << (MonitorLayout.SyscallPort % 8)));
 
         const uint taskStateLimit = taskStateSize + 8192;
-        ulong windowStart = MonitorLayout.GdtStart + ((ulong)(number * MonitorLayout.GdtWindowPages) << Paging.PageShift);
+        ulong windowStart = DescriptorWindowStart(number);
         ulong window = TableEntry(windowStart, 1);
         const PageFlags tableFlags = SupervisorData & ~PageFlags.Writable;
         for (int page = 0; page < MonitorLayout.GdtWindowPages; page++)
@@ -353,8 +356,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ExceptionStack = (ulong*)(Host(stackPage) + Paging.PageSize),
             ReturnAreaTop = area + ((ulong)MonitorLayout.ReturnAreaPages << Paging.PageShift),
             ReturnArea = (ulong*)(Host(areaPages) + (MonitorLayout.ReturnAreaPages << Paging.PageShift)),
-            GdtStart = windowStart,
-            GdtWindow = new GdtWindow((nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
+            DescriptorWindow = new DescriptorWindow(
+                new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
         };
     }
 }
@@ -376,7 +379,5 @@ internal readonly unsafe struct VcpuPages
 
     public ulong* ReturnArea { get; init; }
 
-    public ulong GdtStart { get; init; }
-
-    public GdtWindow GdtWindow { get; init; }
+    public DescriptorWindow DescriptorWindow { get; init; }
 }

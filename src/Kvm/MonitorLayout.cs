@@ -38,11 +38,17 @@ internal static class MonitorLayout
     /// <summary>Slot 259: all guest-physical memory, for the monitor's own stores.</summary>
     public const ulong DirectMapStart = Paging.HypervisorVirtualStart + (3 * SlotSize);
 
-    /// <summary>Slot 260: a window of 16 pages for each vCPU's global descriptor table.</summary>
-    public const ulong GdtStart = Paging.HypervisorVirtualStart + (4 * SlotSize);
+    /// <summary>Slot 260: a window for each vCPU's descriptor tables, the global one and then the local one.</summary>
+    public const ulong DescriptorTablesStart = Paging.HypervisorVirtualStart + (4 * SlotSize);
 
-    /// <summary>Pages of one GDT window: 14 of the guest, then the reserved ones.</summary>
-    public const int GdtWindowPages = 16;
+    /// <summary>Pages of the global table in a window: 14 of the guest, then the reserved ones.</summary>
+    public const int GdtWindowPages = DescriptorWindow.GdtPages;
+
+    /// <summary>Pages of one window (GDT_LDT_VCPU_SHIFT).</summary>
+    public const int DescriptorWindowPages = DescriptorWindow.GdtPages + DescriptorWindow.LdtPages;
+
+    /// <summary>What SLDT shows while there is a local table (LDT_SELECTOR). Nothing has to stand there: LDTR is loaded without it.</summary>
+    public const ushort LdtSelector = 0xe050;
 
     /// <summary>Index of the reserved page in a window (FIRST_RESERVED_GDT_PAGE).</summary>
     public const int ReservedGdtPage = 14;

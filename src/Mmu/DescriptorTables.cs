@@ -17,6 +17,10 @@ public static unsafe class DescriptorTables
     private const ulong TypeMask = 0xfUL << 40;
     private const ulong CallGate = 0xcUL << 40;
 
+    /// <summary>How the window maps the guest's frames: for the processor alone, which sets descriptors' accessed bits.</summary>
+    private const PageFlags TableFlags
+        = PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute;
+
     /// <summary>set_gdt(frame list, entries).</summary>
     public static long SetGdt(VcpuContext* vcpu, in HypercallArguments arguments)
     {
@@ -55,9 +59,9 @@ public static unsafe class DescriptorTables
             ref ulong current = ref target->State->GdtFrames[i];
             ulong next = i < frameList.Length ? frameList[i] : 0;
             PageTableEntry entry = next == 0
-                ? target->GdtEmptyEntry
-                : new PageTableEntry(new Mfn(next), PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute);
-            _ = target->PageTableWrites->Store(target->GdtEntries + i, target->GdtEntriesAddress + ((ulong)i * sizeof(ulong)), entry);
+                ? target->DescriptorWindow.Empty
+                : new PageTableEntry(new Mfn(next), TableFlags);
+            Map(target, i, entry);
             if (current != 0)
                 _ = PageTables.PutPageAndType(vcpu, new Mfn(current), frames->Find(new Mfn(current)));
             current = next;
@@ -98,16 +102,93 @@ public static unsafe class DescriptorTables
     }
 
     /// <summary>MMUEXT_SET_LDT.</summary>
-    /// <remarks>The table is read where a selector of it has to be resolved; no frame is typed before that.</remarks>
+    /// <remarks>No frame is typed before a descriptor in it is used: see <see cref="MapLdtPage"/>.</remarks>
     public static Errno SetLdt(VcpuContext* vcpu, ulong address, uint entries)
     {
         if (entries > MaxLdtEntries)
             return Errno.EINVAL;
-        if (entries != 0 && ((address & Paging.PageOffsetMask) != 0 || !new VirtualAddress(address).IsGuest))
+        if (entries == 0)
+            address = 0;
+        else if ((address & Paging.PageOffsetMask) != 0 || !new VirtualAddress(address).IsGuest)
             return Errno.EINVAL;
-        vcpu->State->LdtBase = entries == 0 ? 0 : address;
+        if (vcpu->State->LdtBase == address && vcpu->State->LdtEntries == entries)
+            return Errno.None;
+        DropLdt(vcpu);
+        vcpu->State->LdtBase = address;
         vcpu->State->LdtEntries = entries;
         return Errno.None;
+    }
+
+    /// <summary>
+    /// Types the frame that holds a descriptor of the LDT, as the kernel's tables map it now, and maps it in the window
+    /// (pv_map_ldt_shadow_page).
+    /// </summary>
+    /// <param name="vcpu">The vCPU whose table it is.</param>
+    /// <param name="offset">The descriptor's offset in the table, below its end.</param>
+    /// <returns>False where nothing is mapped, or what is cannot be a descriptor table.</returns>
+    public static bool MapLdtPage(VcpuContext* vcpu, uint offset)
+    {
+        if (Mapping(vcpu, DescriptorWindow.GdtPages + (int)(offset >> Paging.PageShift)).IsPresent)
+            return true;
+        var linear = new VirtualAddress(vcpu->State->LdtBase + offset);
+        if (!linear.IsGuest)
+            return false;
+        int mode = vcpu->State->KernelMode;
+        vcpu->State->KernelMode = 1;
+        PageTableEntry* mapping = GuestAccess.FindEntry(vcpu, linear);
+        vcpu->State->KernelMode = mode;
+        if (mapping == null)
+            return false;
+        var entry = new PageTableEntry(Volatile.Read(ref *(ulong*)mapping));
+        if (!entry.IsPresent)
+            return false;
+        Errno error;
+        while ((error = PageTables.GetPageAndType(vcpu, entry.Frame, PageType.SegmentDescriptors, out _)) == Errno.ERESTART)
+        {
+            // Nothing of this vCPU's own is in the way, as it comes here before it has stored anything; others are on their way.
+            _ = Thread.Yield();
+        }
+
+        if (error != Errno.None)
+            return false;
+        Map(vcpu, DescriptorWindow.GdtPages + (int)(offset >> Paging.PageShift), new PageTableEntry(entry.Frame, TableFlags));
+        return true;
+    }
+
+    /// <summary>Takes the LDT's frames out of the window: they are typed again as they are used (pv_destroy_ldt).</summary>
+    public static void DropLdt(VcpuContext* vcpu)
+    {
+        bool dropped = false;
+        for (int i = 0; i < DescriptorWindow.LdtPages; i++)
+        {
+            PageTableEntry entry = Mapping(vcpu, DescriptorWindow.GdtPages + i);
+            if (!entry.IsPresent)
+                continue;
+            Map(vcpu, DescriptorWindow.GdtPages + i, default);
+            _ = PageTables.PutPageAndType(vcpu, entry.Frame, FrameTable.Of(vcpu->Domain)->Find(entry.Frame));
+            dropped = true;
+        }
+
+        if (dropped)
+            TlbFlush.OnThisVcpu(vcpu);
+    }
+
+    /// <summary>Reads a descriptor of the LDT, whose page is mapped in the window for it.</summary>
+    /// <param name="vcpu">The vCPU whose table it is.</param>
+    /// <param name="index">The descriptor's number.</param>
+    /// <param name="descriptor">The descriptor; null past the table's end.</param>
+    /// <returns>False where the page cannot be mapped.</returns>
+    public static bool TryReadLdt(VcpuContext* vcpu, uint index, out ulong descriptor)
+    {
+        descriptor = 0;
+        if (index >= vcpu->State->LdtEntries)
+            return true;
+        int page = DescriptorWindow.GdtPages + (int)(index / EntriesPerPage);
+        if (!MapLdtPage(vcpu, index * sizeof(ulong)))
+            return false;
+        var descriptors = (ulong*)vcpu->Domain->Memory.Page(Mapping(vcpu, page).Frame);
+        descriptor = Volatile.Read(ref descriptors[index % EntriesPerPage]);
+        return true;
     }
 
     /// <summary>Checks and sanitises a whole frame of descriptors (validate_segdesc_page).</summary>
@@ -154,6 +235,12 @@ public static unsafe class DescriptorTables
         descriptor |= 3UL << 16;
         return true;
     }
+
+    private static PageTableEntry Mapping(VcpuContext* vcpu, int page) => ((PageTableEntry*)vcpu->DescriptorWindow.Entries)[page];
+
+    private static void Map(VcpuContext* vcpu, int page, PageTableEntry entry)
+        => _ = vcpu->PageTableWrites->Store(
+            (PageTableEntry*)vcpu->DescriptorWindow.Entries + page, vcpu->DescriptorWindow.Address + ((ulong)page * sizeof(ulong)), entry);
 
     /// <summary>guest_gate_selector_okay: an LDT selector, one of the guest's GDT, or Xen's flat 64-bit code.</summary>
     private static bool IsGuestCodeSelector(ulong selector)

@@ -23,7 +23,7 @@ public static unsafe class FrameTableAudit
         foreach (ulong frame in writable)
             count.Hold(new Mfn(frame), PageType.Writable, "held by the manager");
         for (int i = 0; i < domain->State->VcpuCount; i++)
-            count.AddVcpu(domain->Vcpus[i].State);
+            count.AddVcpu(domain->Vcpus + i);
         count.AddFrames();
         return count.Compare();
     }
@@ -37,14 +37,21 @@ public static unsafe class FrameTableAudit
         private readonly int[] _linear = new int[domain->Memory.FrameCount];
         private readonly List<string> _troubles = [];
 
-        public void AddVcpu(VcpuState* vcpu)
+        public void AddVcpu(VcpuContext* vcpu)
         {
-            Hold(new Mfn(vcpu->KernelRoot), PageType.L4PageTable, "kernel root");
-            Hold(new Mfn(vcpu->UserRoot), PageType.L4PageTable, "user root");
-            if (vcpu->VcpuInfoFrame != _domain->State->SharedInfoFrame)
-                Hold(new Mfn(vcpu->VcpuInfoFrame), PageType.Writable, "vcpu_info");
-            foreach (ulong frame in vcpu->GdtFrames)
+            VcpuState* state = vcpu->State;
+            Hold(new Mfn(state->KernelRoot), PageType.L4PageTable, "kernel root");
+            Hold(new Mfn(state->UserRoot), PageType.L4PageTable, "user root");
+            if (state->VcpuInfoFrame != _domain->State->SharedInfoFrame)
+                Hold(new Mfn(state->VcpuInfoFrame), PageType.Writable, "vcpu_info");
+            foreach (ulong frame in state->GdtFrames)
                 Hold(new Mfn(frame), PageType.SegmentDescriptors, "GDT");
+            for (int page = 0; page < DescriptorWindow.LdtPages; page++)
+            {
+                PageTableEntry entry = ((PageTableEntry*)vcpu->DescriptorWindow.Entries)[DescriptorWindow.GdtPages + page];
+                if (entry.IsPresent)
+                    Hold(entry.Frame, PageType.SegmentDescriptors, "LDT");
+            }
         }
 
         /// <summary>A reference and a use, by something that names frame 0 when it has none.</summary>

@@ -49,29 +49,17 @@ public sealed unsafe class InstructionDecoder
     /// <summary>The linear address of the instruction's memory operand.</summary>
     public ulong MemoryAddress(in Instruction instruction)
     {
-        ulong address = instruction.IsIPRelativeMemoryOperand
-            ? instruction.IPRelativeMemoryAddress
-            : instruction.MemoryDisplacement64;
-        if (!instruction.IsIPRelativeMemoryOperand)
+        ulong segment = instruction.MemorySegment switch
         {
-            if (instruction.MemoryBase != Register.None)
-                address += ReadRegister(instruction.MemoryBase);
-            if (instruction.MemoryIndex != Register.None)
-                address += ReadRegister(instruction.MemoryIndex) * (ulong)instruction.MemoryIndexScale;
-            if (instruction.MemoryBase.GetSize() == 4 || instruction.MemoryIndex.GetSize() == 4)
-                address = (uint)address;
-        }
-
-        return address + SegmentBase(instruction.MemorySegment);
+            Register.FS => _vcpu->Segments->FsBase,
+            Register.GS => _vcpu->Segments->GsBase,
+            _ => 0UL,
+        };
+        return MemoryOffset(instruction) + segment;
     }
 
-    /// <summary>What a segment register adds to an address in 64-bit mode.</summary>
-    public ulong SegmentBase(Register segment) => segment switch
-    {
-        Register.FS => _vcpu->Segments->FsBase,
-        Register.GS => _vcpu->Segments->GsBase,
-        _ => 0UL,
-    };
+    /// <summary>The offset of the instruction's memory operand in its segment.</summary>
+    public ulong MemoryOffset(in Instruction instruction) => RegisterFile.MemoryOffset(_vcpu->Registers, instruction);
 
     /// <summary>A general-purpose register of any width, zero-extended.</summary>
     public ulong ReadRegister(Register register) => RegisterFile.Read(_vcpu->Registers, register);

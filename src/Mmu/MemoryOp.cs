@@ -56,6 +56,7 @@ public static unsafe class MemoryOp
         AccessOp = 21,
         AddToPhysmapBatch = 23,
         ClaimPages = 24,
+        MachphysCompatMfnList = 25,
         GetVnumainfo = 26,
         ReservedDeviceMemoryMap = 27,
         AcquireResource = 28,
@@ -96,6 +97,15 @@ public static unsafe class MemoryOp
         public ulong Start;
         public ulong End;
         public ulong MaxMfn;
+    }
+
+    /// <summary>struct xen_machphys_mfn_list.</summary>
+    [StructLayout(LayoutKind.Explicit, Size = 24)]
+    private struct MachphysMfnList
+    {
+        [FieldOffset(0)] public uint MaxExtents;
+        [FieldOffset(8)] public ulong ExtentStart;
+        [FieldOffset(16)] public uint ExtentCount;
     }
 
     /// <summary>struct xen_add_to_physmap and xen_add_to_physmap_batch, as far as they are looked at.</summary>
@@ -196,6 +206,8 @@ public static unsafe class MemoryOp
                 return -(long)SetMemoryMap(vcpu, pointer);
             case Command.MachphysMapping:
                 return GetMachphysMapping(vcpu, pointer);
+            case Command.MachphysMfnList:
+                return -(long)GetMachphysMfnList(vcpu, pointer);
             case Command.MaximumRamPage:
                 return (long)vcpu->Domain->Memory.EndFrame.Value;
             case Command.CurrentReservation:
@@ -223,6 +235,10 @@ public static unsafe class MemoryOp
             case Command.GetSharingFreedPages:
             case Command.GetSharingSharedPages:
                 return 0;
+
+            // The M2P table of 32-bit guests, of which there are none.
+            case Command.MachphysCompatMfnList:
+                return -(long)Errno.EOPNOTSUPP;
 
             // For the privileged domain.
             case Command.MachineMemoryMap:
@@ -347,6 +363,31 @@ public static unsafe class MemoryOp
     /// <summary>Another domain by number: domain 0 is there, the caller's own number is refused (rcu_lock_remote_domain_by_id).</summary>
     private static Errno RefuseRemote(VcpuContext* vcpu, ushort domain)
         => domain == vcpu->Domain->State->Id ? Errno.EPERM : domain == 0 ? Errno.None : Errno.ESRCH;
+
+    /// <summary>
+    /// The frames that the M2P table lies in: of each 2 MiB of it the first. Where there is no table, below the first frame of
+    /// memory, the next one that there is stands, as Xen repeats the last one in holes.
+    /// </summary>
+    /// <remarks>The numbers are real, and nobody but a privileged domain may map them.</remarks>
+    private static Errno GetMachphysMfnList(VcpuContext* vcpu, ulong pointer)
+    {
+        const ulong extentSize = 1UL << 21;
+        if (!GuestAccess.Read(vcpu, pointer, out MachphysMfnList list))
+            return Errno.EFAULT;
+        MachineMemory memory = vcpu->Domain->Memory;
+        ulong hole = memory.FirstFrame.Value * sizeof(ulong);
+        ulong size = memory.EndFrame.Value * sizeof(ulong);
+        uint extent = 0;
+        for (ulong offset = 0; extent != list.MaxExtents && offset < size; extent++, offset += extentSize)
+        {
+            Mfn frame = vcpu->Domain->MachineToPhysFrame + ((Math.Max(offset, hole) - hole) >> Paging.PageShift);
+            if (!GuestAccess.Write(vcpu, list.ExtentStart + (extent * sizeof(ulong)), frame.Value))
+                return Errno.EFAULT;
+        }
+
+        list.ExtentCount = extent;
+        return GuestAccess.Write(vcpu, pointer, list) ? Errno.None : Errno.EFAULT;
+    }
 
     private static long GetMachphysMapping(VcpuContext* vcpu, ulong pointer)
     {

@@ -103,6 +103,7 @@ public static unsafe class MmuextOp
         Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.L4PageTable, out _);
         if (error != Errno.None)
             return error;
+        DescriptorTables.DropLdt(vcpu);
         if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
             PageTables.ShowMachineToPhys(vcpu, frame, shown: true);
         vcpu->State->KernelRoot = frame.Value;

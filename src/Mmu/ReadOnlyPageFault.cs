@@ -12,8 +12,14 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     private readonly VcpuContext* _vcpu = vcpu;
     private readonly InstructionDecoder _decoder = new(vcpu);
 
+    /// <summary>
+    /// After a store that was not performed: where an operand that it reads could not be read, which is the fault that the guest gets;
+    /// null where the fault is the one that there was.
+    /// </summary>
+    public VirtualAddress? UnreadableAddress { get; private set; }
+
     /// <summary>The store would do, but not yet: nothing was changed, and the guest is to execute the instruction again.</summary>
-    private bool _again;
+    public bool MustRetry { get; private set; }
 
     /// <summary>Tries to perform the store that raised a write-protection fault in kernel mode.</summary>
     /// <param name="fault">CR2.</param>
@@ -23,13 +29,14 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     /// </returns>
     public bool TryEmulate(VirtualAddress fault)
     {
+        UnreadableAddress = null;
         if (!fault.IsGuest || !TryHoldTable(fault, out Mfn table, out FrameInfo* info))
             return false;
-        _again = false;
+        MustRetry = false;
         bool performed = TryPerform(fault, table);
         PageTables.Release(_vcpu, table, info);
         FrameTable.Of(_vcpu->Domain)->PutPage(info);
-        return performed || _again;
+        return performed || MustRetry;
     }
 
     private bool TryPerform(VirtualAddress fault, Mfn table)
@@ -37,7 +44,16 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         if (!_decoder.TryDecode(out Instruction instruction) || !IsStore(instruction, out int size))
             return false;
         ulong address = DestinationAddress(instruction);
-        if (((address ^ fault.Value) & ~Paging.PageOffsetMask) != 0 || (address & ((ulong)size - 1)) != 0)
+        if (((address ^ fault.Value) & ~Paging.PageOffsetMask) != 0)
+        {
+            // In FS or GS, whose base does not count here: what is there is read, and the store is refused.
+            byte* operand = stackalloc byte[16];
+            if (ReadsDestination(instruction))
+                _ = TryReadOperand(address, operand, (ulong)size);
+            return false;
+        }
+
+        if ((address & ((ulong)size - 1)) != 0)
             return false;
         var store = new Store { Table = table, Offset = (int)(address & Paging.PageOffsetMask), Size = size };
         ulong next = instruction.NextIP;
@@ -112,17 +128,32 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             && (!instruction.IsStringInstruction || instruction.Op0Kind == OpKind.MemoryESRDI);
     }
 
+    /// <summary>Whether what is stored depends on what was there.</summary>
+    private static bool ReadsDestination(in Instruction instruction) => instruction.Mnemonic
+        is not (Mnemonic.Mov or Mnemonic.Movnti or Mnemonic.Movbe or Mnemonic.Push or Mnemonic.Pushfq or Mnemonic.Call or Mnemonic.Pop)
+        && !instruction.IsStringInstruction && instruction.ConditionCode == ConditionCode.None;
+
+    private bool TryReadOperand(ulong address, void* to, ulong size)
+    {
+        if (GuestAccess.CopyFrom(_vcpu, address, to, size))
+            return true;
+        bool startReads = GuestAccess.Translate(_vcpu, address, write: false) != null;
+        UnreadableAddress = new VirtualAddress(startReads ? (address | Paging.PageOffsetMask) + 1 : address);
+        return false;
+    }
+
     /// <summary>Both repeat prefixes mean the same for stores.</summary>
     private static bool IsRepeated(in Instruction instruction)
         => instruction.IsStringInstruction && (instruction.HasRepPrefix || instruction.HasRepnePrefix);
 
+    /// <summary>The address without a segment's base: Xen's emulation knows of none.</summary>
     private ulong DestinationAddress(in Instruction instruction)
     {
         if (instruction.IsStringInstruction)
             return _vcpu->Registers->Rdi;
         if (instruction.Mnemonic is Mnemonic.Push or Mnemonic.Pushfq or Mnemonic.Call)
             return _vcpu->Registers->Rsp + (ulong)instruction.StackPointerIncrement;
-        ulong address = _decoder.MemoryAddress(instruction);
+        ulong address = _decoder.MemoryOffset(instruction);
 
         // POP's own operand is addressed with the stack pointer after it.
         if (instruction.Mnemonic == Mnemonic.Pop && instruction.MemoryBase == Register.RSP)
@@ -279,8 +310,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
     private bool WriteFromMemory(in Instruction instruction, PageTableEntry* entry, in Store store)
     {
         ulong value = 0;
-        ulong from = _vcpu->Registers->Rsi + _decoder.SegmentBase(instruction.MemorySegment);
-        return GuestAccess.CopyFrom(_vcpu, from, &value, (ulong)store.Size)
+        return TryReadOperand(_vcpu->Registers->Rsi, &value, (ulong)store.Size)
             && Write(entry, store, value)
             && AdvanceString(instruction, store.Size, moves: true);
     }
@@ -313,7 +343,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
                 operand = _decoder.ReadRegister(instruction.Op0Register);
                 break;
             case OpKind.Memory:
-                if (!GuestAccess.CopyFrom(_vcpu, _decoder.MemoryAddress(instruction), &operand, (ulong)store.Size))
+                if (!TryReadOperand(_decoder.MemoryOffset(instruction), &operand, (ulong)store.Size))
                     return false;
                 break;
             case OpKind.NearBranch64:
@@ -446,7 +476,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         Errno error = PageTables.ReferenceL1(_vcpu, ref value);
         if (error != Errno.None)
         {
-            _again = error == Errno.ERESTART;
+            MustRetry = error == Errno.ERESTART;
             return StoreResult.Refused;
         }
 

@@ -48,6 +48,18 @@ public static unsafe class RegisterFile
         };
     }
 
+    /// <summary>The offset of an instruction's memory operand in its segment, cut to the width of its address.</summary>
+    public static ulong MemoryOffset(CpuRegisters* registers, in Instruction instruction)
+    {
+        if (instruction.IsIPRelativeMemoryOperand)
+            return instruction.IPRelativeMemoryAddress;
+        Register basis = instruction.MemoryBase;
+        ulong offset = instruction.MemoryDisplacement64 + Read(registers, basis)
+            + (Read(registers, instruction.MemoryIndex) * (uint)instruction.MemoryIndexScale);
+        int width = basis != Register.None ? basis.GetSize() : instruction.MemoryIndex.GetSize();
+        return width switch { 2 => (ushort)offset, 4 => (uint)offset, _ => offset };
+    }
+
     private static bool IsHighByte(Register register) => register is >= Register.AH and <= Register.BH;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

@@ -1,5 +1,6 @@
 // Stock Debian kernels, by the command's own demonstration: to the shell, through it, and out of it.
 
+using System.IO.Compression;
 using System.Text.RegularExpressions;
 using XenSharp.Cli.Tests;
 using XenSharp.Cli.Tests.Terminal;
@@ -69,6 +70,22 @@ public sealed class DebianTests : KvmFixture
         Assert.That(end.Status, Is.Zero, end.Error);
         Assert.That(end.Output, Does.Contain("-cloud-amd64\r\n"));
         Assert.That(KernelLog.TroubleIn(end.Output), Is.Empty);
+    }
+
+    [Test]
+    public async Task Processes_live_on_their_local_descriptor_tables()
+    {
+        // Packed, because a terminal takes no line of more than 4096 characters.
+        using var packed = new MemoryStream();
+        await using (var writer = new GZipStream(packed, CompressionLevel.Optimal))
+            await writer.WriteAsync(LocalTableProgram.Build());
+        CommandEnd end = await CommandProcess.RunAsync(
+            $"echo {Convert.ToBase64String(packed.ToArray())} | base64 -d | gunzip >/ldt; chmod +x /ldt\n"
+            + "for i in 1 2 3; do /ldt; echo status: $?; done\n/ldt & /ldt; echo status: $?; wait $!; echo status: $?\ndmesg\n",
+            ["demo"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(Regex.Matches(end.Output, @"status: (\d+)").Select(static match => match.Groups[1].Value), Is.EqualTo(Enumerable.Repeat("0", 5)));
+        Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
     }
 
     [TestCase("poweroff", 0)]

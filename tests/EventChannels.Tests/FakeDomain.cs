@@ -22,7 +22,9 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public PageTableWriteQueue* PageTableWrites => throw new NotSupportedException();
 
-    public GdtWindow GdtWindow => default;
+    public DescriptorWindow DescriptorWindow => default;
+
+    public uint LdtEntries { get; set; }
 
     public int* KickPending => throw new NotSupportedException();
 

@@ -33,7 +33,7 @@ public sealed unsafe class HostileGuestTests : KvmTest
         yield return _guest.Machine.Code.RestoreAndIret;
         yield return _guest.Machine.Code.LoadRoot;
         yield return _guest.Machine.InterruptTable;
-        yield return MonitorLayout.GdtStart + (MonitorLayout.ReservedGdtPage << Paging.PageShift);
+        yield return MonitorLayout.DescriptorTablesStart + (MonitorLayout.ReservedGdtPage << Paging.PageShift);
         yield return MonitorLayout.DirectMap(new MachineAddress(MonitorLayout.RegionAddress));
         yield return MonitorLayout.DirectMap(_guest.FirstDataFrame.Address);
     }
@@ -193,7 +193,7 @@ public sealed unsafe class HostileGuestTests : KvmTest
     /// <summary>Host view of a page of the monitor, by a walk of the tables behind the reserved slots.</summary>
     private byte* MonitorPage(ulong address)
     {
-        byte* region = (byte*)_guest.Vcpu.GdtWindow.Entries - (_guest.Vcpu.GdtWindow.Address.Value - MonitorLayout.RegionAddress);
+        byte* region = (byte*)_guest.Vcpu.DescriptorWindow.Entries - (_guest.Vcpu.DescriptorWindow.Address.Value - MonitorLayout.RegionAddress);
         var virtualAddress = new VirtualAddress(address);
         ulong entry = _guest.Machine.HypervisorSlots[virtualAddress.TableIndex(4) - Paging.FirstHypervisorSlot];
         for (int level = 3; level > 0; level--)

@@ -250,6 +250,60 @@ public sealed unsafe class SegmentStateTests : KvmTest
         }
     }
 
+    /// <summary>
+    /// Selectors of the local table: a page that is not mapped yet is a page fault in the window, by an entry as by a load, and once it
+    /// is there they lead to its descriptors.
+    /// </summary>
+    [Test]
+    public void SelectorsOfTheLocalTable([Values] bool throughTheMonitor)
+    {
+        const ushort code64 = (GuestCode64 & ~7) | 7;
+        const ushort data = (GuestData & ~7) | 7;
+        const ushort basedData = (GuestBasedData & ~7) | 7;
+        VcpuExit Load(ushort selector) => RunCode(
+            _guest,
+            code =>
+            {
+                code.mov(fs, eax);
+                code.syscall();
+            },
+            (ref CpuRegisters registers) => registers.Rax = selector);
+        void AssertRefused(VcpuExit exit, ushort selector) => Assert.That(
+            (exit.Kind, exit.Vector, exit.ErrorCode), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.GeneralProtection, (uint)(selector & ~3))), exit.Failure);
+        void AssertNoPage(VcpuExit exit, ushort selector)
+        {
+            Assert.That((exit.Kind, exit.Vector, exit.ErrorCode), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.PageFault, 0U)), exit.Failure);
+            Assert.That(_guest.Vcpu.FaultAddress, Is.EqualTo(_guest.Vcpu.DescriptorWindow.Ldt + (ulong)(selector & ~7)));
+        }
+
+        VcpuExit Enter(ushort code, ushort stack)
+        {
+            _guest.Load(static assembler => assembler.ud2());
+            Segments->Cs = code;
+            Segments->Ss = stack;
+            Queue(throughTheMonitor);
+            VcpuExit exit = RunWatched(_guest);
+            (Segments->Cs, Segments->Ss) = (FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
+            return exit;
+        }
+
+        AssertRefused(Load(basedData), basedData);
+        AssertRefused(Enter(code64, FlatSelectors.Ring3Data), code64);
+        _guest.Vcpu.LdtEntries = (GuestBasedData >> 3) + 1;
+        AssertNoPage(Load(basedData), basedData);
+        AssertNoPage(Enter(code64, FlatSelectors.Ring3Data), code64);
+        AssertNoPage(Enter(FlatSelectors.Ring3Cs64, data), data);
+
+        InstallTable(DescriptorWindow.GdtPages);
+        AssertSyscall(Load(basedData));
+        Assert.That((Segments->Fs, Segments->FsBase), Is.EqualTo((basedData, BasedDataBase)));
+        VcpuExit entered = Enter(code64, data);
+        Assert.That((entered.Kind, entered.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), entered.Failure);
+        AssertRefused(Load(NotPresentData | 7), (NotPresentData & ~7) | 7);
+        _guest.Vcpu.LdtEntries = 0;
+        AssertRefused(Load(basedData), basedData);
+    }
+
     [Test]
     public void VectorRegistersSurviveExits()
     {
@@ -298,8 +352,10 @@ public sealed unsafe class SegmentStateTests : KvmTest
             _guest.Vcpu.PageTableWrites->Flush();
     }
 
-    /// <summary>One frame of descriptors, in the place of the second data page.</summary>
-    private void InstallGdt()
+    private void InstallGdt() => InstallTable(0);
+
+    /// <summary>One frame of descriptors, in the place of the second data page, at a page of the window.</summary>
+    private void InstallTable(int page)
     {
         ulong* table = (ulong*)_guest.Machine.Memory.Page(_guest.SecondDataFrame);
         table[GuestCode32 >> 3] = 0x00cf_fb00_0000_ffff;
@@ -307,8 +363,9 @@ public sealed unsafe class SegmentStateTests : KvmTest
         table[GuestCode64 >> 3] = 0x00af_fb00_0000_ffff;
         table[GuestBasedData >> 3] = 0x00cf_f300_0000_ffff | ((BasedDataBase & 0xff_ffff) << 16);
         table[NotPresentData >> 3] = 0x00cf_7300_0000_ffff;
-        var entries = (PageTableEntry*)_guest.Vcpu.GdtWindow.Entries;
+        var entries = (PageTableEntry*)_guest.Vcpu.DescriptorWindow.Entries;
         const PageFlags flags = PageFlags.Present | PageFlags.Writable | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
-        _guest.Vcpu.PageTableWrites->Store(entries, _guest.Vcpu.GdtWindow.Address, new PageTableEntry(_guest.SecondDataFrame, flags));
+        _guest.Vcpu.PageTableWrites->Store(
+            entries + page, _guest.Vcpu.DescriptorWindow.Address + ((ulong)page * sizeof(ulong)), new PageTableEntry(_guest.SecondDataFrame, flags));
     }
 }

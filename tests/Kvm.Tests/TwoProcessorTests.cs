@@ -174,7 +174,7 @@ public sealed unsafe class TwoProcessorTests : KvmTest
     [Test]
     public void EachHasItsOwnDescriptorWindowAndStack()
     {
-        Assert.That(_second.GdtWindow, Is.Not.EqualTo(_guest.Vcpu.GdtWindow));
+        Assert.That(_second.DescriptorWindow, Is.Not.EqualTo(_guest.Vcpu.DescriptorWindow));
         _guest.Load(code =>
         {
             Label again = code.CreateLabel();

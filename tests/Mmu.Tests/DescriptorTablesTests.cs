@@ -1,4 +1,4 @@
-// set_gdt, update_descriptor: which descriptors a guest may have, and what becomes of them.
+// set_gdt, update_descriptor, the LDT: which descriptors a guest may have, and what becomes of them.
 using XenSharp.Core;
 using static XenSharp.Mmu.Tests.TestMachine;
 
@@ -9,6 +9,9 @@ public sealed unsafe class DescriptorTablesTests
     private const int Gdt = 20;
     private const ulong Code = 0x00af_9a00_0000_ffff;
     private const ulong Dpl3 = 3UL << 45;
+
+    private const PageFlags TableFlags
+        = PageFlags.Present | PageFlags.Accessed | PageFlags.Dirty | PageFlags.Writable | PageFlags.NoExecute;
 
     private static IEnumerable<TestCaseData> Descriptors()
     {
@@ -73,9 +76,9 @@ public sealed unsafe class DescriptorTablesTests
         for (int i = 0; i < 14; i++)
         {
             Assert.That(machine.Vcpu->State->GdtFrames[i], Is.EqualTo(i < frames ? Frame(Gdt + i).Value : 0));
-            Assert.That(machine.Vcpu->GdtEntries[i].IsPresent, Is.EqualTo(i < frames));
+            Assert.That(machine.DescriptorPages[i].IsPresent, Is.EqualTo(i < frames));
             if (i < frames)
-                Assert.That(machine.Vcpu->GdtEntries[i].Frame, Is.EqualTo(Frame(Gdt + i)));
+                Assert.That(machine.DescriptorPages[i].Frame, Is.EqualTo(Frame(Gdt + i)));
         }
 
         Assert.That(machine.Info(40).TypeCount, Is.Zero, "the old ones are let go");
@@ -94,7 +97,7 @@ public sealed unsafe class DescriptorTablesTests
         Assert.That(DescriptorTables.SetGdt(machine.Vcpu, arguments), Is.EqualTo(-(long)Errno.EFAULT));
         Assert.That(machine.Info(Gdt).TypeCount, Is.EqualTo(1));
         Assert.That(machine.Info(Gdt + 1).TypeCount, Is.Zero);
-        Assert.That(machine.Vcpu->GdtEntries[0].Frame, Is.EqualTo(Frame(Gdt)));
+        Assert.That(machine.DescriptorPages[0].Frame, Is.EqualTo(Frame(Gdt)));
     }
 
     [Test]
@@ -106,6 +109,93 @@ public sealed unsafe class DescriptorTablesTests
         var arguments = new HypercallArguments { A0 = EntryAddress(Gdt, 5).Value + 4 };
         Assert.That(DescriptorTables.UpdateDescriptor(machine.Vcpu, arguments), Is.EqualTo(-(long)Errno.EINVAL), "between two");
     }
+
+    [Test]
+    public void Pages_of_the_ldt_are_typed_as_they_are_used()
+    {
+        using var machine = new TestMachine();
+        PutLdt(machine, Code);
+        Assert.That(SetLdt(machine, DataAddress + Paging.PageSize, 1024), Is.Zero);
+        Assert.That((machine.Info(5).Type, machine.Info(6).Type), Is.EqualTo((PageType.Writable, PageType.Writable)), "nothing is used yet");
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 8), Is.False, "it is mapped writable");
+        MapReadOnly(machine, 1, 2);
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 8), Is.True);
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 16), Is.True, "the page is there");
+        Assert.That((machine.Info(5).Type, machine.Info(5).TypeCount, machine.Info(6).TypeCount), Is.EqualTo((PageType.SegmentDescriptors, 1U, 0U)));
+        PageTableEntry mapping = machine.DescriptorPages[DescriptorWindow.GdtPages];
+        Assert.That(mapping, Is.EqualTo(new PageTableEntry(Frame(5), TableFlags)), "the guest has no business with it");
+        Assert.That(machine.DescriptorPages[DescriptorWindow.GdtPages + 1].IsPresent, Is.False);
+
+        Assert.That(DescriptorTables.TryReadLdt(machine.Vcpu, 513, out ulong descriptor), Is.True);
+        Assert.That((descriptor, machine.Info(6).TypeCount), Is.EqualTo((0UL, 1U)));
+        Assert.That(DescriptorTables.TryReadLdt(machine.Vcpu, 1, out descriptor), Is.True);
+        Assert.That(descriptor, Is.EqualTo(Code | Dpl3));
+        Assert.That(DescriptorTables.TryReadLdt(machine.Vcpu, 1024, out descriptor), Is.True, "past the end there is nothing");
+        Assert.That(descriptor, Is.Zero);
+    }
+
+    [Test]
+    public void Another_table_or_root_lets_the_ldt_go()
+    {
+        using var machine = new TestMachine();
+        PutLdt(machine, Code);
+        MapReadOnly(machine, 1);
+        Assert.That(SetLdt(machine, DataAddress + Paging.PageSize, 512), Is.Zero);
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 8), Is.True);
+        Assert.That(SetLdt(machine, DataAddress + Paging.PageSize, 512), Is.Zero);
+        Assert.That(machine.Info(5).TypeCount, Is.EqualTo(1), "the same again");
+        Assert.That(SetLdt(machine, DataAddress + Paging.PageSize, 8193), Is.EqualTo(-(long)Errno.EINVAL));
+        Assert.That(machine.Info(5).TypeCount, Is.EqualTo(1), "refused");
+        machine.Queue->FlushPending = 0;
+        Assert.That(SetLdt(machine, DataAddress + Paging.PageSize, 511), Is.Zero);
+        Assert.That((machine.Info(5).TypeCount, machine.Queue->FlushPending), Is.EqualTo((0U, 1)), "shorter by one");
+        Assert.That(machine.DescriptorPages[DescriptorWindow.GdtPages].IsPresent, Is.False);
+
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 8), Is.True);
+        new ReadOnlySpan<ulong>(machine.Entry(0, 0), 256).CopyTo(new Span<ulong>(machine.Entry(Gdt, 0), 256));
+        Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(0)), Is.EqualTo(Errno.None));
+        Assert.That(machine.Info(5).TypeCount, Is.EqualTo(1), "the same root");
+        Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(Gdt)), Is.EqualTo(Errno.None));
+        Assert.That(machine.Info(5).TypeCount, Is.Zero, "another root");
+        Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, 8), Is.True, "the table is the same");
+        Assert.That(SetLdt(machine, 0, 0), Is.Zero);
+        Assert.That((machine.Info(5).TypeCount, machine.Info(5).ReferenceCount), Is.EqualTo((0U, 2U)), "its owner's and the mapping's");
+    }
+
+    [Test]
+    public void What_the_ldt_cannot_be()
+    {
+        using var machine = new TestMachine();
+        PutLdt(machine, 0x0000_8900_0000_0067);
+        MapReadOnly(machine, 1);
+        foreach ((string what, ulong address) in ((string, ulong)[])
+            [
+                ("a page with a TSS", DataAddress + Paging.PageSize), ("not mapped", 0x7000_0000), ("not canonical", 0x7fff_ffff_f000),
+            ])
+        {
+            Assert.That(SetLdt(machine, address, 8192), Is.Zero, what);
+            Assert.That(DescriptorTables.MapLdtPage(machine.Vcpu, what == "not canonical" ? 4104U : 8), Is.False, what);
+            Assert.That(DescriptorTables.TryReadLdt(machine.Vcpu, 513, out _), Is.False, what);
+        }
+
+        foreach ((ulong address, uint entries) in ((ulong, uint)[])[(DataAddress + 8, 1), (Paging.HypervisorVirtualStart, 1), (1UL << 63, 1), (DataAddress, 8193)])
+            Assert.That(SetLdt(machine, address, entries), Is.EqualTo(-(long)Errno.EINVAL));
+        Assert.That(SetLdt(machine, DataAddress + 8, 0), Is.Zero, "none, wherever");
+    }
+
+    /// <summary>A descriptor at 1 of the second data page.</summary>
+    private static void PutLdt(TestMachine machine, ulong descriptor) => ((ulong*)machine.Data)[513] = descriptor;
+
+    private static void MapReadOnly(TestMachine machine, params int[] dataPages)
+    {
+        foreach (int page in dataPages)
+        {
+            var entry = new PageTableEntry(Frame(4 + page), Leaf & ~PageFlags.Writable);
+            Assert.That(machine.UpdateVa(DataAddress + ((ulong)page << Paging.PageShift), entry), Is.Zero);
+        }
+    }
+
+    private static long SetLdt(TestMachine machine, ulong address, uint entries) => machine.Extended(13, address, entries);
 
     private static long Set(TestMachine machine, uint entries, params int[] frames)
     {

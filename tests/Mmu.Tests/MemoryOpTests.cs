@@ -43,6 +43,8 @@ public sealed unsafe class MemoryOpTests
         yield return Case("command 8", 8, enosys);
         yield return Case("command 63", 63, enosys);
         yield return Case("machphys_mapping, no argument", 12, efault, pointer: Unmapped);
+        yield return Case("machphys_mfn_list, no argument", 5, efault, pointer: Unmapped);
+        yield return Case("machphys_compat_mfn_list", 25, eopnotsupp);
         yield return Case("memory_map, no argument", 9, efault, pointer: Unmapped);
         yield return Case("memory_map, continued", 9 | Started, enosys);
     }
@@ -128,6 +130,21 @@ public sealed unsafe class MemoryOpTests
         var data = (ulong*)machine.Data;
         ulong end = FirstFrame + 64;
         Assert.That((data[0], data[1], data[2]), Is.EqualTo((0xffff_8300_0000_0000, 0xffff_8300_0000_0000 + (end * 8), end - 1)));
+    }
+
+    [TestCase(0U, 0U)]
+    [TestCase(1U, 1U)]
+    [TestCase(3U, 1U)]
+    public void The_frames_of_the_M2P_are_listed_as_far_as_there_is_room(uint room, uint listed)
+    {
+        using TestMachine machine = NewMachine();
+        var data = (ulong*)machine.Data;
+        (data[0], data[1], data[2], data[8], data[9]) = (room, DataAddress + 64, 77, 0xee, 0xee);
+        Assert.That(machine.Memory(5), Is.Zero);
+        Assert.That((uint)data[2], Is.EqualTo(listed));
+        Assert.That((data[8], data[9]), Is.EqualTo((listed == 0 ? 0xee : machine.Context->MachineToPhysFrame.Value, 0xeeUL)));
+        data[1] = Unmapped;
+        Assert.That(machine.Memory(5), Is.EqualTo(room == 0 ? 0 : -(long)Errno.EFAULT));
     }
 
     private static IEnumerable<TestCaseData> Reservations()

@@ -42,6 +42,7 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->State->MaxPages = (ulong)frames;
         Context->Memory = memory;
         Context->MachineToPhys = (ulong*)Allocate((nuint)frames * 8);
+        Context->MachineToPhysFrame = new Mfn(0x100);
         Context->MachineToPhysStart = new VirtualAddress(0xffff_8300_0000_0000);
         Context->Frames = Allocate((nuint)sizeof(FrameTable));
         Context->ShadowedFrames = inGuest ? (ulong*)Allocate(((nuint)frames + 63) / 64 * 8) : null;
@@ -81,6 +82,9 @@ internal sealed unsafe class TestMachine : IDisposable
     }
 
     public int FrameCount { get; }
+
+    /// <summary>The entries of <see cref="VcpuContext.DescriptorWindow"/>.</summary>
+    public PageTableEntry* DescriptorPages => (PageTableEntry*)Vcpu->DescriptorWindow.Entries;
 
     public DomainContext* Context { get; }
 
@@ -196,8 +200,8 @@ internal sealed unsafe class TestMachine : IDisposable
         vcpu->PageTableWrites = (PageTableWriteQueue*)Allocate((nuint)sizeof(PageTableWriteQueue));
         vcpu->PageTableWrites->InGuest = inGuest ? 1 : 0;
         vcpu->Info = (VcpuInfo*)Context->SharedInfo + id;
-        vcpu->GdtEntries = (PageTableEntry*)Allocate(4096);
-        vcpu->GdtEntriesAddress = new MachineAddress(0x7770_0000 + ((ulong)id << Paging.PageShift));
+        vcpu->DescriptorWindow = new DescriptorWindow(
+            new VirtualAddress(0xffff_8400_0000_0000), (nint)Allocate(4096), new MachineAddress(0x7770_0000 + ((ulong)id << Paging.PageShift)), default);
         vcpu->KickPending = (int*)Allocate(sizeof(int));
     }
 

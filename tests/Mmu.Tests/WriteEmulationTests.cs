@@ -146,16 +146,48 @@ public sealed unsafe class WriteEmulationTests
     }
 
     [Test]
-    public void Movs_reads_its_source_through_the_segment()
+    public void Movs_reads_its_source_without_the_base_of_its_segment()
     {
         using var machine = NewMachine();
         PutCode(machine, static a => { a.db(0x65); a.movsq(); });
-        machine.Vcpu->Segments->GsBase = SourceAddress - 0x1000;
-        machine.Vcpu->Registers->Rsi = 0x1000;
+        machine.Vcpu->Segments->GsBase = 0x1000;
+        machine.Vcpu->Registers->Rsi = SourceAddress;
         machine.Vcpu->Registers->Rdi = TableAddress;
         *(ulong*)(machine.Data + (2 * 4096)) = 0x1122_3344_5566_7780;
         Assert.That(new ReadOnlyPageFault(machine.Vcpu).TryEmulate(new VirtualAddress(TableAddress)), Is.True);
         Assert.That(machine.Entry(Table, 0)->Value, Is.EqualTo(0x1122_3344_5566_7780UL));
+
+        // Where nothing can be read it is that fault, and the store is not made.
+        PutCode(machine, static a => { a.db(0x65); a.movsq(); });
+        machine.Vcpu->Registers->Rsi = 0x7100_0000;
+        machine.Vcpu->Registers->Rdi = TableAddress;
+        var emulation = new ReadOnlyPageFault(machine.Vcpu);
+        Assert.That(emulation.TryEmulate(new VirtualAddress(TableAddress)), Is.False);
+        Assert.That(emulation.UnreadableAddress, Is.EqualTo(new VirtualAddress(0x7100_0000)));
+    }
+
+    [Test]
+    public void A_destination_in_fs_or_gs_is_taken_without_the_base()
+    {
+        using var machine = NewMachine();
+        machine.Vcpu->Segments->FsBase = TableAddress - SourceAddress;
+        machine.Vcpu->Registers->Rax = 0;
+        var emulation = new ReadOnlyPageFault(machine.Vcpu);
+        foreach ((ulong at, bool reads, ulong? unreadable) in ((ulong, bool, ulong?)[])
+            [(SourceAddress, true, null), (0x1238, false, null), (0x1238, true, 0x1238), (1UL << 63, true, 1UL << 63)])
+        {
+            PutCode(machine, a =>
+            {
+                a.db(0x64);
+                if (reads)
+                    a.@lock.or(__qword_ptr[r9], rax);
+                else
+                    a.mov(__qword_ptr[r9], rax);
+            });
+            machine.Vcpu->Registers->R9 = at;
+            Assert.That(emulation.TryEmulate(new VirtualAddress(TableAddress)), Is.False, $"{at:x}");
+            Assert.That(emulation.UnreadableAddress?.Value, Is.EqualTo(unreadable), $"{at:x}");
+        }
     }
 
     [Test]

@@ -122,6 +122,7 @@ internal static class Xenmem
     public const ulong SharingOp = 22;
     public const ulong AddToPhysmapBatch = 23;
     public const ulong ClaimPages = 24;
+    public const ulong MachphysCompatMfnList = 25;
     public const ulong GetVnumainfo = 26;
     public const ulong ReservedDeviceMemoryMap = 27;
     public const ulong AcquireResource = 28;

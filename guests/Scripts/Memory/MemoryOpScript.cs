@@ -97,6 +97,46 @@ internal static class MemoryOpScript
             c.MemoryOp("machphys mfn list, from nowhere", Xenmem.MachphysMfnList, Bad.Unmapped);
             c.MemoryOp("machphys mfn list, continued", Xenmem.MachphysMfnList | (1UL << Xenmem.ExtentShift), list);
         });
+        script.Case("the frames of the machine-to-physical table, into the last room of a page and beyond it", c =>
+        {
+            // One: how many more there are is a matter of the machine's memory.
+            ScratchPage[] pages = c.Pages(2);
+            c.UpdateVa(pages[1], 0);
+            ScriptBuffer list = c.Structure("list", 24, (0, 4, 1), (8, 8, pages[0][4092]), (16, 4, 77));
+            c.MemoryOp("machphys mfn list, 1, half of it beyond the page", Xenmem.MachphysMfnList, list);
+            c.Load(list[16], 4);
+            c.Put(list[8], 8, pages[0][4088]);
+            c.MemoryOp("machphys mfn list, 1", Xenmem.MachphysMfnList, list);
+            c.Load(list[16], 4);
+            c.Load(pages[0][4088], 8, AnswerFormat.Sign);
+        });
+        script.Case("the frames of the machine-to-physical table are not for an unprivileged domain to map", c =>
+        {
+            ScriptBuffer frames = c.Buffer("frames", 8);
+            ScriptBuffer list = c.Structure("list", 24, (0, 4, 1), (8, 8, frames.At));
+            c.MemoryOp("machphys mfn list, 1", Xenmem.MachphysMfnList, list);
+            Value frame = c.Keep(Value.Load(frames.At), "m2p frame");
+            ScratchPage page = c.Page("page");
+            ScratchPage table = c.PinnedTable(1, "l1");
+            c.UpdateVa(page, ((frame << 12) | Pte.ReadOnly).Named("m2p frame|0x61"));
+            c.UpdateVa(page, ((frame << 12) | Pte.ReadWrite).Named("m2p frame|0x63"));
+            c.MmuUpdate(MmuRequest.Normal(table, 0, ((frame << 12) | Pte.ReadOnly).Named("m2p frame|0x61")));
+            c.MmuUpdateOf(Domid.Xen, MmuRequest.Normal(table, 0, ((frame << 12) | Pte.ReadOnly).Named("m2p frame|0x61")));
+            c.MmuUpdateOf(Domid.Io, MmuRequest.Normal(table, 0, ((frame << 12) | Pte.ReadOnly).Named("m2p frame|0x61")));
+            c.MmuUpdate(new MmuRequest((frame << 12).Named("m2p frame"), 0));
+            c.MmuUpdate(new MmuRequest(((frame << 12) | MmuCommand.MachphysUpdate).Named("m2p of the m2p frame"), 1));
+            c.One("pin L1 m2p frame", Mmuext.PinL1Table, frame);
+            c.One("copy page from the m2p frame", Mmuext.CopyPage, page.Mfn, frame);
+            c.One("clear page m2p frame", Mmuext.ClearPage, frame);
+        });
+        script.Case("the machine-to-physical table of 32-bit guests", c =>
+        {
+            ScriptBuffer frames = c.Buffer("frames", 8);
+            ScriptBuffer list = c.Structure("list", 24, (0, 4, 1), (8, 8, frames.At));
+            c.MemoryOp("machphys compat mfn list, 1", Xenmem.MachphysCompatMfnList, list);
+            c.MemoryOp("machphys compat mfn list, from nowhere", Xenmem.MachphysCompatMfnList, Bad.Unmapped);
+            c.MemoryOp("machphys compat mfn list, continued", Xenmem.MachphysCompatMfnList | (1UL << Xenmem.ExtentShift), list);
+        });
         script.Case("the memory map: entries that fit, and their room", c =>
         {
             ScriptBuffer entries = c.Structure("entries", 64, (0, 8, 0xdeadUL), (8, 8, 0xdeadUL), (16, 8, 0xdeadUL), (24, 8, 0xdeadUL));

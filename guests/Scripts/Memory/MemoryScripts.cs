@@ -12,6 +12,7 @@ internal static class MemoryScripts
         MmuUpdateDomainsScript.Create(),
         UpperTablesScript.Create(),
         PageTableStoresScript.Create(),
+        PageTableStoreFormScript.Create(),
         UpdateVaMappingScript.Create(),
         MmuextOpScript.Create(),
         BaseptrScript.Create(),

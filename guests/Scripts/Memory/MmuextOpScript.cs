@@ -250,6 +250,12 @@ internal static class MmuextOpScript
                 c.MmuextOp($"set LDT: {text}", new MmuextRequest(Mmuext.SetLdt, address, entries));
             }
         });
+        script.Case("the LDT of another domain", c =>
+        {
+            ScratchPage page = c.Page("ldt");
+            foreach (ulong domain in (ulong[])[0, Domid.Io, Domid.Xen, Domid.Absent])
+                c.MmuextOpOf(domain, $"set LDT, domain 0x{domain:x}", new MmuextRequest(Mmuext.SetLdt, page.At, 1));
+        });
         script.Case("a selector of the LDT is loaded, and its page is typed only then", c =>
         {
             ScratchPage page = c.Page("ldt");

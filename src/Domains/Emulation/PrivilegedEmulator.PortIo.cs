@@ -57,6 +57,10 @@ public sealed unsafe partial class PrivilegedEmulator
         bool input = _instruction.Mnemonic is Mnemonic.Insb or Mnemonic.Insw or Mnemonic.Insd;
         (Register index, Register counter) = AddressRegisters(input);
         Register segment = input ? Register.ES : _instruction.MemorySegment;
+
+        // A prefix of SS's does nothing in 64-bit code, not even to the exception.
+        if (_bitness == 64 && segment == Register.SS)
+            segment = Register.DS;
         bool repeats = _instruction.HasRepPrefix || _instruction.HasRepnePrefix;
         ulong left = repeats ? RegisterFile.Read(Registers, counter) : 1;
         if (left == 0)

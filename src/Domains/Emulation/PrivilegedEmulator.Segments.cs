@@ -69,23 +69,8 @@ public sealed unsafe partial class PrivilegedEmulator
     };
 
     private bool TryAddressOperand(uint bytes, out ulong address, out EmulationResult failure)
-    {
-        address = 0;
-        failure = EmulationResult.NotHandled;
-        ulong offset = _instruction.MemoryDisplacement64;
-        Register basis = _instruction.MemoryBase;
-        int width = basis != Register.None ? basis.GetSize() : _instruction.MemoryIndex.GetSize();
-
-        // The decoder gives RIP-relative displacements as the address itself.
-        if (!_instruction.IsIPRelativeMemoryOperand)
-        {
-            offset += RegisterFile.Read(Registers, basis)
-                + (RegisterFile.Read(Registers, _instruction.MemoryIndex) * (uint)_instruction.MemoryIndexScale);
-        }
-
-        offset = width switch { 2 => (ushort)offset, 4 => (uint)offset, _ => offset };
-        return TryLinear(_instruction.MemorySegment, offset, bytes, write: false, out address, out failure);
-    }
+        => TryLinear(
+            _instruction.MemorySegment, RegisterFile.MemoryOffset(Registers, _instruction), bytes, write: false, out address, out failure);
 
     // Segment and offset to linear address, with the limit where the mode has one.
     private bool TryLinear(Register segment, ulong offset, uint bytes, bool write, out ulong address, out EmulationResult failure)

@@ -119,8 +119,8 @@ public sealed unsafe partial class PrivilegedEmulator
         {
             case Code.Cli or Code.Sti:
                 // With IOPL they do nothing: the upcall mask is what stands for IF, and POPF, which cannot be caught, would not
-                // bring it back.
-                return IoplAllows ? Retire() : EmulationResult.NotHandled;
+                // bring it back. Nor do they trap after themselves: a single step ends behind the next instruction.
+                return IoplAllows ? Retire(holdsOffTraps: true) : EmulationResult.NotHandled;
             case Code.Cpuid:
                 return ExecuteCpuid();
             case Code.Rdtsc:

@@ -1,5 +1,6 @@
 // Segment descriptors by selector: Xen's flat ones, and those of the guest's own tables.
 using XenSharp.Core;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Emulation;
 
@@ -71,9 +72,7 @@ internal readonly unsafe struct SegmentDescriptor
         ulong value;
         if ((selector & 4) != 0)
         {
-            if (index >= vcpu->State->LdtEntries)
-                return true;
-            if (!GuestAccess.Read(vcpu, vcpu->State->LdtBase + (index * 8), out value))
+            if (!DescriptorTables.TryReadLdt(vcpu, index, out value))
                 return false;
         }
         else

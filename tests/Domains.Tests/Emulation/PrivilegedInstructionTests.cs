@@ -531,6 +531,25 @@ public sealed unsafe class PrivilegedInstructionTests
     }
 
     [Test]
+    public void CliAndStiLeaveASingleStepToTheNextInstruction()
+    {
+        _guest.State->Iopl = 3UL << 12;
+        _guest.Registers->Rflags |= (ulong)Rflags.Trap;
+        ExpectDone(c => c.cli());
+        ExpectDone(c => c.sti());
+    }
+
+    /// <summary>A prefix of SS's is none in 64-bit code: not even the exception is its own.</summary>
+    [Test]
+    public void AStackSegmentPrefixOfOutsIsIgnored()
+    {
+        _guest.State->Iopl = 3UL << 12;
+        _guest.Registers->Rdx = 0x70;
+        _guest.Registers->Rsi = 1UL << 63;
+        Expect(c => c.db(0x36, 0x6e), EmulationResult.GeneralProtection);
+    }
+
+    [Test]
     public void PartialRegistersKeepTheRest()
     {
         _guest.Registers->Rax = ulong.MaxValue;

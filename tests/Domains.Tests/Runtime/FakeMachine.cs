@@ -29,6 +29,8 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
 
     public ulong* MachineToPhys => _machineToPhys;
 
+    public Mfn MachineToPhysFrame => new(0x100);
+
     public VirtualAddress MachineToPhysStart => new(0xffff_8200_0000_0000);
 
     public ReadOnlySpan<ulong> HypervisorSlots => _slots;
@@ -77,7 +79,7 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
         public CpuRegisters Registers;
         public SegmentRegisters Segments;
         public PageTableWriteQueue Writes;
-        public fixed ulong Gdt[16];
+        public fixed ulong Tables[DescriptorWindow.GdtPages + DescriptorWindow.LdtPages];
         public int Kick;
     }
 
@@ -97,7 +99,10 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public PageTableWriteQueue* PageTableWrites => &_block->Writes;
 
-    public GdtWindow GdtWindow => new((nint)_block->Gdt, new MachineAddress(0xfee1_0000), default);
+    public DescriptorWindow DescriptorWindow
+        => new(new VirtualAddress(0xffff_8201_0000_0000), (nint)_block->Tables, new MachineAddress(0xfee1_0000), default);
+
+    public uint LdtEntries { get; set; }
 
     public int* KickPending => &_block->Kick;
 

@@ -273,6 +273,106 @@ public sealed class RunLoopTests : ScriptedGuest
     }
 
     [Test]
+    public void A_single_step_traps_behind_an_emulated_store()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            SetTrap(ExceptionVector.Debug, Handler);
+            yield return cpu.Hypercall(HypercallNumber.VmAssist, 0, 2);
+            ulong entry = EntryOf(Data + 0x1000);
+            Fake.WriteAll(Data + 0x100, 0x07_8948);
+            cpu.Rip = Data + 0x100;
+            cpu.Rsp = Stack;
+            cpu.Rflags |= (ulong)Rflags.Trap;
+            SetRegisters(cpu, rax: 0, rdi: entry);
+            cpu.FaultAddress = new VirtualAddress(entry);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault, 7);
+            Assert.That((cpu.Rip, Fake.Read<ulong>(entry)), Is.EqualTo((Handler, 0UL)));
+            Assert.That(Fake.Read<ulong>(cpu.Rsp + 16), Is.EqualTo(Data + 0x103), "behind the store");
+            yield return cpu.Hypercall(HypercallNumber.GetDebugreg, 6);
+            Assert.That(cpu.Result, Is.EqualTo(0xffff_0ff0), "as Xen, without the bit for a single step");
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>The base of FS does not count, so the entry is looked for where nothing can be read.</summary>
+    [Test]
+    public void A_store_that_reads_its_operand_elsewhere_is_a_fault_there()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            SetTrap(ExceptionVector.PageFault, Handler);
+            yield return cpu.Hypercall(HypercallNumber.VmAssist, 0, 2);
+
+            // lock or fs:[rdi], rax
+            ulong entry = EntryOf(Data + 0x1000);
+            ulong before = Fake.Read<ulong>(entry);
+            Fake.WriteAll(Data + 0x100, 0x07_0948_f064);
+            cpu.Rip = Data + 0x100;
+            cpu.Rsp = Stack;
+            SetRegisters(cpu, rax: 0x20, rdi: 0x1238);
+            SetFsBase(cpu, entry - 0x1238);
+            cpu.FaultAddress = new VirtualAddress(entry);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault, 7);
+            Assert.That((cpu.Rip, Cr2, Fake.Read<ulong>(cpu.Rsp + 16)), Is.EqualTo((Handler, 0x1238UL, 0UL)));
+            Assert.That(Fake.Read<ulong>(entry), Is.EqualTo(before));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    [Test]
+    public void A_descriptor_of_the_ldt_is_fetched_through_its_page_or_is_the_guests_fault()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            SetTrap(ExceptionVector.PageFault, Handler);
+            SetTrap(ExceptionVector.GeneralProtection, Handler + 1);
+            ulong window = cpu.DescriptorWindow.Ldt.Value;
+            void At(uint offset)
+            {
+                cpu.Rip = 0x1000;
+                cpu.Rsp = Stack;
+                cpu.FaultAddress = new VirtualAddress(window + offset);
+            }
+
+            // No table: what the processor read there is no business of the guest's LDT.
+            At(8);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault);
+            Assert.That((cpu.Rip, Cr2, cpu.LdtEntries), Is.EqualTo((Handler, window + 8, 0U)));
+
+            // A page of nulls, mapped read-only.
+            yield return cpu.Hypercall(HypercallNumber.UpdateVaMapping, Data + 0x1000, Fake.Read<ulong>(EntryOf(Data + 0x1000)) & ~2UL, 0);
+            Assert.That(cpu.Result, Is.Zero);
+            Fake.WriteAll(Data, 13, Data + 0x1000, 512);
+            yield return cpu.Hypercall(HypercallNumber.MmuextOp, Data, 1, 0, DomainId.Self.Value);
+            Assert.That((cpu.Result, cpu.LdtEntries), Is.EqualTo((0L, 512U)));
+            At(8);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault);
+            Assert.That(cpu.Rip, Is.EqualTo(0x1000), "the instruction is tried again");
+            yield return cpu.Hypercall(HypercallNumber.UpdateVaMapping, Data + 0x1000, Fake.Read<ulong>(EntryOf(Data + 0x1000)) | 2, 0);
+            Assert.That(cpu.Result, Is.EqualTo(-(long)Errno.EBUSY), "it is a descriptor table now");
+
+            // A guest that reads there itself has no page either.
+            At(8);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault, (uint)PageFaultError.User);
+            Assert.That((cpu.Rip, Cr2), Is.EqualTo((Handler, window + 8)));
+
+            Fake.WriteAll(Data, 13, 0x7fff_ffff_f000, 8192);
+            yield return cpu.Hypercall(HypercallNumber.MmuextOp, Data, 1, 0, DomainId.Self.Value);
+            At(16);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault);
+            Assert.That((cpu.Rip, Cr2), Is.EqualTo((Handler, 0x7fff_ffff_f010)));
+            At(4096 + 16);
+            yield return FakeVcpu.Exception(ExceptionVector.PageFault);
+            Assert.That((cpu.Rip, Fake.Read<ulong>(cpu.Rsp + 16)), Is.EqualTo((Handler + 1, 4096UL + 16 + 4)), "not canonical");
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    [Test]
     public void A_fault_that_the_tables_do_not_bear_out_is_tried_again_but_not_for_ever()
     {
         IEnumerable<VcpuExit> Guest(FakeVcpu cpu)

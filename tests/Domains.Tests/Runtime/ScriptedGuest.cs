@@ -57,6 +57,8 @@ public abstract unsafe class ScriptedGuest
 
     private protected static void SetRegisters(FakeVcpu cpu, ulong rax, ulong rdi) => (cpu.Registers->Rax, cpu.Registers->Rdi) = (rax, rdi);
 
+    private protected static void SetFsBase(FakeVcpu cpu, ulong value) => cpu.Segments->FsBase = value;
+
     private protected void SetMask(byte value) => _domain.Context->Info->EvtchnUpcallMask = value;
 
     private protected void SetUserRoot() => _domain.Context->State->UserRoot = _domain.Context->State->KernelRoot;

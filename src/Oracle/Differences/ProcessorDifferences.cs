@@ -33,6 +33,9 @@ internal static class ProcessorDifferences
     private const string HostStackSegment =
         "A KVM that emulates the load of SS does not hold a single step off behind it, as the processor does.";
 
+    private const string QemuLock =
+        "QEMU's software CPU raises #GP for a privileged instruction with LOCK, of which Xen's emulation makes the #UD that hardware raises at once.";
+
     private const string HostFsgsbase =
         "A KVM without hardware underneath runs guests with the host's CR4, where FSGSBASE is set.";
 
@@ -208,6 +211,19 @@ internal static class ProcessorDifferences
             "user: mov eax, gs",
             "rax 0",
             HostSelectorRead),
+        .. new (string Case, string Step)[]
+        {
+            ("prefixes of in and out", "lock in al, dx, rax 0x1122334455667788, rcx 3, rdx 32"),
+            ("prefixes of in and out", "lock in al, 0x20, rax 0x1122334455667788, rcx 3, rdx 32"),
+            ("prefixes of in and out", "lock out dx, al, rax 0x1122334455667788, rcx 3, rdx 32"),
+            ("operand and address sizes of string input", "lock insb, rcx 1, rdx 32, rdi area"),
+            ("control registers", "lock mov rax, cr0, rax 0x1122334455667788"),
+            ("other instructions with prefixes", "lock wbinvd, rax 0"),
+            ("other instructions with prefixes", "lock clts, rax 0"),
+            ("rdmsr and wrmsr with prefixes", "lock rdmsr, rax 0x112345678, rcx 0xc0000100, rdx 0xff00000000"),
+        }.Select(static form => KnownDifference.ByHost(
+            "instruction-forms", form.Case, $"kernel: {form.Step}",
+            "#GP(0){rip code, cs e030, rflags 2, same stack, ss e02b, mask 1->1}", QemuLock)),
         KnownDifference.ByHost(
             "instruction-forms", "a trap after each emulated instruction",
             "kernel: popf with TF; mov ss, ecx, flat; nop, rcx 0xe02b",

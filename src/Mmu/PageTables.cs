@@ -329,9 +329,13 @@ public static unsafe class PageTables
 
     /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
     private static Errno RefuseIoMemory(VcpuContext* vcpu, Mfn frame)
-        => vcpu->Domain->Memory.Contains(frame) ? Errno.EBUSY
+        => vcpu->Domain->Memory.Contains(frame) || IsMachineToPhys(vcpu->Domain, frame) ? Errno.EBUSY
             : frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL
             : Errno.EPERM;
+
+    /// <summary>Whether a frame is one of those that hold the M2P table, which a domain can learn of and may not map.</summary>
+    private static bool IsMachineToPhys(DomainContext* domain, Mfn frame)
+        => (frame.Value - domain->MachineToPhysFrame.Value) << Paging.PageShift < domain->Memory.FrameCount * sizeof(ulong);
 
     /// <summary>
     /// A linear page table: an entry that names a table of the entry's own level, so that the guest reads its tables as one

@@ -34,7 +34,7 @@ internal static class GuestOptions
         };
         option.Validators.Add(result =>
         {
-            // What is no number has been complained of by now.
+            // What is no number is complained of by the parser.
             if (NumberOf(result) is { } most && (NumberOf(result.GetResult(memory)) ?? DomainSpecification.DefaultMemoryMiB) is var first && most < first)
                 result.AddError($"--maxmem {most} is less than the {first} MiB that the domain boots with (--memory); it is to be at least that.");
         });

@@ -265,8 +265,14 @@ public struct FrameInfo
     internal bool TryDisown()
         => (Interlocked.And(ref _references, ~AllocatedBit) & AllocatedBit) != 0;
 
-    /// <summary><see cref="TryDisown"/> of a frame that nobody else has a reference to.</summary>
-    internal bool TryDisownUnused() => Interlocked.CompareExchange(ref _references, 1, 1 | AllocatedBit) == (1 | AllocatedBit);
+    /// <summary>Takes the frame from the domain that owns it, where nobody else has a reference to it: it is free then.</summary>
+    internal bool TryFreeUnused()
+    {
+        if (Interlocked.CompareExchange(ref _references, 0, 1 | AllocatedBit) != (1 | AllocatedBit))
+            return false;
+        Settle(State.Free());
+        return true;
+    }
 
     /// <summary>Counts an entry that names another table of this one's level; false where others do so with this one.</summary>
     internal bool TryAddLinearEntry() => TryMoveLinear(1);
@@ -364,7 +370,7 @@ public unsafe struct FrameTable
     public bool TryReserve(FrameFlags flags, int order, ulong limit, out Mfn frame)
     {
         Lock();
-        bool taken = TryTake(flags, 1UL << order, limit, out frame);
+        bool taken = TryTake(flags, order, limit, out frame);
         Unlock();
         return taken;
     }
@@ -378,27 +384,38 @@ public unsafe struct FrameTable
 
     /// <summary>
     /// Takes a frame from the domain that owns it and uses it for nothing (steal_page): the only reference is that of the owner. The
-    /// frame is free then.
+    /// frame is free then. Under <see cref="Lock"/>.
     /// </summary>
-    public bool TrySteal(Mfn frame)
+    internal bool TrySteal(Mfn frame)
     {
         FrameInfo* info = Find(frame);
-        if (info == null || info->Owner != _domain->Id || !info->TryDisownUnused())
+        if (info == null || info->Owner != _domain->Id || !info->TryFreeUnused())
             return false;
-        PutPage(info);
+        NoteFree(_memory.IndexOf(frame), special: false);
         return true;
     }
 
-    /// <summary>Gives a frame back that was stolen and is still free; with its contents, where <see cref="Scrub"/> held them since.</summary>
-    public void Return(Mfn frame)
+    /// <summary>
+    /// Gives a frame back that was stolen under the same <see cref="Lock"/>; with its contents, where <see cref="Scrub"/> held them
+    /// since.
+    /// </summary>
+    internal void Return(Mfn frame)
     {
-        Lock();
         _ = Scrub.Take(_memory.IndexOf(frame));
         Find(frame)->Reserve(FrameFlags.None);
         Find(frame)->Assign(_domain->Id, FrameFlags.None);
         FreeCount--;
         _domain->OwnedPages++;
-        Unlock();
+    }
+
+    /// <summary>Lets frames go that were taken under the same <see cref="Lock"/> and not assigned.</summary>
+    internal void Unreserve(int order, Mfn frame)
+    {
+        for (ulong i = 0; i < 1UL << order; i++)
+        {
+            _ = Find(frame + i)->TryFree();
+            NoteFree(_memory.IndexOf(frame + i), special: false);
+        }
     }
 
     /// <summary>Zeroes a frame.</summary>
@@ -444,17 +461,26 @@ public unsafe struct FrameTable
         _firstFree = Math.Min(_firstFree, index);
     }
 
-    private void Lock()
+    /// <summary>Keeps the free frames as they are for other vCPUs until <see cref="Unlock"/>.</summary>
+    internal void Lock()
     {
-        while (Interlocked.CompareExchange(ref _lock, 1, 0) != 0)
+        const int spinsBeforeYield = 64;
+        for (int spins = 1; Interlocked.CompareExchange(ref _lock, 1, 0) != 0; spins++)
         {
+            if (spins % spinsBeforeYield == 0)
+                _ = Thread.Yield();
+            else
+                Thread.SpinWait(1);
         }
     }
 
-    private void Unlock() => Volatile.Write(ref _lock, 0);
+    /// <summary>Ends <see cref="Lock"/>.</summary>
+    internal void Unlock() => Volatile.Write(ref _lock, 0);
 
-    private bool TryTake(FrameFlags flags, ulong count, ulong limit, out Mfn frame)
+    /// <summary><see cref="TryReserve"/> under <see cref="Lock"/>.</summary>
+    internal bool TryTake(FrameFlags flags, int order, ulong limit, out Mfn frame)
     {
+        ulong count = 1UL << order;
         frame = default;
         bool special = (flags & FrameFlags.Special) != 0;
         if (FreeCount < count || (!special && _domain->OwnedPages + count > _domain->MaxPages))

@@ -97,29 +97,39 @@ internal static unsafe class MemoryExchange
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         ulong* given = stackalloc ulong[1 << MaxOrder];
         ulong* pfns = stackalloc ulong[1 << MaxOrder];
-        int count = 0;
-        Errno error = Errno.None;
-        for (ulong i = 0; i < inExtents && error == Errno.None; i++)
+        ulong readable = 0;
+        for (; readable < inExtents; readable++)
         {
-            if (!GuestAccess.Read(vcpu, request.In.ExtentStart + (((chunk * inExtents) + i) * sizeof(ulong)), out ulong extent))
-                error = Errno.EFAULT;
-            for (ulong page = 0; page < 1UL << inOrder && error == Errno.None; page++)
+            if (!GuestAccess.Read(vcpu, request.In.ExtentStart + (((chunk * inExtents) + readable) * sizeof(ulong)), out ulong extent))
+                break;
+            for (ulong page = 0; page < 1UL << inOrder; page++)
+                given[(readable << inOrder) + page] = extent + page;
+        }
+
+        // The frames that were given may come back as those that are taken: the domain's memory is all that there is. Other vCPUs must
+        // not take them meanwhile.
+        frames->Lock();
+        ulong* machineToPhys = vcpu->Domain->MachineToPhys;
+        Errno error = Errno.None;
+        ulong stolen = 0;
+        for (; error == Errno.None && stolen < readable << inOrder; stolen++)
+        {
+            var frame = new Mfn(given[stolen]);
+            pfns[stolen] = vcpu->Domain->Memory.Contains(frame) ? machineToPhys[vcpu->Domain->Memory.IndexOf(frame)] : 0;
+            if (!frames->TrySteal(frame))
             {
-                var frame = new Mfn(extent + page);
-                ulong pfn = vcpu->Domain->Memory.Contains(frame) ? vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(frame)] : 0;
-                if (frames->TrySteal(frame))
-                    (given[count], pfns[count++]) = (frame.Value, pfn);
-                else
-                    error = Errno.EINVAL;
+                error = Errno.EINVAL;
+                break;
             }
         }
 
-        // The frames that were given may come back as those that are taken: the domain's memory is all that there is.
+        if (error == Errno.None && readable < inExtents)
+            error = Errno.EFAULT;
         ulong* taken = stackalloc ulong[1 << MaxOrder];
         ulong received = 0;
         while (error == Errno.None && received < outExtents)
         {
-            if (frames->TryReserve(FrameFlags.None, outOrder, limit, out Mfn frame))
+            if (frames->TryTake(FrameFlags.None, outOrder, limit, out Mfn frame))
                 taken[received++] = frame.Value;
             else
                 error = Errno.ENOMEM;
@@ -127,16 +137,18 @@ internal static unsafe class MemoryExchange
 
         if (error != Errno.None)
         {
-            for (ulong page = 0; page < received << outOrder; page++)
-                frames->PutPage(frames->Find(new Mfn(taken[page >> outOrder] + (page & ((1UL << outOrder) - 1)))));
-            while (count-- > 0)
+            while (received-- > 0)
+                frames->Unreserve(outOrder, new Mfn(taken[received]));
+            while (stolen-- > 0)
             {
-                frames->Return(new Mfn(given[count]));
-                vcpu->Domain->MachineToPhys[vcpu->Domain->Memory.IndexOf(new Mfn(given[count]))] = pfns[count];
+                frames->Return(new Mfn(given[stolen]));
+                machineToPhys[vcpu->Domain->Memory.IndexOf(new Mfn(given[stolen]))] = pfns[stolen];
             }
-
-            return error;
         }
+
+        frames->Unlock();
+        if (error != Errno.None)
+            return error;
 
         for (ulong i = 0; i < outExtents; i++)
         {

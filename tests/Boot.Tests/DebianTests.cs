@@ -85,7 +85,7 @@ public sealed class DebianTests : KvmFixture
             ["demo"]);
         Assert.That(end.Status, Is.Zero, end.Error);
         Assert.That(Regex.Matches(end.Output, @"status: (\d+)").Select(static match => match.Groups[1].Value), Is.EqualTo(Enumerable.Repeat("0", 5)));
-        Assert.That(end.Output.Split('\n').Where(line => Trouble.IsMatch(line)), Is.Empty);
+        Assert.That(KernelLog.TroubleIn(end.Output), Is.Empty);
     }
 
     [TestCase("poweroff", 0)]

@@ -40,6 +40,10 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public void SetDebugRegisters(ReadOnlySpan<ulong> values) => throw new NotSupportedException();
 
+    public void SetFpu(ReadOnlySpan<byte> image) => throw new NotSupportedException();
+
+    public void Settle() => throw new NotSupportedException();
+
     public ulong TakeDebugStatus() => throw new NotSupportedException();
 
     public VcpuExit Run() => throw new NotSupportedException();

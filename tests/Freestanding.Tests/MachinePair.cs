@@ -381,7 +381,8 @@ internal sealed unsafe class MachinePair : IDisposable
         Compare(what, "registers", one->Registers, other->Registers, sizeof(CpuRegisters));
         Compare(what, "segments", one->Segments, other->Segments, sizeof(SegmentRegisters));
         Compare(what, "stores to repeat", one->PageTableWrites, other->PageTableWrites, sizeof(PageTableWriteQueue));
-        Compare(what, "the GDT's entries", one->GdtEntries, other->GdtEntries, 16 * sizeof(PageTableEntry));
+        const int windowSize = (DescriptorWindow.GdtPages + DescriptorWindow.LdtPages) * sizeof(ulong);
+        Compare(what, "the descriptor tables' entries", (void*)one->DescriptorWindow.Entries, (void*)other->DescriptorWindow.Entries, windowSize);
         Compare(what, "the continuation", &one->Continuation, &other->Continuation, sizeof(ContinuationState));
         if (_one.Frames->FreeCount != _other.Frames->FreeCount)
             throw new DifferenceException($"{what}: {_one.Frames->FreeCount} frames are free outside, {_other.Frames->FreeCount} inside");

@@ -168,7 +168,7 @@ public sealed unsafe class Domain : IDisposable
     internal bool IsStopping => Volatile.Read(ref _stopping) != 0;
 
     /// <summary>Starts the first vCPU.</summary>
-    public void Start() => _vcpus[0].BringUp();
+    public void Start() => _vcpus[0].Begin();
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));

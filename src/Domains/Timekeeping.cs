@@ -40,7 +40,7 @@ public sealed class Timekeeping
     private double _nanosecondsPerTick;
     private uint _multiplier;
     private sbyte _shift;
-    private long _nextCalibration;
+    private bool _calibrated;
     private double _rate;
     private ulong _measuredTsc;
     private long _measuredTime;
@@ -118,19 +118,19 @@ public sealed class Timekeeping
     /// <summary>
     /// Takes a new anchor on the line that the guest sees now, and turns its slope so that it meets true time at the end of the
     /// next period: the guest's clock never jumps and never runs backwards. All vCPUs share the line: the first that comes when the
-    /// period is over does it.
+    /// period is nearly over does it.
     /// </summary>
     public void Calibrate()
     {
         lock (_lock)
         {
-            if (SystemTime < _nextCalibration)
+            if (_calibrated && SystemTime - (long)_anchorSystemTime < Period / 2)
                 return;
+            _calibrated = true;
             Volatile.Write(ref _version, _version + 1);
             Thread.MemoryBarrier();
             TakeAnchor();
             Volatile.Write(ref _version, _version + 1);
-            _nextCalibration = (long)_anchorSystemTime + Period;
         }
     }
 

@@ -177,14 +177,23 @@ internal sealed unsafe class Vcpu : IDisposable
         }
     }
 
-    /// <summary>The domain builder has given the vCPU its state.</summary>
-    public void MarkInitialised() => IsInitialised = true;
+    /// <summary>The domain builder has given the vCPU its state: it is up, and waits for <see cref="Begin"/>.</summary>
+    public void MarkInitialised()
+    {
+        IsInitialised = true;
+        _up = 1;
+    }
 
     /// <summary>Lets the vCPU run (VCPUOP_up).</summary>
     public void BringUp()
     {
-        if (Interlocked.Exchange(ref _up, 1) != 0)
-            return;
+        if (Interlocked.Exchange(ref _up, 1) == 0)
+            Begin();
+    }
+
+    /// <summary>Goes on with a vCPU that is up: on a new thread, or where it waits.</summary>
+    public void Begin()
+    {
         if (Interlocked.Exchange(ref Context->State->Started, 1) == 0)
         {
             _ = Interlocked.Increment(ref Domain.Context->State->StartedVcpus);

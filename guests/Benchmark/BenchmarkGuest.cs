@@ -31,6 +31,12 @@ public enum BenchmarkFigure
 
     /// <summary>An event sent to the own vCPU: EVTCHNOP_send, the upcall, HYPERVISOR_iret back.</summary>
     EventToSelf,
+
+    /// <summary>
+    /// An mmu_update of a million entries under a periodic timer: the longest time from one tick to the next, of which all beyond
+    /// <see cref="BenchmarkGuest.TimerPeriod"/> is what the tick waited.
+    /// </summary>
+    TickDuringLongBatch,
 }
 
 /// <summary>
@@ -41,6 +47,12 @@ public static class BenchmarkGuest
 {
     /// <summary>What precedes the results on the console.</summary>
     public const string Marker = "xensharp-benchmark\n";
+
+    /// <summary>Nanoseconds between the ticks of <see cref="BenchmarkFigure.TickDuringLongBatch"/>, the least that Xen allows.</summary>
+    public const int TimerPeriod = 1_000_000;
+
+    /// <summary>Requests of the long batch: some more than a million.</summary>
+    private const int LongBatch = 977 * 2 * VictimPages;
 
     /// <summary>Entries that the mmu_update figures work on.</summary>
     private const int VictimPages = 512;
@@ -58,6 +70,9 @@ public static class BenchmarkGuest
     private const uint MachphysMapping = 12;
     private const uint BindIpi = 7;
     private const uint Send = 4;
+    private const uint BindVirq = 1;
+    private const uint SetPeriodicTimer = 6;
+    private const uint StopPeriodicTimer = 7;
     private const byte PageFaultVector = 14;
     private const ulong UnmappedAddress = 0x1000;
 
@@ -66,10 +81,18 @@ public static class BenchmarkGuest
     private const uint ReadOnlyEntry = 0x61;
     private const uint UnusedEntry = 0x3;
 
-    /// <summary>Operations a figure stands for, by which its ticks are to be divided.</summary>
+    /// <summary>What a figure's ticks say, in nanoseconds: of one operation, or of the wait that is measured.</summary>
     /// <param name="figure">Which.</param>
+    /// <param name="ticks">As the guest printed them.</param>
+    /// <param name="kiloHertz">Of the guest's time-stamp counter.</param>
     /// <param name="iterations">As given to <see cref="Build"/>.</param>
-    public static long Operations(BenchmarkFigure figure, int iterations) => figure switch
+    public static double Nanoseconds(BenchmarkFigure figure, ulong ticks, double kiloHertz, int iterations)
+    {
+        double total = ticks / kiloHertz * 1e6;
+        return figure == BenchmarkFigure.TickDuringLongBatch ? total - TimerPeriod : total / Operations(figure, iterations);
+    }
+
+    private static long Operations(BenchmarkFigure figure, int iterations) => figure switch
     {
         BenchmarkFigure.MmuUpdate32 or BenchmarkFigure.MmuUpdateUnused32 => (long)Calls(figure, iterations) * 32,
         BenchmarkFigure.MmuUpdate512 => (long)Calls(figure, iterations) * 512,
@@ -120,6 +143,8 @@ public static class BenchmarkGuest
         private readonly ulong _results;
         private readonly ulong _victims;
         private readonly ulong _machphys;
+        private readonly ulong _writable;
+        private readonly ulong _readOnly;
         private readonly ulong _stackTop;
         private readonly ulong _userStackTop;
         private readonly ulong _start;
@@ -132,6 +157,8 @@ public static class BenchmarkGuest
             _results = _guest.Reserve(Enum.GetValues<BenchmarkFigure>().Length * sizeof(ulong));
             _start = _guest.Reserve(sizeof(ulong));
             _machphys = _guest.Reserve(24);
+            _writable = _guest.Reserve(VictimPages * RequestSize);
+            _readOnly = _guest.Reserve(VictimPages * RequestSize);
             _stackTop = _guest.Reserve(PageSize, PageSize) + PageSize;
             _userStackTop = _guest.Reserve(PageSize, PageSize) + PageSize;
 
@@ -148,6 +175,7 @@ public static class BenchmarkGuest
             MeasurePageFault();
             MeasureMmuUpdates();
             MeasureEventToSelf();
+            MeasureTickDuringLongBatch();
             _console.EmitWrite(_guest.Define(System.Text.Encoding.ASCII.GetBytes(Marker)), Marker.Length);
             _console.EmitWrite(_results, Enum.GetValues<BenchmarkFigure>().Length * sizeof(ulong));
             _guest.Shutdown(GuestShutdownReason.PowerOff);
@@ -310,8 +338,8 @@ public static class BenchmarkGuest
             _code.mov(edi, MachphysMapping);
             _code.mov(rsi, _machphys);
             _guest.Hypercall(GuestHypercall.MemoryOp);
-            ulong writable = _guest.Reserve(VictimPages * RequestSize);
-            ulong readOnly = _guest.Reserve(VictimPages * RequestSize);
+            ulong writable = _writable;
+            ulong readOnly = _readOnly;
             ulong unused = _guest.Reserve(VictimPages * RequestSize);
             ulong absent = _guest.Reserve(VictimPages * RequestSize);
             FillRequests(writable, readOnly, unused, absent);
@@ -419,8 +447,18 @@ public static class BenchmarkGuest
             _code.mov(__byte_ptr[_console.SharedInfoAddress + 1], 1);
             _code.jmp(over);
 
-            // RSP: RCX, R11, RIP, CS, RFLAGS, RSP, SS, as pushed by the upcall.
             _code.Label(ref handler);
+            ReturnFromUpcall();
+            _code.Label(ref over);
+            _code.nop();
+        }
+
+        /// <summary>
+        /// Takes all events as seen and returns. RSP: RCX, R11, RIP, CS, RFLAGS, RSP, SS, as pushed by the upcall; RAX is the
+        /// interrupted code's.
+        /// </summary>
+        private void ReturnFromUpcall()
+        {
             _code.mov(__byte_ptr[_console.SharedInfoAddress], 0);
             _code.mov(__qword_ptr[_console.SharedInfoAddress + 8], 0);
             _code.mov(__qword_ptr[_console.SharedInfoAddress + SharedInfoOffset.EvtchnPending], 0);
@@ -429,8 +467,76 @@ public static class BenchmarkGuest
             _code.push(r11);
             _code.push(rax);
             _guest.Hypercall(GuestHypercall.Iret);
+        }
+
+        private void MeasureTickDuringLongBatch()
+        {
+            ulong batch = _guest.Reserve(LongBatch * RequestSize);
+            ulong longest = _results + ((ulong)BenchmarkFigure.TickDuringLongBatch * sizeof(ulong));
+            ulong binding = _guest.Reserve(12);
+            ulong period = _guest.Define(BitConverter.GetBytes((long)TimerPeriod));
+            ulong saved = _guest.Reserve(2 * sizeof(ulong));
+            Label handler = _code.CreateLabel();
+            Label shorter = _code.CreateLabel();
+            Label over = _code.CreateLabel();
+            _code.mov(rdi, batch);
+            _code.mov(r12d, LongBatch / (2 * VictimPages));
+            Label copy = Here();
+            foreach (ulong requests in new[] { _readOnly, _writable })
+            {
+                _code.mov(rsi, requests);
+                _code.mov(ecx, VictimPages * RequestSize / sizeof(ulong));
+                _code.rep.movsq();
+            }
+
+            _code.dec(r12d);
+            _code.jnz(copy);
+            _code.mov(edi, BindVirq);
+            _code.mov(rsi, binding);
+            _guest.Hypercall(GuestHypercall.EventChannelOp);
+            _code.lea(rdi, __[handler]);
+            _code.xor(esi, esi);
+            _code.xor(edx, edx);
+            _guest.Hypercall(GuestHypercall.SetCallbacks);
+            VcpuOp(SetPeriodicTimer, period);
+            _code.mov(__qword_ptr[_start], 0);
+            _code.mov(__word_ptr[_console.SharedInfoAddress], 0);
+            _code.mov(rdi, batch);
+            _code.mov(esi, LongBatch);
+            _code.xor(edx, edx);
+            _code.mov(r10d, DomidSelf);
+            _guest.Hypercall(GuestHypercall.MmuUpdate);
+            _code.mov(__byte_ptr[_console.SharedInfoAddress + 1], 1);
+            VcpuOp(StopPeriodicTimer, 0);
+            _code.jmp(over);
+
+            // The batch goes on from the registers that it was stopped with.
+            _code.Label(ref handler);
+            _code.mov(__qword_ptr[saved], rax);
+            _code.mov(__qword_ptr[saved + 8], rdx);
+            ReadTsc();
+            _code.mov(rcx, rax);
+            _code.xchg(__qword_ptr[_start], rax);
+            _code.test(rax, rax);
+            _code.jz(shorter);
+            _code.sub(rcx, rax);
+            _code.cmp(rcx, __qword_ptr[longest]);
+            _code.jbe(shorter);
+            _code.mov(__qword_ptr[longest], rcx);
+            _code.Label(ref shorter);
+            _code.mov(rdx, __qword_ptr[saved + 8]);
+            _code.mov(rax, __qword_ptr[saved]);
+            ReturnFromUpcall();
             _code.Label(ref over);
             _code.nop();
+        }
+
+        private void VcpuOp(uint command, ulong argument)
+        {
+            _code.mov(edi, command);
+            _code.xor(esi, esi);
+            _code.mov(rdx, argument);
+            _guest.Hypercall(GuestHypercall.VcpuOp);
         }
     }
 }

@@ -73,6 +73,28 @@ public sealed class DebianTests : KvmFixture
     }
 
     [Test]
+    public async Task Four_vcpus_work_go_away_and_come_back()
+    {
+        // Twice what the host has, so that they also wait for each other's threads.
+        CommandEnd end = await CommandProcess.RunAsync(
+            """
+            work() { i=0; while [ $i -lt 40 ]; do ls / >/dev/null; i=$((i+1)); done; }
+            all() { for j in 1 2 3 4; do work & done; wait; echo "worked on $(nproc)"; }
+            all
+            for c in 1 2 3; do echo 0 >/sys/devices/system/cpu/cpu$c/online; done
+            all
+            for c in 1 2 3; do echo 1 >/sys/devices/system/cpu/cpu$c/online; done
+            all
+            dmesg
+
+            """.ReplaceLineEndings("\n"),
+            ["demo", "--vcpus", "4"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(Regex.Matches(end.Output, @"worked on (\d)\r").Select(static match => match.Groups[1].Value), Is.EqualTo((string[])["4", "1", "4"]));
+        Assert.That(KernelLog.TroubleIn(end.Output), Is.Empty);
+    }
+
+    [Test]
     public async Task Processes_live_on_their_local_descriptor_tables()
     {
         // Packed, because a terminal takes no line of more than 4096 characters.

@@ -158,7 +158,7 @@ internal sealed partial class NestedBenchmark(string command, NestedBenchmarkPla
         foreach (BenchmarkFigure figure in figures)
         {
             ulong ticks = BinaryPrimitives.ReadUInt64LittleEndian(output.AsSpan(start + ((int)figure * sizeof(ulong))));
-            Take(Benchmark.NameOf(figure), bed, ticks / kiloHertz * 1e6 / BenchmarkGuest.Operations(figure, plan.Iterations));
+            Take(Benchmark.NameOf(figure), bed, BenchmarkGuest.Nanoseconds(figure, ticks, kiloHertz, plan.Iterations));
         }
     }
 

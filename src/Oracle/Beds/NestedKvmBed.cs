@@ -129,7 +129,7 @@ public sealed class NestedKvmBed : IGuestBed
         {
             string ramdisk = guest.Ramdisk.IsEmpty ? "-" : Add(guest.Ramdisk);
             int seconds = Math.Max(1, (int)Math.Ceiling(guest.Timeout.TotalSeconds));
-            list.Append(CultureInfo.InvariantCulture, $"{guest.Name} {Add(guest.Kernel)} {ramdisk} {guest.MemoryMiB} {seconds}\n");
+            list.Append(CultureInfo.InvariantCulture, $"{guest.Name} {Add(guest.Kernel)} {ramdisk} {guest.MemoryMiB} {guest.Vcpus} {seconds}\n");
             files.Add(new($"guests/{guest.Name}.cmdline") { Contents = Encoding.UTF8.GetBytes(guest.CommandLine) });
         }
         files.Add(new("guests/list") { Contents = Encoding.UTF8.GetBytes(list.ToString()) });
@@ -158,10 +158,10 @@ public sealed class NestedKvmBed : IGuestBed
             head -c $2 >$1
             cat >/dev/null
         }
-        while read -r name kernel ramdisk memory seconds; do
+        while read -r name kernel ramdisk memory vcpus seconds; do
             keep /tmp/console {{MostConsoleBytes}} </tmp/console.pipe &
             keep /tmp/report {{MostReportBytes}} </tmp/report.pipe &
-            set -- run --name $name --kernel $kernel --memory $memory --cmdline "$(cat /guests/$name.cmdline)"
+            set -- run --name $name --kernel $kernel --memory $memory --vcpus $vcpus --cmdline "$(cat /guests/$name.cmdline)"
             [ $ramdisk = - ] || set -- "$@" --ramdisk $ramdisk
             xensharp "$@" <&4 >/tmp/console.pipe 2>/tmp/report.pipe 3>&- &
             guest=$!

@@ -1,5 +1,4 @@
 // The measurements of xensharp bench --nested: real Xen and XenSharp side by side on the same emulated machine.
-using System.Buffers.Binary;
 using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text;
@@ -151,15 +150,11 @@ internal sealed partial class NestedBenchmark(string command, NestedBenchmarkPla
     {
         byte[] output = Encoding.Latin1.GetBytes(console);
         int marker = output.AsSpan().IndexOf(Encoding.ASCII.GetBytes(BenchmarkGuest.Marker));
-        BenchmarkFigure[] figures = Enum.GetValues<BenchmarkFigure>();
         int start = marker + BenchmarkGuest.Marker.Length;
-        if (marker < 0 || output.Length < start + (figures.Length * sizeof(ulong)))
+        if (marker < 0 || output.Length < start + BenchmarkGuest.ResultBytes)
             throw new OracleException($"The probe guest of the benchmark printed no results on {bed}; run it again.");
-        foreach (BenchmarkFigure figure in figures)
-        {
-            ulong ticks = BinaryPrimitives.ReadUInt64LittleEndian(output.AsSpan(start + ((int)figure * sizeof(ulong))));
-            Take(Benchmark.NameOf(figure), bed, BenchmarkGuest.Nanoseconds(figure, ticks, kiloHertz, plan.Iterations));
-        }
+        foreach (BenchmarkFigure figure in Enum.GetValues<BenchmarkFigure>())
+            Take(Benchmark.NameOf(figure), bed, BenchmarkGuest.Nanoseconds(figure, output.AsSpan(start, BenchmarkGuest.ResultBytes), kiloHertz, plan.Iterations));
     }
 
     private void TakeDebian(string bed, string console)

@@ -130,6 +130,10 @@ public sealed unsafe class Domain : IDisposable
         }
     }
 
+    /// <summary>Where each vCPU is; for a look at a domain that runs.</summary>
+    public IReadOnlyList<VcpuActivity> Activity
+        => [.. _vcpus.Select(static vcpu => vcpu.Activity)];
+
     /// <summary>Frames that the domain owns (tot_pages); changes while it runs.</summary>
     public ulong OwnedPages => Volatile.Read(in Context->State->OwnedPages);
 

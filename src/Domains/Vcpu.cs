@@ -91,6 +91,12 @@ internal sealed unsafe class Vcpu : IDisposable
 
     public HypercallHistory History { get; } = new();
 
+    /// <summary>Where it is, as far as another thread can see.</summary>
+    public VcpuActivity Activity => new(
+        Id, IsUp, Volatile.Read(in Context->PageTableWrites->Running) != 0, Waiting, Volatile.Read(in Context->Accessing) != 0,
+        Volatile.Read(in Context->PageTableWrites->Count), Volatile.Read(in Context->PageTableWrites->FlushRequested) != 0, Context->Registers->Rip,
+        (HypercallNumber)Context->Registers->Rax, History.Count);
+
     /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
     public VcpuTrace? Trace { get; init; }
 
@@ -592,7 +598,7 @@ internal sealed unsafe class Vcpu : IDisposable
 }
 
 /// <summary>What a vCPU waits for.</summary>
-internal enum WaitState
+public enum WaitState
 {
     None,
 

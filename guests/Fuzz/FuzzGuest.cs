@@ -185,7 +185,9 @@ public static class FuzzGuest
 
             _code.mov(rdi, table);
             _guest.Hypercall(GuestHypercall.SetTrapTable);
-            _code.jmp(over);
+            _code.test(rax, rax);
+            _code.jz(over);
+            _code.ud2();
 
             // RSP: RCX, R11, error code, RIP, CS, RFLAGS, RSP, SS; iret wants RAX, R11, RCX and flags below RIP.
             Place(handler);
@@ -341,20 +343,9 @@ public static class FuzzGuest
             _guest.Hypercall(GuestHypercall.UpdateVaMapping);
         }
 
-        /// <summary>Starts the other vCPUs, and makes contexts for those that are not started by this.</summary>
+        /// <summary>Makes the bystanders' contexts, which the others can use from the first moment on, and starts those others.</summary>
         private void EmitOthers()
         {
-            for (int vcpu = 1; vcpu < _memory.Vcpus.Count; vcpu++)
-            {
-                FuzzVcpu other = _memory.Vcpus[vcpu];
-                EmitContext(other.Context, other.StackTop, _others[vcpu]);
-                _code.mov(rax, __qword_ptr[_memory.Root.Address]);
-                _code.shl(rax, 12);
-                _code.mov(__qword_ptr[other.Context + GuestContextOffset.KernelRoot], rax);
-                EmitVcpuOp(VcpuInitialise, vcpu, other.Context);
-                EmitVcpuOp(VcpuUp, vcpu, 0);
-            }
-
             foreach (FuzzBystander bystander in _memory.Bystanders)
             {
                 EmitContext(bystander.Context, bystander.StackTop, _bystander);
@@ -369,6 +360,17 @@ public static class FuzzGuest
                     _code.mov(__dword_ptr[trap], vector | (FlatKernelCs << 16));
                     _code.mov(__qword_ptr[trap + 8], rax);
                 }
+            }
+
+            for (int vcpu = 1; vcpu < _memory.Vcpus.Count; vcpu++)
+            {
+                FuzzVcpu other = _memory.Vcpus[vcpu];
+                EmitContext(other.Context, other.StackTop, _others[vcpu]);
+                _code.mov(rax, __qword_ptr[_memory.Root.Address]);
+                _code.shl(rax, 12);
+                _code.mov(__qword_ptr[other.Context + GuestContextOffset.KernelRoot], rax);
+                EmitVcpuOp(VcpuInitialise, vcpu, other.Context);
+                EmitVcpuOp(VcpuUp, vcpu, 0);
             }
         }
 

@@ -26,7 +26,7 @@ internal sealed partial class FuzzOperations
                         (2, static r => r.Constant(0)))
                     .ToAddress(bystander.Context + GuestContextOffset.UserRoot);
                 for (int i = 0; i < 2; i++)
-                    r.OneOf((6, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.AllFrames))).ToAddress(bystander.Context + GuestContextOffset.GdtFrames + ((ulong)i * 8));
+                    r.OneOf((6, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.BadOrOwnTables))).ToAddress(bystander.Context + GuestContextOffset.GdtFrames + ((ulong)i * 8));
                 r.OneOf((4, static r => r.Random(0x3ff)), (3, static r => r.Constant(0)), (1, static r => r.Random(0x3fff)))
                     .ToAddress(bystander.Context + GuestContextOffset.GdtEntries);
                 r.OneOf((3, r => r.Pick(_memory.ScratchAddresses)), (1, AnyAddress)).ToAddress(bystander.Context + GuestContextOffset.LdtBase);
@@ -50,7 +50,7 @@ internal sealed partial class FuzzOperations
 
         // A vCPU that goes on making calls needs its own vcpu_info, and no event that it did not ask for.
         VcpuInfo("register_vcpu_info", running, r => r.OneOf((4, r => r.Pick(_memory.Info)), (1, r => r.Pick(_memory.Bad))));
-        VcpuInfo("register_vcpu_info, bystanders", bystanders, r => r.OneOf((4, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.AllFrames))));
+        VcpuInfo("register_vcpu_info, bystanders", bystanders, r => r.OneOf((4, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.BadOrOwnTables))));
         Vcpu("send_nmi", 4, 11, r => r.Pick(ids), static r => r.OneOf((5, static r => r.Constant(0)), (1, static r => r.Random(1))));
     }
 

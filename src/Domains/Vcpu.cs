@@ -161,6 +161,9 @@ internal sealed unsafe class Vcpu : IDisposable
         }
 
         Runstate.Change(RunstateKind.Offline);
+
+        // Others that are not yet at their end may wait for what this one has stored.
+        Cpu.Settle();
     }
 
     public void Dispose()
@@ -252,6 +255,39 @@ internal sealed unsafe class Vcpu : IDisposable
         lock (_lock)
             TimeArea = area;
         UpdateClock(caller, Domain.Time.SystemTime);
+    }
+
+    /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
+    /// <param name="caller">The vCPU on whose thread this is.</param>
+    /// <param name="page">The frame.</param>
+    /// <param name="offset">Where in it, in bytes.</param>
+    /// <returns>ERESTART when it has to be asked for again.</returns>
+    public Errno RegisterInfo(Vcpu caller, ulong page, uint offset)
+    {
+        if (offset > Paging.PageSize - (ulong)sizeof(VcpuInfo) || (offset & 7) != 0)
+            return Errno.ENXIO;
+
+        // Two vCPUs may do this for a third at once.
+        lock (_lock)
+        {
+            if (Context->State->VcpuInfoFrame != Context->Domain->State->SharedInfoFrame)
+                return Errno.EINVAL;
+            var frame = new Mfn(page);
+
+            // The reference keeps the frame the guest's and writable for as long as the domain lives.
+            Errno error = PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _);
+            if (error != Errno.None)
+                return error == Errno.ERESTART ? error : Errno.EINVAL;
+            var info = (VcpuInfo*)(Context->Domain->Memory.Page(frame) + offset);
+            *info = *Context->Info;
+            GuestAccess.Written(caller.Context, frame, offset, (ulong)sizeof(VcpuInfo));
+            Volatile.Write(ref *(nint*)&Context->Info, (nint)info);
+            Context->State->VcpuInfoFrame = frame.Value;
+            Context->State->VcpuInfoOffset = (int)offset;
+            Domain.Events.VcpuInfoMoved(Id, caller.Id);
+            UpdateClock(caller, Domain.Time.SystemTime);
+            return Errno.None;
+        }
     }
 
     private static void KickByContext(VcpuContext* context) => ((Vcpu)GCHandle.FromIntPtr(context->Owner).Target!).Cpu.Kick();
@@ -407,6 +443,9 @@ internal sealed unsafe class Vcpu : IDisposable
                     BounceSyscall();
                 return;
             case VcpuExitKind.Exception:
+                // One that is refused before the entry comes with stores that others may wait for, while this one waits for them.
+                if (Domain.Context->State->StartedVcpus > 1)
+                    Cpu.Settle();
                 Trace?.BeginTrap(exit.Vector, exit.ErrorCode, Cpu.FaultAddress);
                 HandleException(exit.Vector, exit.ErrorCode);
                 Trace?.EndTrap(Domain.IsStopping);

@@ -216,6 +216,13 @@ public sealed unsafe class Domain : IDisposable
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 
+    /// <summary>Makes all vCPUs but one come to the top of their loops.</summary>
+    internal void KickOthers(Vcpu vcpu)
+    {
+        foreach (Vcpu other in _vcpus)
+            other.KickFrom(vcpu);
+    }
+
     internal void WriteEmergencyConsole(ReadOnlySpan<byte> text)
     {
         lock (_emergencyLock)
@@ -289,6 +296,7 @@ public sealed unsafe class Domain : IDisposable
 
     private void RunVcpu(Vcpu vcpu)
     {
+        Audit?.Resume();
         try
         {
             if (vcpu.Id == 0)
@@ -303,6 +311,7 @@ public sealed unsafe class Domain : IDisposable
             Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
         }
 
+        Audit?.Pause();
         lock (_threads)
         {
             if (--_running != 0)

@@ -120,6 +120,13 @@ internal sealed unsafe class Vcpu : IDisposable
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
+            if (Domain.Audit is { Wanted: true } audit)
+            {
+                // Others that have not come so far may wait for what this one has stored.
+                Cpu.Settle();
+                audit.Rest();
+            }
+
             if (!IsUp)
             {
                 WaitToComeUp();
@@ -298,7 +305,7 @@ internal sealed unsafe class Vcpu : IDisposable
         Cpu.Settle();
         while (!Domain.IsStopping && !IsUp)
         {
-            Cpu.WaitForKick(long.MaxValue);
+            Sleep(long.MaxValue);
             DrainNotifications();
         }
 
@@ -393,7 +400,7 @@ internal sealed unsafe class Vcpu : IDisposable
                 continue;
             }
 
-            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
+            Sleep(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
             DrainNotifications();
         }
 
@@ -405,6 +412,13 @@ internal sealed unsafe class Vcpu : IDisposable
 
         Waiting = WaitState.None;
         Runstate.Change(RunstateKind.Running);
+    }
+
+    private void Sleep(long deadline)
+    {
+        Domain.Audit?.Pause();
+        Cpu.WaitForKick(deadline);
+        Domain.Audit?.Resume();
     }
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))

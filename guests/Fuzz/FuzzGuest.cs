@@ -321,7 +321,8 @@ public static class FuzzGuest
                 UpdateVa(root, Present);
             }
 
-            UpdateVa(_memory.UnmappedPage, null);
+            foreach (FuzzVcpu vcpu in _memory.Vcpus)
+                UpdateVa(vcpu.Guard, null);
             UpdateVa(_memory.ReadOnlyPage, Present);
         }
 

@@ -67,9 +67,7 @@ internal sealed class FuzzMemory
     /// <param name="vcpus">vCPUs that make calls.</param>
     public FuzzMemory(PvAssembler guest, int vcpus)
     {
-        // What follows the buffers of the last one is not mapped.
         Vcpus = [.. Enumerable.Range(0, vcpus).Select(_ => new FuzzVcpu(guest))];
-        UnmappedPage = guest.Reserve(PageSize, PageSize);
         ReadOnlyPage = guest.Reserve(PageSize, PageSize);
         RootsStart = guest.Reserve(RootPages * PageSize, PageSize);
         InfoPage = guest.Reserve(PageSize, PageSize);
@@ -99,7 +97,8 @@ internal sealed class FuzzMemory
     /// <summary>vCPUs of the domain.</summary>
     public int VcpuCount => Vcpus.Count + Bystanders.Count;
 
-    public ulong UnmappedPage { get; }
+    /// <summary>Behind a buffer.</summary>
+    public ulong UnmappedPage => Vcpus[0].Guard;
 
     public ulong ReadOnlyPage { get; }
 

@@ -33,6 +33,9 @@ internal sealed class FuzzVcpu(PvAssembler guest)
 
     /// <summary>The calls' buffers.</summary>
     public ulong Buffers { get; } = guest.Reserve(FuzzMemory.MaxBatch * FuzzMemory.BufferSize, FuzzMemory.PageSize);
+
+    /// <summary>A page that is not mapped: what is longer than a buffer does not reach another vCPU's memory.</summary>
+    public ulong Guard { get; } = guest.Reserve(FuzzMemory.PageSize, FuzzMemory.PageSize);
 }
 
 /// <summary>The memory of a vCPU that only goes down whenever it was brought up.</summary>
@@ -40,7 +43,7 @@ internal sealed class FuzzVcpu(PvAssembler guest)
 /// <param name="id">Its number.</param>
 internal sealed class FuzzBystander(PvAssembler guest, int id)
 {
-    public int Id => id;
+    public int Id { get; } = id;
 
     /// <summary>struct vcpu_guest_context, of which recipes write a part.</summary>
     public ulong Context { get; } = guest.Reserve(GuestContextOffset.Size);

@@ -22,18 +22,23 @@ public static class FuzzGuest
 
     /// <summary>The image.</summary>
     /// <param name="seed">Of the random numbers; not 0.</param>
-    /// <param name="calls">Calls to make, up to a batch more.</param>
-    public static byte[] Build(ulong seed, ulong calls)
+    /// <param name="calls">Calls to make, up to a batch more for each vCPU.</param>
+    /// <param name="vcpus">vCPUs that make them, all on the same tables; with several a seed does not repeat itself.</param>
+    public static byte[] Build(ulong seed, ulong calls, int vcpus = 1)
     {
         ArgumentOutOfRangeException.ThrowIfZero(seed);
-        return new Builder(seed, calls).Build();
+        ArgumentOutOfRangeException.ThrowIfLessThan(vcpus, 1);
+        return new Builder(seed, calls, vcpus).Build();
     }
 
-    /// <summary>Reads the last whole set of figures that a run printed; null if there is none.</summary>
-    public static FuzzFigures? Read(ReadOnlySpan<byte> console)
+    /// <summary>vCPUs that the domain needs for some that make calls: there are others that those play with.</summary>
+    public static int DomainVcpus(int vcpus) => vcpus + FuzzMemory.BystandersOf(vcpus);
+
+    /// <summary>Reads the last whole set of figures that a run of so many vCPUs printed; null if there is none.</summary>
+    public static FuzzFigures? Read(ReadOnlySpan<byte> console, int vcpus = 1)
     {
         var guest = new PvAssembler();
-        var operations = new FuzzOperations(guest, new FuzzMemory(guest));
+        var operations = new FuzzOperations(guest, new FuzzMemory(guest, vcpus));
         string[] names = [.. operations.Calls.Concat(operations.Stores).Select(static operation => operation.Name)];
         return FuzzFigures.Read(console, names);
     }
@@ -48,6 +53,12 @@ public static class FuzzGuest
         private const ulong FrameMask = 0x000f_ffff_ffff_f000;
         private const int Present = 0x61;
         private const int ImageSlot = 511;
+
+        private const int FlatKernelSs = 0xe02b;
+        private const int InKernel = 1 << 2;
+        private const int VcpuInitialise = 0;
+        private const int VcpuUp = 1;
+        private const int VcpuDown = 2;
 
         // The hypervisor's slots whose entries name frames that the guest is then curious about.
         private static readonly int[] HypervisorSlots = [256, 258];
@@ -65,18 +76,24 @@ public static class FuzzGuest
         private readonly ulong _callTemplates;
         private readonly ulong _storeTemplates;
         private readonly ulong _countsZero;
+        private readonly Label[] _others;
+
+        /// <summary>The vCPU whose code is emitted.</summary>
+        private FuzzVcpu _own;
+        private Label _bystander;
         private Label _random;
         private Label _generate;
         private Label _account;
         private Label _print;
 
-        public Builder(ulong seed, ulong calls)
+        public Builder(ulong seed, ulong calls, int vcpus)
         {
             _seed = seed;
-            _target = calls;
+            _target = calls / (ulong)vcpus;
             _console = new PvConsole(_guest);
             _code = _guest.Code;
-            _memory = new FuzzMemory(_guest);
+            _memory = new FuzzMemory(_guest, vcpus);
+            _own = _memory.Vcpus[0];
             _operations = new FuzzOperations(_guest, _memory);
             _machphys = _guest.Reserve(24);
             _nextPrint = _guest.Reserve(8);
@@ -87,8 +104,9 @@ public static class FuzzGuest
                 [.. _operations.Calls.Concat(_operations.Stores).Select(static operation => operation.Counts ? (byte)1 : (byte)0)]);
             _random = _code.CreateLabel("random");
             _generate = _code.CreateLabel("generate");
-            _account = _code.CreateLabel("account");
             _print = _code.CreateLabel("print");
+            _bystander = _code.CreateLabel("bystander");
+            _others = [.. _memory.Vcpus.Select(_ => _code.CreateLabel())];
         }
 
         public byte[] Build()
@@ -96,12 +114,15 @@ public static class FuzzGuest
             EmitStart();
             EmitPools();
             EmitPages();
+            EmitOthers();
             EmitBatches();
-            _code.call(_print);
-            _guest.Shutdown(GuestShutdownReason.PowerOff);
+            EmitEnd();
+            EmitAccount();
+            for (int vcpu = 1; vcpu < _memory.Vcpus.Count; vcpu++)
+                EmitOther(vcpu);
+            EmitBystanders();
             EmitRandom();
             EmitGenerate();
-            EmitAccount();
             EmitPrint();
             _console.EmitRoutines();
             _guest.ReserveRange(FuzzMemory.ScratchBase, FuzzMemory.ScratchBase + (FuzzMemory.ScratchPages * FuzzMemory.PageSize));
@@ -139,7 +160,7 @@ public static class FuzzGuest
         private void EmitStart()
         {
             _console.EmitInitialise();
-            _code.mov(rsp, _memory.StackTop);
+            _code.mov(rsp, _own.StackTop);
             _code.mov(r12, _seed);
             EmitHandlers();
             _code.mov(edi, EnableAssist);
@@ -164,18 +185,20 @@ public static class FuzzGuest
 
             _code.mov(rdi, table);
             _guest.Hypercall(GuestHypercall.SetTrapTable);
-            _code.jmp(over);
+            _code.test(rax, rax);
+            _code.jz(over);
+            _code.ud2();
 
             // RSP: RCX, R11, error code, RIP, CS, RFLAGS, RSP, SS; iret wants RAX, R11, RCX and flags below RIP.
             Place(handler);
-            _code.cmp(__qword_ptr[_memory.Resume], 0);
+            _code.cmp(__qword_ptr[_own.Resume], 0);
             _code.je(unexpected);
             _code.pop(rcx);
             _code.pop(r11);
             _code.pop(rcx);
-            _code.mov(rcx, __qword_ptr[_memory.Resume]);
+            _code.mov(rcx, __qword_ptr[_own.Resume]);
             _code.mov(__qword_ptr[rsp], rcx);
-            _code.mov(__qword_ptr[_memory.Faulted], 1);
+            _code.mov(__qword_ptr[_own.Faulted], 1);
             _code.push(0);
             _code.push(rcx);
             _code.push(r11);
@@ -213,6 +236,7 @@ public static class FuzzGuest
             _code.lea(rax, __[_generate]);
             FrameOfAddress();
             Frame(FuzzMemory.OwnPages + 1);
+            FrameOfPage(_memory.InfoPage, FuzzMemory.InfoFrame, 1);
             _code.mov(rbx, __qword_ptr[_console.StartInfoVariable]);
             _code.mov(rax, __qword_ptr[rbx + StartInfoOffset.PtBase]);
             _code.mov(__qword_ptr[_rootAddress], rax);
@@ -297,7 +321,8 @@ public static class FuzzGuest
                 UpdateVa(root, Present);
             }
 
-            UpdateVa(_memory.UnmappedPage, null);
+            foreach (FuzzVcpu vcpu in _memory.Vcpus)
+                UpdateVa(vcpu.Guard, null);
             UpdateVa(_memory.ReadOnlyPage, Present);
         }
 
@@ -319,14 +344,134 @@ public static class FuzzGuest
             _guest.Hypercall(GuestHypercall.UpdateVaMapping);
         }
 
+        /// <summary>Makes the bystanders' contexts, which the others can use from the first moment on, and starts those others.</summary>
+        private void EmitOthers()
+        {
+            foreach (FuzzBystander bystander in _memory.Bystanders)
+            {
+                EmitContext(bystander.Context, bystander.StackTop, _bystander);
+                _code.mov(__dword_ptr[bystander.Context + GuestContextOffset.Rbx], bystander.Id);
+
+                // Whatever happens to it, it begins again.
+                foreach (int callback in (int[])[GuestContextOffset.EventCallback, GuestContextOffset.FailsafeCallback, GuestContextOffset.SyscallCallback])
+                    _code.mov(__qword_ptr[bystander.Context + (ulong)callback], rax);
+                for (int vector = 0; vector < 32; vector++)
+                {
+                    ulong trap = bystander.Context + GuestContextOffset.Traps + ((ulong)vector * 16);
+                    _code.mov(__dword_ptr[trap], vector | (FlatKernelCs << 16));
+                    _code.mov(__qword_ptr[trap + 8], rax);
+                }
+            }
+
+            for (int vcpu = 1; vcpu < _memory.Vcpus.Count; vcpu++)
+            {
+                FuzzVcpu other = _memory.Vcpus[vcpu];
+                EmitContext(other.Context, other.StackTop, _others[vcpu]);
+                _code.mov(rax, __qword_ptr[_memory.Root.Address]);
+                _code.shl(rax, 12);
+                _code.mov(__qword_ptr[other.Context + GuestContextOffset.KernelRoot], rax);
+                EmitVcpuOp(VcpuInitialise, vcpu, other.Context);
+                EmitVcpuOp(VcpuUp, vcpu, 0);
+            }
+        }
+
+        /// <summary>The registers of a context; RAX is the vCPU's first instruction then.</summary>
+        private void EmitContext(ulong context, ulong stackTop, Label entry)
+        {
+            void Word(int offset, int value) => _code.mov(__dword_ptr[context + (ulong)offset], value);
+            Word(GuestContextOffset.Flags, InKernel);
+            Word(GuestContextOffset.Cs, FlatKernelCs);
+            Word(GuestContextOffset.Ss, FlatKernelSs);
+            Word(GuestContextOffset.Rflags, 2);
+            Word(GuestContextOffset.KernelSs, FlatKernelSs);
+            _code.mov(rax, stackTop);
+            _code.mov(__qword_ptr[context + GuestContextOffset.Rsp], rax);
+            _code.mov(__qword_ptr[context + GuestContextOffset.KernelSp], rax);
+            _code.lea(rax, __[entry]);
+            _code.mov(__qword_ptr[context + GuestContextOffset.Rip], rax);
+        }
+
+        private void EmitVcpuOp(int command, int vcpu, ulong argument)
+        {
+            _code.mov(edi, command);
+            _code.mov(esi, vcpu);
+            _code.mov(rdx, argument);
+            _guest.Hypercall(GuestHypercall.VcpuOp);
+        }
+
+        private void EmitYield()
+        {
+            _code.xor(edi, edi);
+            _code.xor(esi, esi);
+            _guest.Hypercall(GuestHypercall.SchedOp);
+        }
+
+        /// <summary>Waits until the other vCPUs are done too, adds up what they counted, and prints it.</summary>
+        private void EmitEnd()
+        {
+            foreach ((int i, FuzzVcpu other) in _memory.Vcpus.Index().Skip(1))
+            {
+                Label wait = Here();
+                EmitVcpuOp(VcpuUp, i, 0);
+                EmitYield();
+                _code.cmp(__qword_ptr[other.Done], 0);
+                _code.je(wait);
+                _code.mov(rax, __qword_ptr[other.Total]);
+                _code.add(__qword_ptr[_own.Total], rax);
+                _code.xor(ecx, ecx);
+                Label sum = Here();
+                _code.mov(eax, __dword_ptr[(rcx * 4) + (long)other.Histogram]);
+                _code.add(__dword_ptr[(rcx * 4) + (long)_own.Histogram], eax);
+                _code.inc(ecx);
+                _code.cmp(ecx, FuzzMemory.HistogramSize / 4);
+                _code.jb(sum);
+            }
+
+            _code.call(_print);
+            _guest.Shutdown(GuestShutdownReason.PowerOff);
+        }
+
+        /// <summary>Another vCPU that makes calls: from its first instruction on.</summary>
+        private void EmitOther(int vcpu)
+        {
+            const ulong distance = 0x9e37_79b9_7f4a_7c15;
+            _own = _memory.Vcpus[vcpu];
+            Place(_others[vcpu]);
+            EmitHandlers();
+            _code.mov(r12, (_seed + (distance * (ulong)vcpu)) | 1);
+            EmitBatches();
+            _code.mov(__qword_ptr[_own.Done], 1);
+            Label wait = Here();
+            EmitYield();
+            _code.jmp(wait);
+            EmitAccount();
+            _own = _memory.Vcpus[0];
+        }
+
+        /// <summary>RBX: the vCPU's number.</summary>
+        private void EmitBystanders()
+        {
+            Place(_bystander);
+            _code.mov(edi, VcpuDown);
+            _code.mov(esi, ebx);
+            _code.xor(edx, edx);
+            _guest.Hypercall(GuestHypercall.VcpuOp);
+            _code.jmp(_bystander);
+        }
+
         /// <summary>R12: the random state; RBP: entries of the batch; R13: an entry; R14: its buffer; R15: its number.</summary>
         private void EmitBatches()
         {
+            _account = _code.CreateLabel("account");
             Label direct = _code.CreateLabel();
             Label account = _code.CreateLabel();
             Label noPrint = _code.CreateLabel();
-            _code.mov(rax, (ulong)PrintInterval);
-            _code.mov(__qword_ptr[_nextPrint], rax);
+            if (_own == _memory.Vcpus[0])
+            {
+                _code.mov(rax, (ulong)PrintInterval);
+                _code.mov(__qword_ptr[_nextPrint], rax);
+            }
+
             Label batch = Here();
             _code.call(_random);
             _code.and(eax, FuzzMemory.MaxBatch - 1);
@@ -342,7 +487,7 @@ public static class FuzzGuest
             _code.call(_random);
             _code.test(al, 15);
             _code.jz(direct);
-            _code.mov(rdi, _memory.Calls);
+            _code.mov(rdi, _own.Calls);
             _code.mov(esi, ebp);
             _guest.Hypercall(GuestHypercall.Multicall);
             _code.test(rax, rax);
@@ -361,14 +506,18 @@ public static class FuzzGuest
                 _code.call(_account);
             });
             EmitStores();
-            _code.add(__qword_ptr[_memory.Total], rbp);
-            _code.mov(rax, __qword_ptr[_memory.Total]);
-            _code.cmp(rax, __qword_ptr[_nextPrint]);
-            _code.jb(noPrint);
-            _code.add(__qword_ptr[_nextPrint], PrintInterval);
-            _code.call(_print);
-            Place(noPrint);
-            _code.mov(rax, __qword_ptr[_memory.Total]);
+            _code.add(__qword_ptr[_own.Total], rbp);
+            if (_own == _memory.Vcpus[0])
+            {
+                _code.mov(rax, __qword_ptr[_own.Total]);
+                _code.cmp(rax, __qword_ptr[_nextPrint]);
+                _code.jb(noPrint);
+                _code.add(__qword_ptr[_nextPrint], PrintInterval);
+                _code.call(_print);
+                Place(noPrint);
+            }
+
+            _code.mov(rax, __qword_ptr[_own.Total]);
             _code.mov(rdx, _target);
             _code.cmp(rax, rdx);
             _code.jb(batch);
@@ -389,10 +538,10 @@ public static class FuzzGuest
         {
             _code.mov(r13, r15);
             _code.shl(r13, 6);
-            _code.add(r13, (int)_memory.Calls);
+            _code.add(r13, (int)_own.Calls);
             _code.mov(r14, r15);
             _code.shl(r14, 9);
-            _code.add(r14, (int)_memory.Buffers);
+            _code.add(r14, (int)_own.Buffers);
         }
 
         /// <summary>RSI: the recipe of an operation by chance, whose number is kept for entry R15.</summary>
@@ -402,7 +551,7 @@ public static class FuzzGuest
             _code.and(eax, TemplateSlots - 1);
             _code.mov(rsi, __qword_ptr[(rax * 8) + (long)templates]);
             _code.lodsq();
-            _code.mov(__qword_ptr[(r15 * 8) + (long)_memory.Kinds], rax);
+            _code.mov(__qword_ptr[(r15 * 8) + (long)_own.Kinds], rax);
         }
 
         private void EmitDirectCall()
@@ -427,9 +576,9 @@ public static class FuzzGuest
             EntryAddresses();
             PickTemplate(_storeTemplates);
             _code.call(_generate);
-            _code.mov(__qword_ptr[_memory.Faulted], 0);
+            _code.mov(__qword_ptr[_own.Faulted], 0);
             _code.lea(rax, __[performed]);
-            _code.mov(__qword_ptr[_memory.Resume], rax);
+            _code.mov(__qword_ptr[_own.Resume], rax);
             _code.mov(rdi, __qword_ptr[r13 + 16]);
             _code.mov(rdx, __qword_ptr[r13 + 24]);
             _code.mov(rcx, __qword_ptr[r13]);
@@ -467,10 +616,10 @@ public static class FuzzGuest
             }
 
             Place(performed);
-            _code.mov(__qword_ptr[_memory.Resume], 0);
+            _code.mov(__qword_ptr[_own.Resume], 0);
 
             // What faulted counts as -EFAULT, 14.
-            _code.imul(rax, __qword_ptr[_memory.Faulted], -14);
+            _code.imul(rax, __qword_ptr[_own.Faulted], -14);
             _code.call(_account);
             Place(done);
             _code.nop();
@@ -555,6 +704,12 @@ public static class FuzzGuest
                 });
             }
 
+            Step(FuzzStep.ToAddress, () =>
+            {
+                _code.mov(__qword_ptr[r8], rbx);
+                _code.xor(ebx, ebx);
+            });
+
             Step(FuzzStep.BufferAddress, () =>
             {
                 _code.add(rbx, r14);
@@ -577,7 +732,7 @@ public static class FuzzGuest
             Label failed = _code.CreateLabel();
             Label known = _code.CreateLabel();
             Place(_account);
-            _code.mov(rcx, __qword_ptr[(r15 * 8) + (long)_memory.Kinds]);
+            _code.mov(rcx, __qword_ptr[(r15 * 8) + (long)_own.Kinds]);
             _code.test(rax, rax);
             _code.js(failed);
             _code.mov(edx, 0);
@@ -595,7 +750,7 @@ public static class FuzzGuest
             Place(known);
             _code.shl(rcx, 7);
             _code.add(rcx, rdx);
-            _code.inc(__dword_ptr[(rcx * 4) + (long)_memory.Histogram]);
+            _code.inc(__dword_ptr[(rcx * 4) + (long)_own.Histogram]);
             _code.ret();
         }
 
@@ -603,8 +758,8 @@ public static class FuzzGuest
         {
             Place(_print);
             _console.EmitWrite(_guest.Define(System.Text.Encoding.ASCII.GetBytes(Marker)), Marker.Length);
-            _console.EmitWrite(_memory.Total, 8);
-            _console.EmitWrite(_memory.Histogram, FuzzMemory.HistogramSize);
+            _console.EmitWrite(_own.Total, 8);
+            _console.EmitWrite(_own.Histogram, FuzzMemory.HistogramSize);
             _code.ret();
         }
     }

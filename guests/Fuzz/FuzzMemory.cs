@@ -30,14 +30,15 @@ internal sealed class FuzzMemory
     /// <summary>Classes of results: 0 for success, 1 to 126 for an errno, <see cref="NothingDone"/> for a count of 0.</summary>
     public const int ResultClasses = 128;
     public const int NothingDone = 127;
-    private const int MaxOperations = 96;
+    private const int MaxOperations = 112;
 
     // Indexes into the frame pool behind the scratch pages.
     public const int FirstRootFrame = ScratchPages;
 
-    /// <summary>Pages that the guest needs: its start_info, its code.</summary>
+    /// <summary>Pages that the guest needs: its start_info, its code, and one where vcpu_info of running vCPUs may go.</summary>
     public const int OwnPages = FirstRootFrame + RootPages;
-    private const int OwnPageCount = 2;
+    public const int InfoFrame = OwnPages + 2;
+    private const int OwnPageCount = 3;
     private const int FirstBadFrame = OwnPages + OwnPageCount;
 
     /// <summary>Of those: the end of memory and the frame behind it; the frames behind two of the hypervisor's slots.</summary>
@@ -62,19 +63,15 @@ internal sealed class FuzzMemory
     private static readonly ulong[] BadFrames =
         [0, 0, 0, 0, 0, 0x100, 0xf_ffff, 0x100_0000_0000, 0xff_ffff_ffff, 0xf_ffff_ffff_ffff, ulong.MaxValue];
 
-    public FuzzMemory(PvAssembler guest)
+    /// <param name="guest">To reserve it from.</param>
+    /// <param name="vcpus">vCPUs that make calls.</param>
+    public FuzzMemory(PvAssembler guest, int vcpus)
     {
-        Calls = guest.Reserve(MaxBatch * EntrySize, PageSize);
-        Kinds = guest.Reserve(MaxBatch * 8);
-        Total = guest.Reserve(8);
-        Resume = guest.Reserve(8);
-        Faulted = guest.Reserve(8);
-        Histogram = guest.Reserve(HistogramSize);
-        Buffers = guest.Reserve(MaxBatch * BufferSize, PageSize);
-        UnmappedPage = guest.Reserve(PageSize, PageSize);
+        Vcpus = [.. Enumerable.Range(0, vcpus).Select(_ => new FuzzVcpu(guest))];
         ReadOnlyPage = guest.Reserve(PageSize, PageSize);
         RootsStart = guest.Reserve(RootPages * PageSize, PageSize);
-        StackTop = guest.Reserve(PageSize, PageSize) + PageSize;
+        InfoPage = guest.Reserve(PageSize, PageSize);
+        Bystanders = [.. Enumerable.Range(vcpus, BystandersOf(vcpus)).Select(id => new FuzzBystander(guest, id))];
         ulong[] frames = new ulong[FrameCount];
         BadFrames.CopyTo(frames, FirstBadFrame);
         AllFrames = Pool(guest, frames);
@@ -91,34 +88,25 @@ internal sealed class FuzzMemory
 
     public static int HistogramSize => MaxOperations * ResultClasses * 4;
 
-    public ulong Calls { get; }
+    /// <summary>What each vCPU that makes calls has to itself.</summary>
+    public IReadOnlyList<FuzzVcpu> Vcpus { get; }
 
-    /// <summary>The operation of each entry of the batch.</summary>
-    public ulong Kinds { get; }
+    /// <summary>vCPUs that make no calls but to go down again: the others initialise them, with what they please.</summary>
+    public IReadOnlyList<FuzzBystander> Bystanders { get; }
 
-    /// <summary>Calls made.</summary>
-    public ulong Total { get; }
+    /// <summary>vCPUs of the domain.</summary>
+    public int VcpuCount => Vcpus.Count + Bystanders.Count;
 
-    /// <summary>Where to go on after an exception, 0 where none is expected.</summary>
-    public ulong Resume { get; }
-
-    /// <summary>Set by an exception.</summary>
-    public ulong Faulted { get; }
-
-    /// <summary>Counts of 32 bits, <see cref="ResultClasses"/> an operation.</summary>
-    public ulong Histogram { get; }
-
-    /// <summary>The calls' buffers; what follows them is not mapped.</summary>
-    public ulong Buffers { get; }
-
-    public ulong UnmappedPage { get; }
+    /// <summary>Behind a buffer.</summary>
+    public ulong UnmappedPage => Vcpus[0].Guard;
 
     public ulong ReadOnlyPage { get; }
 
     /// <summary>The roots' pages.</summary>
     public ulong RootsStart { get; }
 
-    public ulong StackTop { get; }
+    /// <summary>Nothing but the manager writes here.</summary>
+    public ulong InfoPage { get; }
 
     public FuzzPool AllFrames { get; }
 
@@ -153,7 +141,9 @@ internal sealed class FuzzMemory
 
     public FuzzPool ScratchL1 => AllFrames.Part(ScratchL1Frame, 1);
 
-    public FuzzPool Own => AllFrames.Part(OwnPages, OwnPageCount);
+    public FuzzPool Own => AllFrames.Part(OwnPages, InfoFrame - OwnPages);
+
+    public FuzzPool Info => AllFrames.Part(InfoFrame, 1);
 
     /// <summary>Addresses that the scratch tables can translate where they are linked so.</summary>
     public FuzzPool Windows { get; }
@@ -168,6 +158,9 @@ internal sealed class FuzzMemory
 
     /// <summary>Scratch frames meant as tables of a level.</summary>
     public FuzzPool Tables(int level) => AllFrames.Part(DataPages + TablePages.Take(level - 1).Sum(), TablePages[level - 1]);
+
+    /// <summary>How many bystanders a guest has: none where there is nobody to race with.</summary>
+    public static int BystandersOf(int vcpus) => vcpus == 1 ? 0 : 2;
 
     /// <summary>Puts words into the image.</summary>
     public static FuzzPool Pool(PvAssembler guest, params ReadOnlySpan<ulong> words)

@@ -69,6 +69,8 @@ internal sealed partial class FuzzOperations
         AddDescriptorTables();
         AddMemoryOps();
         AddAssists();
+        if (memory.VcpuCount > 1)
+            AddVcpuOps(guest);
         AddStores();
     }
 

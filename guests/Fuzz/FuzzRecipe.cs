@@ -34,6 +34,9 @@ internal enum FuzzStep : ulong
     /// <summary>The same, into the call's buffer.</summary>
     ToBuffer,
 
+    /// <summary>The same, at an address.</summary>
+    ToAddress,
+
     /// <summary>Adds the address of a place in the call's buffer.</summary>
     BufferAddress,
 
@@ -68,6 +71,8 @@ internal sealed class FuzzRecipe
     public FuzzRecipe ToCall(int offset) => Step(FuzzStep.ToCall, (ulong)offset);
 
     public FuzzRecipe ToBuffer(int offset) => Step(FuzzStep.ToBuffer, (ulong)offset);
+
+    public FuzzRecipe ToAddress(ulong address) => Step(FuzzStep.ToAddress, address);
 
     /// <summary>One of several ways to go on, by weight.</summary>
     public FuzzRecipe OneOf(params (int Weight, Action<FuzzRecipe> Write)[] ways)

@@ -130,6 +130,10 @@ public sealed unsafe class Domain : IDisposable
         }
     }
 
+    /// <summary>Where each vCPU is; for a look at a domain that runs.</summary>
+    public IReadOnlyList<VcpuActivity> Activity
+        => [.. _vcpus.Select(static vcpu => vcpu.Activity)];
+
     /// <summary>Frames that the domain owns (tot_pages); changes while it runs.</summary>
     public ulong OwnedPages => Volatile.Read(in Context->State->OwnedPages);
 
@@ -212,6 +216,13 @@ public sealed unsafe class Domain : IDisposable
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 
+    /// <summary>Makes all vCPUs but one come to the top of their loops.</summary>
+    internal void KickOthers(Vcpu vcpu)
+    {
+        foreach (Vcpu other in _vcpus)
+            other.KickFrom(vcpu);
+    }
+
     internal void WriteEmergencyConsole(ReadOnlySpan<byte> text)
     {
         lock (_emergencyLock)
@@ -285,6 +296,7 @@ public sealed unsafe class Domain : IDisposable
 
     private void RunVcpu(Vcpu vcpu)
     {
+        Audit?.Resume();
         try
         {
             if (vcpu.Id == 0)
@@ -299,6 +311,7 @@ public sealed unsafe class Domain : IDisposable
             Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
         }
 
+        Audit?.Pause();
         lock (_threads)
         {
             if (--_running != 0)

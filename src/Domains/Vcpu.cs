@@ -91,6 +91,12 @@ internal sealed unsafe class Vcpu : IDisposable
 
     public HypercallHistory History { get; } = new();
 
+    /// <summary>Where it is, as far as another thread can see.</summary>
+    public VcpuActivity Activity => new(
+        Id, IsUp, Volatile.Read(in Context->PageTableWrites->Running) != 0, Waiting, Volatile.Read(in Context->Accessing) != 0,
+        Volatile.Read(in Context->PageTableWrites->Count), Volatile.Read(in Context->PageTableWrites->FlushRequested) != 0, Context->Registers->Rip,
+        (HypercallNumber)Context->Registers->Rax, History.Count);
+
     /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
     public VcpuTrace? Trace { get; init; }
 
@@ -114,6 +120,13 @@ internal sealed unsafe class Vcpu : IDisposable
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         while (!Domain.IsStopping)
         {
+            if (Domain.Audit is { Wanted: true } audit)
+            {
+                // Others that have not come so far may wait for what this one has stored.
+                Cpu.Settle();
+                audit.Rest();
+            }
+
             if (!IsUp)
             {
                 WaitToComeUp();
@@ -155,6 +168,9 @@ internal sealed unsafe class Vcpu : IDisposable
         }
 
         Runstate.Change(RunstateKind.Offline);
+
+        // Others that are not yet at their end may wait for what this one has stored.
+        Cpu.Settle();
     }
 
     public void Dispose()
@@ -248,6 +264,39 @@ internal sealed unsafe class Vcpu : IDisposable
         UpdateClock(caller, Domain.Time.SystemTime);
     }
 
+    /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
+    /// <param name="caller">The vCPU on whose thread this is.</param>
+    /// <param name="page">The frame.</param>
+    /// <param name="offset">Where in it, in bytes.</param>
+    /// <returns>ERESTART when it has to be asked for again.</returns>
+    public Errno RegisterInfo(Vcpu caller, ulong page, uint offset)
+    {
+        if (offset > Paging.PageSize - (ulong)sizeof(VcpuInfo) || (offset & 7) != 0)
+            return Errno.ENXIO;
+
+        // Two vCPUs may do this for a third at once.
+        lock (_lock)
+        {
+            if (Context->State->VcpuInfoFrame != Context->Domain->State->SharedInfoFrame)
+                return Errno.EINVAL;
+            var frame = new Mfn(page);
+
+            // The reference keeps the frame the guest's and writable for as long as the domain lives.
+            Errno error = PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _);
+            if (error != Errno.None)
+                return error == Errno.ERESTART ? error : Errno.EINVAL;
+            var info = (VcpuInfo*)(Context->Domain->Memory.Page(frame) + offset);
+            *info = *Context->Info;
+            GuestAccess.Written(caller.Context, frame, offset, (ulong)sizeof(VcpuInfo));
+            Volatile.Write(ref *(nint*)&Context->Info, (nint)info);
+            Context->State->VcpuInfoFrame = frame.Value;
+            Context->State->VcpuInfoOffset = (int)offset;
+            Domain.Events.VcpuInfoMoved(Id, caller.Id);
+            UpdateClock(caller, Domain.Time.SystemTime);
+            return Errno.None;
+        }
+    }
+
     private static void KickByContext(VcpuContext* context) => ((Vcpu)GCHandle.FromIntPtr(context->Owner).Target!).Cpu.Kick();
 
     private void WaitToComeUp()
@@ -256,7 +305,7 @@ internal sealed unsafe class Vcpu : IDisposable
         Cpu.Settle();
         while (!Domain.IsStopping && !IsUp)
         {
-            Cpu.WaitForKick(long.MaxValue);
+            Sleep(long.MaxValue);
             DrainNotifications();
         }
 
@@ -351,7 +400,7 @@ internal sealed unsafe class Vcpu : IDisposable
                 continue;
             }
 
-            Cpu.WaitForKick(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
+            Sleep(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
             DrainNotifications();
         }
 
@@ -363,6 +412,13 @@ internal sealed unsafe class Vcpu : IDisposable
 
         Waiting = WaitState.None;
         Runstate.Change(RunstateKind.Running);
+    }
+
+    private void Sleep(long deadline)
+    {
+        Domain.Audit?.Pause();
+        Cpu.WaitForKick(deadline);
+        Domain.Audit?.Resume();
     }
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
@@ -401,6 +457,9 @@ internal sealed unsafe class Vcpu : IDisposable
                     BounceSyscall();
                 return;
             case VcpuExitKind.Exception:
+                // One that is refused before the entry comes with stores that others may wait for, while this one waits for them.
+                if (Domain.Context->State->StartedVcpus > 1)
+                    Cpu.Settle();
                 Trace?.BeginTrap(exit.Vector, exit.ErrorCode, Cpu.FaultAddress);
                 HandleException(exit.Vector, exit.ErrorCode);
                 Trace?.EndTrap(Domain.IsStopping);
@@ -592,7 +651,7 @@ internal sealed unsafe class Vcpu : IDisposable
 }
 
 /// <summary>What a vCPU waits for.</summary>
-internal enum WaitState
+public enum WaitState
 {
     None,
 

@@ -413,7 +413,9 @@ public unsafe struct FrameTable
     {
         for (ulong i = 0; i < 1UL << order; i++)
         {
-            _ = Find(frame + i)->TryFree();
+            // A vCPU that guesses the frame's number holds a reference for as long as it takes to see that it is nobody's.
+            while (!Find(frame + i)->TryFree())
+                _ = Thread.Yield();
             NoteFree(_memory.IndexOf(frame + i), special: false);
         }
     }

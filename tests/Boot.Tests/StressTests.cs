@@ -29,7 +29,7 @@ public sealed class StressTests : KvmFixture
         : DefaultSeconds;
 
     [Test]
-    public async Task Memory_processes_and_mappings_come_and_go()
+    public async Task Memory_processes_and_mappings_come_and_go([Values(1, 4)] int vcpus)
     {
         using var end = new CancellationTokenSource(TimeSpan.FromSeconds((Seconds * 3) + 300));
         var cache = new GuestCache(GuestCache.DefaultRoot());
@@ -65,6 +65,7 @@ public sealed class StressTests : KvmFixture
                 Name = "stress",
                 Image = new DomainImage(KernelImage.Parse(kernel), ramdisk) { Reusable = false },
                 MemoryMiB = MemoryMiB,
+                Vcpus = vcpus,
                 CommandLine = "console=hvc0 quiet",
                 AuditInterval = AuditInterval,
             },

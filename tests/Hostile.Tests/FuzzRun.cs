@@ -12,35 +12,54 @@ namespace XenSharp.Hostile.Tests;
 /// <summary>The end of a run.</summary>
 /// <param name="Seed">Of the guest's random numbers.</param>
 /// <param name="Calls">Calls that it was to make.</param>
+/// <param name="Vcpus">vCPUs that made them.</param>
 /// <param name="Figures">What it printed last.</param>
-/// <param name="Trouble">What is wrong, as sentences; null when nothing is.</param>
-internal sealed record FuzzRun(ulong Seed, ulong Calls, FuzzFigures Figures, string? Trouble)
+/// <param name="Lost">How the guest ended, where it did not end by itself; null where it did.</param>
+/// <param name="Trouble">What is wrong with the manager, as sentences; null when nothing is.</param>
+internal sealed record FuzzRun(ulong Seed, ulong Calls, int Vcpus, FuzzFigures Figures, string? Lost, string? Trouble)
 {
     private const int MemoryMiB = 16;
 
+    /// <summary>With several vCPUs, where a seed does not repeat itself, the books are also checked on the way, every so many exits.</summary>
+    private const int AuditInterval = 2_000;
+
+    /// <summary>A vCPU that is up and makes no hypercall for so long hangs.</summary>
+    private static readonly TimeSpan Patience = TimeSpan.FromSeconds(10);
+
     /// <summary>Runs a seed to its end, however it comes, and recounts the domain's frames.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    public static async Task<FuzzRun> RunAsync(KvmHost host, ulong seed, ulong calls, CancellationToken cancellation)
+    public static async Task<FuzzRun> RunAsync(KvmHost host, ulong seed, ulong calls, CancellationToken cancellation, int vcpus = 1)
     {
         using var output = new MemoryStream();
         var specification = new DomainSpecification
         {
             Name = $"fuzz-{seed}",
             MemoryMiB = MemoryMiB,
-            Image = new DomainImage(KernelImage.Parse(FuzzGuest.Build(seed, calls))),
+            Vcpus = FuzzGuest.DomainVcpus(vcpus),
+            AuditInterval = vcpus == 1 ? 0 : AuditInterval,
+            Image = new DomainImage(KernelImage.Parse(FuzzGuest.Build(seed, calls, vcpus))),
         };
-        await using RunningDomain domain = RunningDomain.Create(host, specification, new StreamSink(output));
+        RunningDomain domain = RunningDomain.Create(host, specification, new StreamSink(output));
         domain.Start();
-        DomainExit exit;
-        using (cancellation.Register(() => domain.Domain.Crash("The test's time is up.")))
-            exit = await domain.Completion;
-        List<string> troubles = [];
-        if (exit.Reason != ShutdownReason.PowerOff)
-            troubles.Add($"The guest ended by {exit.Reason}. {exit.Report}");
-        if (domain.Domain.AuditFrames() is { } counts)
-            troubles.Add($"The counts do not agree: {counts}.");
-        FuzzFigures figures = FuzzGuest.Read(output.ToArray()) ?? FuzzFigures.None;
-        return new FuzzRun(seed, calls, figures, troubles.Count == 0 ? null : string.Join(Environment.NewLine, troubles));
+        string? hang = await WatchAsync(domain, cancellation);
+        if (hang != null)
+        {
+            domain.Domain.Crash(hang);
+
+            // Its memory cannot be given up while a thread of it runs on.
+            if (await Task.WhenAny(domain.Completion, Task.Delay(Patience, CancellationToken.None)) != domain.Completion)
+                return new FuzzRun(seed, calls, vcpus, FuzzFigures.None, null, $"A thread of the manager hangs. {hang}");
+        }
+
+        await using (domain)
+        {
+            DomainExit exit = await domain.Completion;
+            string? lost = hang == null && exit.Reason != ShutdownReason.PowerOff ? $"The guest ended by {exit.Reason}. {exit.Report}" : null;
+            string? counts = domain.Domain.AuditFrames() is { } wrong ? $"The counts do not agree: {wrong}." : null;
+            FuzzFigures figures = FuzzGuest.Read(output.ToArray(), vcpus) ?? FuzzFigures.None;
+            string trouble = string.Join(Environment.NewLine, new[] { hang, exit.Report is { } report && IsOurs(report) ? report : null, counts }.OfType<string>());
+            return new FuzzRun(seed, calls, vcpus, figures, lost, trouble.Length == 0 ? null : trouble);
+        }
     }
 
     /// <summary>Finds out by when a run that went wrong had done so: the least number of calls after which it shows.</summary>
@@ -51,12 +70,40 @@ internal sealed record FuzzRun(ulong Seed, ulong Calls, FuzzFigures Figures, str
         while (bad.Calls - good > 1 && !cancellation.IsCancellationRequested)
         {
             FuzzRun run = await RunAsync(host, Seed, good + ((bad.Calls - good) / 2), cancellation);
-            if (run.Trouble is null)
+            if ((run.Trouble ?? run.Lost) is null)
                 good = run.Calls;
             else
                 bad = run;
         }
 
         return bad;
+    }
+
+    /// <summary>Whether a crash is the manager's own doing.</summary>
+    private static bool IsOurs(string report)
+        => report.Contains("XenSharp failed", StringComparison.Ordinal) || report.Contains("books do not agree", StringComparison.Ordinal);
+
+    /// <summary>Waits for the guest's end.</summary>
+    /// <returns>Null when it came; else where the vCPUs hang, or were when the time was up.</returns>
+    private static async Task<string?> WatchAsync(RunningDomain domain, CancellationToken cancellation)
+    {
+        Dictionary<int, (ulong Hypercalls, long Since)> seen = [];
+        while (await Task.WhenAny(domain.Completion, Task.Delay(500, CancellationToken.None)) != domain.Completion)
+        {
+            IReadOnlyList<VcpuActivity> activity = domain.Domain.Activity;
+            long now = Environment.TickCount64;
+            foreach (VcpuActivity vcpu in activity)
+            {
+                if (!vcpu.IsUp || !seen.TryGetValue(vcpu.Id, out (ulong Hypercalls, long Since) last) || last.Hypercalls != vcpu.Hypercalls)
+                    seen[vcpu.Id] = (vcpu.Hypercalls, now);
+                else if (now - last.Since > Patience.TotalMilliseconds)
+                    return $"vCPU {vcpu.Id} hangs:{Environment.NewLine}{string.Join(Environment.NewLine, activity)}";
+            }
+
+            if (cancellation.IsCancellationRequested)
+                return $"The test's time is up:{Environment.NewLine}{string.Join(Environment.NewLine, activity)}";
+        }
+
+        return null;
     }
 }

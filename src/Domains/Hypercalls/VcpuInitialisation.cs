@@ -133,6 +133,8 @@ internal static unsafe class VcpuInitialisation
     {
         bool strict = caller->Domain->State->Has(VmAssist.M2PStrict);
         Errno error;
+        if (kernel.Value == 0)
+            return Errno.EINVAL;
         if (target->State->KernelRoot != kernel.Value)
         {
             DropKernelRoot(caller, target);

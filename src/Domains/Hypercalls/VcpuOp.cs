@@ -113,7 +113,7 @@ internal static unsafe class VcpuOp
             case Command.RegisterVcpuInfo:
                 if (!GuestAccess.Read(context, argument, out VcpuInfoRegistration registration))
                     return -(long)Errno.EFAULT;
-                Errno error = RegisterVcpuInfo(caller, target, registration);
+                Errno error = target.RegisterInfo(caller, registration.Frame, registration.Offset);
                 return error == Errno.ERESTART ? Continuation.Create(context, arguments) : -(long)error;
             case Command.SendNmi:
                 if (argument != 0)
@@ -136,30 +136,5 @@ internal static unsafe class VcpuOp
             return -(long)Errno.EFAULT;
         Errno error = target.Initialise(caller, guest);
         return error == Errno.ERESTART ? Continuation.Create(caller.Context, arguments) : -(long)error;
-    }
-
-    /// <summary>Moves vcpu_info to a page of the guest's (map_vcpu_info).</summary>
-    private static Errno RegisterVcpuInfo(Vcpu caller, Vcpu target, in VcpuInfoRegistration registration)
-    {
-        VcpuContext* context = target.Context;
-        if (registration.Offset > Paging.PageSize - (ulong)sizeof(VcpuInfo) || (registration.Offset & 7) != 0)
-            return Errno.ENXIO;
-        if (context->State->VcpuInfoFrame != context->Domain->State->SharedInfoFrame)
-            return Errno.EINVAL;
-        var frame = new Mfn(registration.Frame);
-
-        // The reference keeps the frame the guest's and writable for as long as the domain lives.
-        Errno error = PageTables.GetPageAndType(caller.Context, frame, PageType.Writable, out _);
-        if (error != Errno.None)
-            return error == Errno.ERESTART ? error : Errno.EINVAL;
-        var info = (VcpuInfo*)(context->Domain->Memory.Page(frame) + registration.Offset);
-        *info = *context->Info;
-        GuestAccess.Written(caller.Context, frame, registration.Offset, (ulong)sizeof(VcpuInfo));
-        Volatile.Write(ref *(nint*)&context->Info, (nint)info);
-        context->State->VcpuInfoFrame = frame.Value;
-        context->State->VcpuInfoOffset = (int)registration.Offset;
-        caller.Domain.Events.VcpuInfoMoved(target.Id, caller.Id);
-        target.UpdateClock(caller, caller.Domain.Time.SystemTime);
-        return Errno.None;
     }
 }

@@ -22,7 +22,7 @@ internal sealed unsafe class EventDomain : IDisposable
     private const int FifoPages = 2;
 
     /// <param name="seed">Of what ports there are.</param>
-    /// <param name="fifo">Whether the FIFO ABI is in use; then the last vCPU but one has no control block.</param>
+    /// <param name="fifo">Whether the FIFO ABI is in use; then vCPU 2 has no control block.</param>
     public EventDomain(int seed, bool fifo)
     {
         var random = new Random(seed);
@@ -47,7 +47,7 @@ internal sealed unsafe class EventDomain : IDisposable
             for (int i = 0; i < Vcpus; i++)
             {
                 Context->FifoVcpus[i].ControlOffset = (uint)i * 128;
-                Context->FifoVcpus[i].ControlFrame = i == Vcpus - 2 ? 0 : FirstFrame;
+                Context->FifoVcpus[i].ControlFrame = i == 2 ? 0 : FirstFrame;
             }
         }
 
@@ -80,6 +80,14 @@ internal sealed unsafe class EventDomain : IDisposable
 
     /// <summary>Control blocks and event words, 8192 bytes.</summary>
     public byte* FifoMemory { get; }
+
+    /// <summary>The guest takes all events of its queues.</summary>
+    public void TakeAll()
+    {
+        NativeMemory.Clear(FifoMemory, FifoPages * 4096);
+        for (int i = 0; i < Vcpus; i++)
+            ((VcpuInfo*)Context->Domain->SharedInfo)[i].EvtchnUpcallPending = 0;
+    }
 
     /// <summary>All that operations may change.</summary>
     public byte[] Snapshot()

@@ -37,10 +37,13 @@ public sealed unsafe class EventTests
             int fifoOffset = random.Next(2) == 0 ? random.Next(EventDomain.Vcpus * 128) : 4096 + random.Next((int)EventDomain.Ports * 4);
             one.FifoMemory[fifoOffset] = value;
             other.FifoMemory[fifoOffset] = value;
+            bool takesAll = fifo && random.Next(8) == 0;
             int poller = random.Next(EventDomain.Vcpus);
             int awaited = random.Next(-1, (int)EventDomain.Ports);
             foreach (EventDomain domain in (EventDomain[])[one, other])
             {
+                if (takesAll)
+                    domain.TakeAll();
                 domain.Context->Vcpus[poller].PollPort = awaited;
                 VcpuMask.AtomicAdd(&domain.Context->State->Polling, poller);
             }

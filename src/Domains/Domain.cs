@@ -61,7 +61,8 @@ public sealed unsafe class Domain : IDisposable
         {
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
-            Events = new EventChannelDomain(Context, options.Id, id => id == Id.Value ? Events : null);
+            Events = new EventChannelDomain(
+                Context, options.Id, id => id == Id.Value ? Events : null, new WritableFrames(), FifoAbi.PortCount - 1);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;
@@ -188,7 +189,8 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Recounts every reference and use of the domain's frames (<see cref="FrameTableAudit"/>). The vCPUs must be at rest.</summary>
     /// <returns>Null when all counts are what holds them; else sentences about those that are not.</returns>
     public string? AuditFrames()
-        => FrameTableAudit.Check(Context, [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0]) ?? ScrubAudit.Check(Context);
+        => FrameTableAudit.Check(Context, [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0, .. Events.HeldFrames])
+            ?? ScrubAudit.Check(Context);
 
     public void Dispose()
     {

@@ -158,7 +158,7 @@ public sealed unsafe partial class EventChannelDomain
             remote._farEnds[remotePort] = this;
 
             // What the far end sent before there was anyone to send to.
-            TwoLevelAbi.SetPending(_context, localPort, &wake);
+            EventAbi.SetPending(_context, localPort, &wake);
             UnlockEnds(localPort, remote, remotePort);
             arguments.LocalPort = localPort;
         }
@@ -338,7 +338,7 @@ public sealed unsafe partial class EventChannelDomain
         }
     }
 
-    /// <summary>Closes all ports (EVTCHNOP_reset), or goes on with it.</summary>
+    /// <summary>Closes all ports and goes back to the 2-level ABI (EVTCHNOP_reset), or goes on with it.</summary>
     /// <returns>0; -EBUSY when another vCPU's is under way, or none to be continued; -EAGAIN when ports were bound meanwhile;
     /// -ERESTART to be continued.</returns>
     private long Reset(VcpuContext* vcpu, bool resuming)
@@ -368,7 +368,10 @@ public sealed unsafe partial class EventChannelDomain
         lock (EventLock)
         {
             state->NextReset = 0;
-            return state->ActivePorts > 0 ? -(long)Errno.EAGAIN : 0;
+            if (state->ActivePorts > 0)
+                return -(long)Errno.EAGAIN;
+            LeaveFifo(vcpu);
+            return 0;
         }
     }
 
@@ -386,12 +389,18 @@ public sealed unsafe partial class EventChannelDomain
     {
         if (_dying)
             return -(long)Errno.EINVAL;
-        for (; _firstFree <= _maxPort; _firstFree++)
+        uint last = EventAbi.IsFifo(_context) ? _maxPort : Math.Min(_maxPort, EventChannelPort.TwoLevelCount - 1);
+        for (uint port = _firstFree; port <= last; port++)
         {
-            if (_firstFree >= _context->State->ValidPorts)
+            if (port >= _context->State->ValidPorts)
                 Volatile.Write(ref _context->State->ValidPorts, _context->State->ValidPorts + EventChannelState.PortsPerBucket);
-            if (_context->Ports[_firstFree].State == ChannelState.Free)
-                return _firstFree;
+            bool free = _context->Ports[port].State == ChannelState.Free;
+            if (free && !EventAbi.IsBusy(_context, port))
+                return port;
+
+            // One that is busy may not be so the next time.
+            if (!free && port == _firstFree)
+                _firstFree++;
         }
 
         return -(long)Errno.ENOSPC;
@@ -399,6 +408,7 @@ public sealed unsafe partial class EventChannelDomain
 
     private void Occupy(EventChannelPortState* port, ChannelState state)
     {
+        Volatile.Write(ref port->Priority, FifoAbi.DefaultPriority);
         port->State = state;
         Volatile.Write(ref _context->State->ActivePorts, _context->State->ActivePorts + 1);
     }
@@ -408,7 +418,7 @@ public sealed unsafe partial class EventChannelDomain
         EventChannelPortState* state = _context->Ports + port;
 
         // Whoever gets the port next must not see its events.
-        TwoLevelAbi.ClearPending(_context, port);
+        EventAbi.ClearPending(_context, port);
         state->State = ChannelState.Free;
         state->NotifyVcpu = 0;
         _farEnds[port] = null;

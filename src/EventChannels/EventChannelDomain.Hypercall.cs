@@ -9,7 +9,8 @@ public sealed unsafe partial class EventChannelDomain
     /// <param name="vcpu">The caller, one of this domain's.</param>
     /// <param name="arguments">The hypercall's.</param>
     /// <returns>0 or a negative errno; -EFAULT for a structure that cannot be read or written, -ENOSYS for no such operation.
-    /// A reset that stopped for an event is left as a continuation.</returns>
+    /// What stopped for an event, or for another vCPU, is left as a
+    /// continuation.</returns>
     public long Execute(VcpuContext* vcpu, in HypercallArguments arguments)
     {
         ulong address = arguments.A1;
@@ -66,17 +67,21 @@ public sealed unsafe partial class EventChannelDomain
             case EventChannelOperation.ResetContinue:
                 return ResetOf(vcpu, arguments);
 
-            // The FIFO ABI is not offered: the answer of a Xen that knows two levels only, by which guests fall back to them.
             case EventChannelOperation.InitControl:
-                return GuestAccess.Read(vcpu, address, out EvtchnInitControl control) ? InitControl(control) : -(long)Errno.EFAULT;
+                if (!GuestAccess.Read(vcpu, address, out EvtchnInitControl control))
+                    return -(long)Errno.EFAULT;
+                result = InitControl(vcpu, ref control);
+                return result == -(long)Errno.ERESTART ? Continuation.Create(vcpu, arguments) : Answer(vcpu, address, result, control);
 
             case EventChannelOperation.ExpandArray:
-                return -(long)(GuestAccess.Read(vcpu, address, out ulong _) ? Errno.EOPNOTSUPP : Errno.EFAULT);
+                if (!GuestAccess.Read(vcpu, address, out ulong frame))
+                    return -(long)Errno.EFAULT;
+                result = ExpandArray(vcpu, new Mfn(frame));
+                return result == -(long)Errno.ERESTART ? Continuation.Create(vcpu, arguments) : result;
 
             case EventChannelOperation.SetPriority:
-                if (!GuestAccess.Read(vcpu, address, out EvtchnSetPriority priority))
-                    return -(long)Errno.EFAULT;
-                return -(long)(_context->IsValid(priority.Port) ? Errno.ENOSYS : Errno.EINVAL);
+                return GuestAccess.Read(vcpu, address, out EvtchnSetPriority priority)
+                    ? EventDelivery.SetPriority(_context, priority.Port, priority.Priority) : -(long)Errno.EFAULT;
 
             default:
                 return -(long)Errno.ENOSYS;
@@ -92,15 +97,6 @@ public sealed unsafe partial class EventChannelDomain
         if (operation.Command > (uint)EventChannelOperation.Unmask)
             return -(long)Errno.ENOSYS;
         return Execute(vcpu, new HypercallArguments { A0 = operation.Command, A1 = arguments.A0 + EvtchnOp.ArgumentOffset });
-    }
-
-    /// <summary>What Xen refuses before there is a control block; what it would take is -ENOSYS.</summary>
-    private long InitControl(in EvtchnInitControl request)
-    {
-        if (_context->Vcpu(request.Vcpu) == null)
-            return -(long)Errno.ENOENT;
-        bool fits = request.Offset <= Paging.PageSize - EvtchnInitControl.ControlBlockSize && request.Offset % 8 == 0;
-        return -(long)(fits && _context->Domain->Memory.Contains(new Mfn(request.Frame)) ? Errno.ENOSYS : Errno.EINVAL);
     }
 
     private long ResetOf(VcpuContext* vcpu, in HypercallArguments arguments)

@@ -18,6 +18,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
 
     private readonly EventChannelContext* _context;
     private readonly Func<ushort, EventChannelDomain?> _directory;
+    private readonly IWritableFrames _frames;
     private readonly uint _maxPort;
     private readonly VcpuNotificationQueue?[] _queues = new VcpuNotificationQueue?[EventChannelState.MaxVcpus];
 
@@ -25,7 +26,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
     /// What an interdomain port is connected to: an <see cref="EventChannelDomain"/> or an <see cref="EventChannelBackend"/>.
     /// Changes with the port's state, under the same locks.
     /// </summary>
-    private readonly object?[] _farEnds = new object?[EventChannelPort.TwoLevelCount];
+    private readonly object?[] _farEnds;
 
     private Rundown _rundown;
     private bool _dying;
@@ -33,27 +34,34 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
     /// <param name="domain">The domain. Its shared_info must stay mapped until <see cref="Dispose"/>.</param>
     /// <param name="id">Its id.</param>
     /// <param name="directory">Finds a domain of this manager by id, this one included; null for none.</param>
-    /// <param name="maxPort">Highest port that can be allocated, 1..4095 (max_evtchn_port; Xen's toolstack gives a guest 1023
-    /// unless its configuration says otherwise).</param>
+    /// <param name="frames">Holds the frames that the FIFO ABI is kept in.</param>
+    /// <param name="maxPort">Highest port that can be allocated, 1..131071 (max_evtchn_port; Xen's toolstack gives a guest 1023
+    /// unless its configuration says otherwise). Under the 2-level ABI it is 4095 at most.</param>
     public EventChannelDomain(
-        DomainContext* domain, ushort id, Func<ushort, EventChannelDomain?> directory, uint maxPort = EventChannelPort.TwoLevelCount - 1)
+        DomainContext* domain, ushort id, Func<ushort, EventChannelDomain?> directory, IWritableFrames frames,
+        uint maxPort = EventChannelPort.TwoLevelCount - 1)
     {
         ArgumentNullException.ThrowIfNull(domain);
         ArgumentNullException.ThrowIfNull(directory);
+        ArgumentNullException.ThrowIfNull(frames);
         ArgumentOutOfRangeException.ThrowIfZero(maxPort);
-        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(maxPort, EventChannelPort.TwoLevelCount);
+        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(maxPort, FifoAbi.PortCount);
         Id = new DomainId(id);
         Sequence = Interlocked.Increment(ref s_created);
         _directory = directory;
+        _frames = frames;
         _maxPort = maxPort;
+        _farEnds = new object?[PortTableSize(maxPort)];
         _context = (EventChannelContext*)NativeMemory.AllocZeroed((nuint)sizeof(EventChannelContext));
         _context->Domain = domain;
         _context->State = (EventChannelState*)NativeMemory.AllocZeroed((nuint)sizeof(EventChannelState));
         _context->Ports = (EventChannelPortState*)NativeMemory.AllocZeroed(
-            EventChannelPort.TwoLevelCount, (nuint)sizeof(EventChannelPortState));
+            PortTableSize(maxPort), (nuint)sizeof(EventChannelPortState));
         _context->Vcpus = (EventChannelVcpuState*)NativeMemory.AllocZeroed(
             EventChannelState.MaxVcpus, (nuint)sizeof(EventChannelVcpuState));
         _context->VcpuContexts = (VcpuContext**)NativeMemory.AllocZeroed(EventChannelState.MaxVcpus, (nuint)sizeof(VcpuContext*));
+        _context->Fifo = (FifoDomain*)NativeMemory.AllocZeroed((nuint)sizeof(FifoDomain));
+        _context->FifoVcpus = (FifoVcpu*)NativeMemory.AllocZeroed(EventChannelState.MaxVcpus, (nuint)sizeof(FifoVcpu));
         _context->State->ValidPorts = EventChannelState.PortsPerBucket;
         _context->Ports[0].State = ChannelState.Reserved;
     }
@@ -91,7 +99,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
             _queues[id] = new VcpuNotificationQueue(cpu);
             Interlocked.Exchange(ref *(nint*)(_context->VcpuContexts + id), (nint)vcpu);
 
-            // Events that came before the vCPU did: their senders found nobody to tell.
+            // Events that came before the vCPU did: their senders found nobody to tell. No guest has run, so they are in two levels.
             for (uint port = 1; port < _context->State->ValidPorts; port++)
             {
                 EventChannelPortState* state = _context->Ports + port;
@@ -119,7 +127,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
     public void VcpuInfoMoved(int vcpu, int callingVcpu = -1)
     {
         VcpuMask wake = default;
-        TwoLevelAbi.RaiseAll(_context, vcpu, &wake);
+        EventAbi.RaiseAll(_context, vcpu, &wake);
         Deliver(wake, callingVcpu);
     }
 
@@ -192,6 +200,8 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         NativeMemory.Free(_context->Ports);
         NativeMemory.Free(_context->Vcpus);
         NativeMemory.Free(_context->VcpuContexts);
+        NativeMemory.Free(_context->Fifo);
+        NativeMemory.Free(_context->FifoVcpus);
         NativeMemory.Free(_context);
     }
 
@@ -213,7 +223,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
             peer = _farEnds[port] as EventChannelDomain;
             backend = _farEnds[port] as EventChannelBackend;
             if (peer != null)
-                TwoLevelAbi.SetPending(peer._context, state->RemotePort, &wake);
+                EventAbi.SetPending(peer._context, state->RemotePort, &wake);
         }
 
         PortLock.Exit(state);
@@ -235,11 +245,14 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         EventChannelPortState* state = _context->Ports + port;
         PortLock.Enter(state);
         if (ReferenceEquals(_farEnds[port], backend))
-            TwoLevelAbi.SetPending(_context, port, &wake);
+            EventAbi.SetPending(_context, port, &wake);
         PortLock.Exit(state);
         Deliver(wake, callingVcpu: -1);
         _rundown.Exit();
     }
+
+    /// <summary>Entries of the port table: whole buckets.</summary>
+    private static uint PortTableSize(uint maxPort) => (maxPort / EventChannelState.PortsPerBucket + 1) * EventChannelState.PortsPerBucket;
 
     private void DeliverFromOutside(VcpuMask wake)
     {

@@ -6,13 +6,16 @@ using XenSharp.Core;
 namespace XenSharp.EventChannels;
 
 /// <summary>One entry of a domain's port table.</summary>
-[StructLayout(LayoutKind.Explicit, Size = 16)]
+[StructLayout(LayoutKind.Explicit, Size = 24)]
 public struct EventChannelPortState
 {
     /// <summary>The port's own lock: see <see cref="PortLock"/>.</summary>
     [FieldOffset(0)] public int Lock;
 
     [FieldOffset(4)] public ChannelState State;
+
+    /// <summary>FIFO ABI: the priority of the queue that it is put on, 0..15.</summary>
+    [FieldOffset(5)] public byte Priority;
 
     /// <summary>The vCPU that gets the upcall.</summary>
     [FieldOffset(6)] public ushort NotifyVcpu;
@@ -25,6 +28,12 @@ public struct EventChannelPortState
 
     /// <summary>Unbound: the domain that may bind. Interdomain: the domain at the far end.</summary>
     [FieldOffset(12)] public ushort RemoteDomain;
+
+    /// <summary>FIFO ABI: the queue that it was put on last, vCPU * 16 + priority. Changes under the locks of the old queue and the new.</summary>
+    [FieldOffset(14)] public ushort LastQueue;
+
+    /// <summary>FIFO ABI: 1 when it was pending before its event word was there. Stays so, as on Xen.</summary>
+    [FieldOffset(16)] public int WasPending;
 
     /// <summary>A guest may use it: not free, not reserved (evtchn_usable).</summary>
     public readonly bool IsUsable => State > ChannelState.Reserved;
@@ -68,6 +77,57 @@ public struct EventChannelState
 
     /// <summary>The vCPUs that wait in SCHEDOP_poll (poll_mask).</summary>
     public VcpuMask Polling;
+}
+
+/// <summary>One queue of the FIFO ABI, as far as it is the manager's.</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct FifoQueue
+{
+    /// <summary>See <see cref="PortLock"/>.</summary>
+    public int Lock;
+
+    /// <summary>The port that was appended last; 0 for none. The guest may have taken it since.</summary>
+    public uint Tail;
+}
+
+/// <summary>What the FIFO ABI needs to know of one vCPU (struct evtchn_fifo_vcpu).</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct FifoVcpu
+{
+    /// <summary>The frame of its control block, set after the offset; 0 for none.</summary>
+    public ulong ControlFrame;
+
+    /// <summary>Where in the frame, in bytes, a multiple of 8.</summary>
+    public uint ControlOffset;
+
+    /// <summary>By priority.</summary>
+    public PriorityQueues Queues;
+
+    [InlineArray(FifoAbi.Priorities)]
+    public struct PriorityQueues
+    {
+        private FifoQueue _element;
+    }
+}
+
+/// <summary>What a domain's ports share under the FIFO ABI (struct evtchn_fifo_domain).</summary>
+[StructLayout(LayoutKind.Sequential)]
+public struct FifoDomain
+{
+    /// <summary>1 from the first control block to the next reset; else the 2-level ABI is in use.</summary>
+    public int InUse;
+
+    /// <summary>Event words that there are, 1024 for each page; raised after the page's frame is set.</summary>
+    public uint Words;
+
+    /// <summary>Frames of the event array.</summary>
+    public PageFrames Pages;
+
+    [InlineArray(FifoAbi.MaxPages)]
+    public struct PageFrames
+    {
+        private ulong _element;
+    }
 }
 
 /// <summary>A set of vCPU numbers, 0..127.</summary>
@@ -128,7 +188,7 @@ public unsafe struct EventChannelContext
     public DomainContext* Domain;
     public EventChannelState* State;
 
-    /// <summary><see cref="EventChannelPort.TwoLevelCount"/> entries.</summary>
+    /// <summary>An entry for each port that can be had, and for 0; not fewer than a bucket has.</summary>
     public EventChannelPortState* Ports;
 
     /// <summary><see cref="EventChannelState.MaxVcpus"/> entries.</summary>
@@ -136,6 +196,11 @@ public unsafe struct EventChannelContext
 
     /// <summary>As many addresses; null for a vCPU that does not exist.</summary>
     public VcpuContext** VcpuContexts;
+
+    public FifoDomain* Fifo;
+
+    /// <summary>As many entries as there are of <see cref="Vcpus"/>.</summary>
+    public FifoVcpu* FifoVcpus;
 
     public readonly bool IsValid(uint port) => port < Volatile.Read(ref State->ValidPorts);
 

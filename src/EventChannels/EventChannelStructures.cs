@@ -93,11 +93,11 @@ public struct EvtchnStatus
 [StructLayout(LayoutKind.Sequential, Size = 24)]
 public struct EvtchnInitControl
 {
-    /// <summary>Bytes of a control block (struct evtchn_fifo_control_block).</summary>
-    public const uint ControlBlockSize = 72;
-
     public ulong Frame;
     public uint Offset, Vcpu;
+
+    /// <summary>Out: <see cref="FifoAbi.LinkBits"/>.</summary>
+    public byte LinkBits;
 }
 
 /// <summary>struct evtchn_set_priority.</summary>

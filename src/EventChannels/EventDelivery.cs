@@ -22,7 +22,7 @@ public static unsafe class EventDelivery
             case ChannelState.Interdomain:
                 return AtFarEnd;
             case ChannelState.Ipi:
-                TwoLevelAbi.SetPending(context, port, wake);
+                EventAbi.SetPending(context, port, wake);
                 return 0;
             case ChannelState.Unbound:
                 // Whoever binds later finds the channel pending, so this one is not lost.
@@ -41,7 +41,7 @@ public static unsafe class EventDelivery
         EventChannelPortState* state = context->Ports + port;
         PortLock.Enter(state);
         if (state->IsUsable)
-            TwoLevelAbi.Unmask(context, port, wake);
+            EventAbi.Unmask(context, port, wake);
         PortLock.Exit(state);
         return 0;
     }
@@ -62,8 +62,26 @@ public static unsafe class EventDelivery
 
         // The port may have been closed and used for something else since the table was read.
         if (state->State == ChannelState.Virq && state->Virq == virq && (Virq.IsGlobal(virq) || state->NotifyVcpu == vcpu))
-            TwoLevelAbi.SetPending(context, port, wake);
+            EventAbi.SetPending(context, port, wake);
         PortLock.Exit(state);
+    }
+
+    /// <summary>Gives a port the priority of what it raises from now on (EVTCHNOP_set_priority).</summary>
+    /// <returns>0; -EINVAL for a port that does not exist, or no such priority; -ENOSYS under the 2-level ABI; -EACCES for a port that is
+    /// not in use.</returns>
+    public static long SetPriority(EventChannelContext* context, uint port, uint priority)
+    {
+        if (!context->IsValid(port))
+            return -(long)Errno.EINVAL;
+        EventChannelPortState* state = context->Ports + port;
+        PortLock.Enter(state);
+        long result = !EventAbi.IsFifo(context) ? -(long)Errno.ENOSYS
+            : !state->IsUsable ? -(long)Errno.EACCES
+            : priority >= FifoAbi.Priorities ? -(long)Errno.EINVAL : 0;
+        if (result == 0)
+            Volatile.Write(ref state->Priority, (byte)priority);
+        PortLock.Exit(state);
+        return result;
     }
 
     /// <summary>Whether a port is pending (evtchn_port_poll).</summary>
@@ -74,7 +92,7 @@ public static unsafe class EventDelivery
             return -(long)Errno.EINVAL;
         EventChannelPortState* state = context->Ports + port;
         PortLock.Enter(state);
-        long result = !state->IsUsable ? -(long)Errno.EINVAL : TwoLevelAbi.IsPending(context, port) ? 1 : 0;
+        long result = !state->IsUsable ? -(long)Errno.EINVAL : EventAbi.IsPending(context, port) ? 1 : 0;
         PortLock.Exit(state);
         return result;
     }

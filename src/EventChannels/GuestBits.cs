@@ -46,5 +46,23 @@ internal static unsafe class GuestBits
         return true;
     }
 
+    /// <inheritdoc cref="TestAndSet(ulong*, ulong)"/>
+    internal static bool TestAndSet(uint* word, uint bit)
+    {
+        uint seen = Volatile.Read(ref *word);
+        for (int i = 0; i < Tries; i++)
+        {
+            uint found = Interlocked.CompareExchange(ref *word, seen | bit, seen);
+            if (found == seen)
+                return (found & bit) != 0;
+            seen = found;
+        }
+
+        _ = Interlocked.Or(ref *word, bit);
+        return false;
+    }
+
+    internal static bool Test(uint* word, uint bit) => (Volatile.Read(ref *word) & bit) != 0;
+
     internal static bool Test(ulong* word, ulong bit) => (Volatile.Read(ref *word) & bit) != 0;
 }

@@ -65,10 +65,37 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
     public void Dispose() => _kicked.Dispose();
 }
 
+/// <summary>Counts how often frames are held.</summary>
+internal sealed unsafe class FakeFrames : IWritableFrames
+{
+    private readonly Dictionary<ulong, int> _held = [];
+
+    /// <summary>What is answered instead, when it is an error.</summary>
+    internal Errno Error { get; set; }
+
+    internal int Total => _held.Values.Sum();
+
+    public Errno Hold(VcpuContext* vcpu, Mfn frame)
+    {
+        if (Error != Errno.None)
+            return Error;
+        if (frame.Value - FakeDomain.FifoFrame >= FakeDomain.FifoFrames)
+            return Errno.EINVAL;
+        _held[frame.Value] = _held.GetValueOrDefault(frame.Value) + 1;
+        return Errno.None;
+    }
+
+    public void Release(VcpuContext* vcpu, Mfn frame)
+    {
+        if (--_held[frame.Value] < 0)
+            throw new InvalidOperationException($"{frame} was not held");
+    }
+}
+
 /// <summary>
 /// Frames, from <see cref="FirstFrame"/>: four page tables, shared_info, a page that the guest can write
-/// (<see cref="Arguments"/>), one that it can only read (<see cref="ReadOnly"/>), one for a registered vcpu_info; between
-/// two canary pages that nothing may touch.
+/// (<see cref="Arguments"/>), one that it can only read (<see cref="ReadOnly"/>), one for a registered vcpu_info, those of the
+/// FIFO ABI; between two canary pages that nothing may touch.
 /// </summary>
 internal sealed unsafe class FakeDomain : IDisposable
 {
@@ -77,7 +104,11 @@ internal sealed unsafe class FakeDomain : IDisposable
     internal const ulong ReadOnly = Arguments + 0x1000;
     internal const ulong Unmapped = Arguments + 0x2000;
 
-    private const int Frames = 8;
+    /// <summary>The first of <see cref="FifoFrames"/> frames for control blocks and event words.</summary>
+    internal const ulong FifoFrame = FirstFrame + 8;
+    internal const int FifoFrames = 5;
+
+    private const int Frames = 8 + FifoFrames;
     private const byte Canary = 0xa5;
 
     private readonly byte* _allocation;
@@ -99,7 +130,7 @@ internal sealed unsafe class FakeDomain : IDisposable
         MapTables();
 
         Directory = directory ?? [];
-        Channels = new EventChannelDomain(Context, id, other => Directory.GetValueOrDefault(other), maxPort);
+        Channels = new EventChannelDomain(Context, id, other => Directory.GetValueOrDefault(other), Held, maxPort);
         Directory[id] = Channels;
         Cpus = new FakeCpu[vcpus];
         Vcpus = new nint[vcpus];
@@ -126,6 +157,8 @@ internal sealed unsafe class FakeDomain : IDisposable
 
     internal EventChannelDomain Channels { get; }
 
+    internal FakeFrames Held { get; } = new();
+
     internal FakeCpu[] Cpus { get; }
 
     internal nint[] Vcpus { get; }
@@ -137,6 +170,14 @@ internal sealed unsafe class FakeDomain : IDisposable
     internal byte* ReadOnlyPage => Page(6);
 
     internal VcpuInfo* SpareInfo => (VcpuInfo*)Page(7);
+
+    /// <summary>The control block of a vCPU, 0 or 1, that <see cref="EnterFifo"/> gives it, 72 bytes.</summary>
+    internal uint* Block(int vcpu) => (uint*)(Page(8) + (vcpu * 2048));
+
+    /// <summary>The event word of a port below 4096, once its page is there.</summary>
+    internal uint* Word(uint port) => (uint*)Page(9) + port;
+
+    internal Span<byte> FifoPages => new(Page(8), FifoFrames * 4096);
 
     internal Span<byte> SharedInfo => new(Context->SharedInfo, 4096);
 
@@ -206,6 +247,29 @@ internal sealed unsafe class FakeDomain : IDisposable
         var bind = new EvtchnBindInterdomain { RemoteDomain = remote, RemotePort = remotePort };
         Assert.That(Call(EventChannelOperation.BindInterdomain, ref bind), Is.Zero);
         return bind.LocalPort;
+    }
+
+    internal long InitControl(ulong frame, uint offset, uint vcpu)
+    {
+        var control = new EvtchnInitControl { Frame = frame, Offset = offset, Vcpu = vcpu };
+        return Call(EventChannelOperation.InitControl, ref control);
+    }
+
+    internal long ExpandArray(ulong frame) => Call(EventChannelOperation.ExpandArray, ref frame);
+
+    internal long SetPriority(uint port, uint priority)
+    {
+        var request = new EvtchnSetPriority { Port = port, Priority = priority };
+        return Call(EventChannelOperation.SetPriority, ref request);
+    }
+
+    /// <summary>Goes over to the FIFO ABI, with control blocks for vCPUs 0 and 1 and so many pages of words, 4 at most.</summary>
+    internal void EnterFifo(int pages = 1)
+    {
+        for (uint vcpu = 0; vcpu < Math.Min(2, Cpus.Length); vcpu++)
+            Assert.That(InitControl(FifoFrame, vcpu * 2048, vcpu), Is.Zero);
+        for (int page = 1; page <= pages; page++)
+            Assert.That(ExpandArray(FifoFrame + (ulong)page), Is.Zero);
     }
 
     internal EvtchnStatus Status(uint port)

@@ -14,9 +14,16 @@ internal sealed unsafe class EventDomain : IDisposable
     /// <summary>This port is an IPI in every domain.</summary>
     public const uint IpiPort = 64;
 
+    private const ulong FirstFrame = 0x100;
+
     private readonly List<nint> _blocks = [];
 
-    public EventDomain(int seed)
+    /// <summary>Pages of the guest's that the FIFO ABI is kept in: control blocks, and event words of all ports but the last.</summary>
+    private const int FifoPages = 2;
+
+    /// <param name="seed">Of what ports there are.</param>
+    /// <param name="fifo">Whether the FIFO ABI is in use; then vCPU 2 has no control block.</param>
+    public EventDomain(int seed, bool fifo)
     {
         var random = new Random(seed);
         Context = (EventChannelContext*)Allocate((nuint)sizeof(EventChannelContext));
@@ -27,6 +34,22 @@ internal sealed unsafe class EventDomain : IDisposable
         Context->Ports = (EventChannelPortState*)Allocate(EventChannelPort.TwoLevelCount * (nuint)sizeof(EventChannelPortState));
         Context->Vcpus = (EventChannelVcpuState*)Allocate(EventChannelState.MaxVcpus * (nuint)sizeof(EventChannelVcpuState));
         Context->VcpuContexts = (VcpuContext**)Allocate(EventChannelState.MaxVcpus * (nuint)sizeof(VcpuContext*));
+
+        Context->Fifo = (FifoDomain*)Allocate((nuint)sizeof(FifoDomain));
+        Context->FifoVcpus = (FifoVcpu*)Allocate(EventChannelState.MaxVcpus * (nuint)sizeof(FifoVcpu));
+        FifoMemory = (byte*)Allocate(FifoPages * 4096);
+        if (fifo)
+        {
+            Context->Domain->Memory = new MachineMemory(FifoMemory, new Mfn(FirstFrame), FifoPages);
+            Context->Fifo->InUse = 1;
+            Context->Fifo->Pages[0] = FirstFrame + 1;
+            Context->Fifo->Words = Ports - 1;
+            for (int i = 0; i < Vcpus; i++)
+            {
+                Context->FifoVcpus[i].ControlOffset = (uint)i * 128;
+                Context->FifoVcpus[i].ControlFrame = i == 2 ? 0 : FirstFrame;
+            }
+        }
 
         // The last of them has no vcpu_info, and one port is for a vCPU that does not exist.
         for (int i = 0; i < Vcpus; i++)
@@ -42,6 +65,7 @@ internal sealed unsafe class EventDomain : IDisposable
             EventChannelPortState* state = Context->Ports + port;
             state->State = port == IpiPort ? ChannelState.Ipi : states[random.Next(states.Length)];
             state->NotifyVcpu = (ushort)random.Next(Vcpus + 1);
+            state->Priority = (byte)random.Next(FifoAbi.Priorities);
             if (state->State != ChannelState.Virq)
                 continue;
             state->Virq = random.Next(Virq.Count);
@@ -54,6 +78,17 @@ internal sealed unsafe class EventDomain : IDisposable
 
     public EventChannelContext* Context { get; }
 
+    /// <summary>Control blocks and event words, 8192 bytes.</summary>
+    public byte* FifoMemory { get; }
+
+    /// <summary>The guest takes all events of its queues.</summary>
+    public void TakeAll()
+    {
+        NativeMemory.Clear(FifoMemory, FifoPages * 4096);
+        for (int i = 0; i < Vcpus; i++)
+            ((VcpuInfo*)Context->Domain->SharedInfo)[i].EvtchnUpcallPending = 0;
+    }
+
     /// <summary>All that operations may change.</summary>
     public byte[] Snapshot()
         =>
@@ -62,6 +97,8 @@ internal sealed unsafe class EventDomain : IDisposable
             .. new ReadOnlySpan<byte>(Context->State, sizeof(EventChannelState)),
             .. new ReadOnlySpan<byte>(Context->Ports, (int)Ports * sizeof(EventChannelPortState)),
             .. new ReadOnlySpan<byte>(Context->Vcpus, Vcpus * sizeof(EventChannelVcpuState)),
+            .. new ReadOnlySpan<byte>(Context->FifoVcpus, (Vcpus + 1) * sizeof(FifoVcpu)),
+            .. new ReadOnlySpan<byte>(FifoMemory, FifoPages * 4096),
         ];
 
     public void Dispose()

@@ -15,12 +15,12 @@ public sealed unsafe class EventTests
     public void Remove() => _image.Dispose();
 
     [Test]
-    public void Image_does_what_the_manager_does([Range(0, 3)] int seed)
+    public void Image_does_what_the_manager_does([Range(0, 3)] int seed, [Values] bool fifo)
     {
         var inside = new EventCodeInside(_image);
         var random = new Random(seed);
-        using var one = new EventDomain(seed);
-        using var other = new EventDomain(seed);
+        using var one = new EventDomain(seed, fifo);
+        using var other = new EventDomain(seed, fifo);
         int woken = 0;
         for (int step = 0; step < 4000; step++)
         {
@@ -34,10 +34,16 @@ public sealed unsafe class EventTests
             byte value = (byte)(random.Next(4) == 0 ? random.Next(256) : 0);
             one.Context->Domain->SharedInfo[offset] = value;
             other.Context->Domain->SharedInfo[offset] = value;
+            int fifoOffset = random.Next(2) == 0 ? random.Next(EventDomain.Vcpus * 128) : 4096 + random.Next((int)EventDomain.Ports * 4);
+            one.FifoMemory[fifoOffset] = value;
+            other.FifoMemory[fifoOffset] = value;
+            bool takesAll = fifo && random.Next(8) == 0;
             int poller = random.Next(EventDomain.Vcpus);
             int awaited = random.Next(-1, (int)EventDomain.Ports);
             foreach (EventDomain domain in (EventDomain[])[one, other])
             {
+                if (takesAll)
+                    domain.TakeAll();
                 domain.Context->Vcpus[poller].PollPort = awaited;
                 VcpuMask.AtomicAdd(&domain.Context->State->Polling, poller);
             }
@@ -47,6 +53,8 @@ public sealed unsafe class EventTests
             uint port = (uint)random.Next((int)EventDomain.Ports + 8);
             int virq = random.Next(Virq.Count);
             int operation = random.Next(4);
+            if (one.Context->IsValid(port))
+                one.Context->Ports[port].Priority = other.Context->Ports[port].Priority = (byte)random.Next(FifoAbi.Priorities);
             long oneResult = EventCodeOutside.Call(operation, one.Context, port, poller, virq, &wokenByOne);
             long otherResult = inside.Call(operation, other.Context, port, poller, virq, &wokenByOther);
             string what = $"step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}";
@@ -70,7 +78,7 @@ public sealed unsafe class EventTests
     [Test]
     public void Both_codes_hold_the_same_port_lock()
     {
-        using var domain = new EventDomain(seed: 1);
+        using var domain = new EventDomain(seed: 1, fifo: false);
         var inside = new EventCodeInside(_image);
         const uint port = EventDomain.IpiPort;
         EventChannelContext* context = domain.Context;

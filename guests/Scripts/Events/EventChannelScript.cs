@@ -471,6 +471,9 @@ internal static class EventChannelScript
             c.EventChannelOp(EventOperation.InitControl, "control block", request);
             c.Load(request[16], 1);
             c.EventChannelOp(EventOperation.InitControl, "control block again", request);
+
+            // What the toolstack's ports bring is not to be seen; they are masked in pairs.
+            c.Fill(array.At, EventSteps.FirstPort / 2, 8, 0x4000_0000_4000_0000UL);
             c.EventChannelOp(EventOperation.ExpandArray, "array", c.Structure("request", 8, (0, 8, array.Mfn)));
             Value port = c.Keep(c.BindIpi(0), "port");
             c.SetPriority(port, 3);

@@ -14,6 +14,8 @@ internal static class EventScripts
         EventChannelScript.CreateCompat(),
         EventChannelScript.CreateFifo(),
         EventChannelScript.CreateReset(),
+        FifoScript.CreateQueues(),
+        FifoScript.CreateReset(),
         UpcallScript.Create(),
         TimerScript.CreateSetTimer(),
         TimerScript.CreateVcpuTimers(),

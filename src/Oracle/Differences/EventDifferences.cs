@@ -4,14 +4,11 @@ namespace XenSharp.Oracle.Differences;
 internal static class EventDifferences
 {
     private const string NoGrants = "grant_table_op is not built yet: it is -ENOSYS.";
-    private const string NoFifo = "The FIFO ABI of event channels is not built yet: init_control is -ENOSYS, by which guests stay with two levels.";
     private const string Console =
         "A domain may always write to the emergency console, as on a Xen built for debugging: what a kernel says before it has a console is what one wants to see.";
 
     public static IReadOnlyList<KnownDifference> All { get; } =
     [
-        KnownDifference.NotBuilt("event-channel-fifo", "control blocks that are refused", "event_channel_op(init_control, frame of the root table)", "-ENOSYS", NoFifo),
-        KnownDifference.CaseNotBuilt("event-channel-fifo", "a port under the FIFO ABI", NoFifo),
         .. new (string Step, string Answer)[]
         {
             ("console_io(0, 0, null)", "0"), ("console_io(0, 8, null)", "-EFAULT"), ("console_io(0, 8, non-canonical)", "-EFAULT"),

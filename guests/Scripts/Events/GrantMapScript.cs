@@ -216,6 +216,9 @@ internal static class GrantMapScript
             c.Load(target[64]);
             c.Copy("to a reference that is read-only", (0, 8, target.Mfn), (GrantCopyField.Destination, 4, first), (GrantCopyField.Flags, 2, 2));
             c.Copy("from a frame by number of the domain", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, own), (GrantCopyField.Destination, 8, target.Mfn));
+            c.Copy("from a frame of domain 0", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, DomainIds.Zero), (GrantCopyField.Destination, 8, target.Mfn));
+            c.Copy("to a frame of an absent domain", (0, 8, source.Mfn), (GrantCopyField.Destination, 8, target.Mfn),
+                (GrantCopyField.DestinationDomain, 2, DomainIds.Absent));
             c.Copy("from a reference of domain 0", (0, 4, 400), (GrantCopyField.SourceDomain, 2, DomainIds.Zero), (GrantCopyField.Destination, 8, target.Mfn),
                 (GrantCopyField.Flags, 2, 1));
             c.Copy("beyond the table", (0, 4, 0xffff_ffffU), (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1));

@@ -110,10 +110,10 @@ internal static unsafe class GrantCopy
     /// <summary>Only one's own pages can be named by frame, and only by DOMID_SELF.</summary>
     private static GrantStatus FindDomain(Vcpu vcpu, ushort domain, bool isReference, ref End end)
     {
-        if (domain != DomainId.Self.Value && !isReference)
-            return GrantStatus.PermissionDenied;
         if (FindTable(vcpu, domain) == null)
             return GrantStatus.BadDomain;
+        if (domain != DomainId.Self.Value && !isReference)
+            return GrantStatus.PermissionDenied;
         end.HasDomain = true;
         end.Domain = domain;
         return GrantStatus.Okay;

@@ -123,7 +123,7 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <summary>1 or 2.</summary>
     public int Version { get; private set; } = 1;
 
-    /// <summary>Frames that it has; never less again.</summary>
+    /// <summary>Frames that it has.</summary>
     public int FrameCount { get; private set; }
 
     /// <summary>Frames with the states of entries of version 2.</summary>
@@ -155,9 +155,11 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <summary>Adds frames until there are as many (gnttab_grow_table), and the frames of states that go with them.</summary>
     /// <param name="vcpu">A vCPU of the domain, on whose thread this is.</param>
     /// <param name="count">1 to <see cref="MaxFrames"/>.</param>
-    /// <returns>ENOMEM or ERESTART; what was added until then stays.</returns>
+    /// <returns>ENOMEM, and there is none more; or ERESTART, when what was added stays.</returns>
     public Errno Grow(VcpuContext* vcpu, int count)
     {
+        int before = FrameCount;
+        int statusBefore = StatusFrameCount;
         Errno error = Version == 1 ? Errno.None : GrowStatus(vcpu, Math.Max(count, FrameCount));
         for (int i = FrameCount; i < count && error == Errno.None; i++)
         {
@@ -167,6 +169,14 @@ internal sealed unsafe class GrantTable : IDisposable
             _frames[i] = frame.Value;
             _shared[i] = _domain->Memory.Page(frame);
             FrameCount = i + 1;
+        }
+
+        if (error == Errno.ENOMEM)
+        {
+            if (SharedFrames.TryUnshare(_domain, _frames + before, FrameCount - before))
+                FrameCount = before;
+            if (SharedFrames.TryUnshare(_domain, _statusFrames + statusBefore, StatusFrameCount - statusBefore))
+                StatusFrameCount = statusBefore;
         }
 
         return error;

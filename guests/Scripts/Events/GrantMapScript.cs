@@ -215,11 +215,14 @@ internal static class GrantMapScript
                 (GrantCopyField.DestinationDomain, 2, DomainIds.Self), (GrantCopyField.DestinationOffset, 2, 64), (GrantCopyField.Flags, 2, 3));
             c.Load(target[64]);
             c.Copy("to a reference that is read-only", (0, 8, target.Mfn), (GrantCopyField.Destination, 4, first), (GrantCopyField.Flags, 2, 2));
-            c.Copy("from a frame by number of the domain", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, own), (GrantCopyField.Destination, 8, target.Mfn));
-            c.Copy("from a frame of domain 0", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, DomainIds.Zero), (GrantCopyField.Destination, 8, target.Mfn));
+            c.Copy("from a frame by number of the domain", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, own),
+                (GrantCopyField.Destination, 8, target.Mfn));
+            c.Copy("from a frame of domain 0", (0, 8, source.Mfn), (GrantCopyField.SourceDomain, 2, DomainIds.Zero),
+                (GrantCopyField.Destination, 8, target.Mfn));
             c.Copy("to a frame of an absent domain", (0, 8, source.Mfn), (GrantCopyField.Destination, 8, target.Mfn),
                 (GrantCopyField.DestinationDomain, 2, DomainIds.Absent));
-            c.Copy("from a reference of domain 0", (0, 4, 400), (GrantCopyField.SourceDomain, 2, DomainIds.Zero), (GrantCopyField.Destination, 8, target.Mfn),
+            c.Copy("from a reference of domain 0", (0, 4, 400), (GrantCopyField.SourceDomain, 2, DomainIds.Zero),
+                (GrantCopyField.Destination, 8, target.Mfn),
                 (GrantCopyField.Flags, 2, 1));
             c.Copy("beyond the table", (0, 4, 0xffff_ffffU), (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1));
             c.Copy("from a reference of an absent domain", (0, 4, 400), (GrantCopyField.SourceDomain, 2, DomainIds.Absent),
@@ -233,7 +236,8 @@ internal static class GrantMapScript
             c.Copy("a frame of nobody", (0, 4, first), (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1));
             c.PutEntry(table, first, GrantFlag.PermitAccess, own, c.Root);
             c.Copy("to a page table", (0, 8, source.Mfn), (GrantCopyField.Destination, 4, first), (GrantCopyField.Flags, 2, 2));
-            c.Copy("from a page table", (0, 4, first), (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1), (GrantCopyField.Length, 2, 0));
+            c.Copy("from a page table", (0, 4, first),
+                (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1), (GrantCopyField.Length, 2, 0));
             c.Copy("the toolstack's", (0, 4, 0), (GrantCopyField.Destination, 8, target.Mfn), (GrantCopyField.Flags, 2, 1));
             c.Load(table[first * 8], 2);
         });

@@ -63,7 +63,7 @@ internal static class GrantCopyField
 /// <summary>Steps that the scripts about grants share.</summary>
 internal static class GrantSteps
 {
-    /// <summary>Present, writable, accessed, dirty; and accessed, read-only.</summary>
+    /// <summary>Present, writable, accessed, dirty.</summary>
     public const ulong WritablePage = 0x63;
 
     private const ulong InvalidatePage = 2;

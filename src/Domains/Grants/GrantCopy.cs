@@ -10,11 +10,11 @@ internal static unsafe class GrantCopy
     /// <summary>One end of a copy (struct gnttab_copy_buf).</summary>
     private struct End
     {
-        /// <summary>Not zero from when the domain was found; its id as the guest gave it.</summary>
+        /// <summary>Whether its domain was found, and the id that the guest gave for it.</summary>
         public bool HasDomain;
         public ushort Domain;
 
-        /// <summary>What is taken: the page, maybe by a reference, maybe to be written.</summary>
+        /// <summary>Whether <see cref="Page"/> is held: by a reference or as a frame, of that number; the destination writable.</summary>
         public bool IsTaken;
         public bool IsReference;
         public bool IsDestination;

@@ -1,5 +1,4 @@
 // grant_table_op (20).
-using System.Runtime.CompilerServices;
 using XenSharp.Core;
 using XenSharp.Mmu;
 

@@ -16,7 +16,8 @@ internal sealed unsafe class GrantDomain : IDisposable
     /// <summary>First of the pages that are for anything: mapped, and not the builder's.</summary>
     public const ulong FirstPfn = 0x200;
 
-    public GrantDomain(ulong spareFrames = 96, Func<DomainOptions, DomainOptions>? change = null) => Fake = new FakeDomain(change: change, spareFrames: spareFrames);
+    public GrantDomain(ulong spareFrames = 96, Func<DomainOptions, DomainOptions>? change = null)
+        => Fake = new FakeDomain(change: change, spareFrames: spareFrames);
 
     public FakeDomain Fake { get; }
 

@@ -180,7 +180,12 @@ public sealed unsafe class GrantTableTests
             _guest.Fake.Write(Request + (i * 32), MapRequest(Reference, GrantMapFlags.Device, 0));
         AssertContinued(0, 3, done: 1, size: 32);
         for (uint i = 0; i < 3; i++)
-            _guest.Fake.Write(Request + (i * 40), new CopyRequest { Source = { Frame = FrameOf(0), Domain = Self }, Destination = { Frame = FrameOf(1), Domain = Self } });
+        {
+            _guest.Fake.Write(
+                Request + (i * 40),
+                new CopyRequest { Source = { Frame = FrameOf(0), Domain = Self }, Destination = { Frame = FrameOf(1), Domain = Self } });
+        }
+
         AssertContinued(5, 3, done: 1, size: 40);
         AssertContinued(11, 3, done: 1, size: 12);
         new Span<byte>(_guest.Fake.Host(Request), 0x400).Clear();
@@ -319,17 +324,21 @@ public sealed unsafe class GrantTableTests
 
                     break;
                 case 7:
-                    _guest.Fake.Write(Request, new UnmapGrantRef { Handle = (uint)random.Next(300), HostAddress = where, NewAddress = AddressOf((ulong)random.Next(8, 16)) });
+                    ulong from = AddressOf((ulong)random.Next(8, 16));
+                    _guest.Fake.Write(Request, new UnmapGrantRef { Handle = (uint)random.Next(300), HostAddress = where, NewAddress = from });
                     Assert.That(_guest.Op(7), Is.Zero);
                     break;
                 case 8:
+                    ulong source = random.Next(2) == 0 ? Pick() : Frame();
+                    ulong destination = random.Next(2) == 0 ? Pick() : FrameOf((ulong)random.Next(6));
                     _ = _guest.Copy(
-                        new CopyPointer { Frame = random.Next(2) == 0 ? Pick() : Frame(), Domain = Domain(), Offset = (ushort)random.Next(4096) },
-                        new CopyPointer { Frame = random.Next(2) == 0 ? Pick() : FrameOf((ulong)random.Next(6)), Domain = Domain(), Offset = (ushort)random.Next(4096) },
+                        new CopyPointer { Frame = source, Domain = Domain(), Offset = (ushort)random.Next(4096) },
+                        new CopyPointer { Frame = destination, Domain = Domain(), Offset = (ushort)random.Next(4096) },
                         (ushort)random.Next(300), (CopyFlags)random.Next(4));
                     break;
                 case 9:
-                    _guest.Fake.Write(Request, new TransferFrame { Frame = FrameOf((ulong)random.Next(6)), Domain = Domain() == Self ? (ushort)9 : Id, Reference = Pick() });
+                    ulong given = FrameOf((ulong)random.Next(6));
+                    _guest.Fake.Write(Request, new TransferFrame { Frame = given, Domain = Domain() == Self ? (ushort)9 : Id, Reference = Pick() });
                     Assert.That(_guest.Op(4), Is.Zero);
                     break;
                 case 10:

@@ -2,6 +2,7 @@ using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
 using XenSharp.Mmu;
@@ -22,6 +23,7 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>Threads of vCPUs; its lock is also held where vCPUs go up and down, and while it counts which still run.</summary>
     private readonly List<Thread> _threads = [];
+    private readonly GrantTable _managersGrants = new();
     private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
     private DomainExit? _exit;
@@ -71,6 +73,8 @@ public sealed unsafe class Domain : IDisposable
             for (int i = 0; i < options.Vcpus; i++)
                 AddVcpu(machine, i, options);
             Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
+            Grants = new GrantTable(Context, options.Vcpus);
+            GrantRings();
             _vcpus[0].MarkInitialised();
             Time.UpdateWallClock(Context->SharedInfo);
         }
@@ -157,6 +161,9 @@ public sealed unsafe class Domain : IDisposable
 
     internal EventChannelDomain Events { get; } = null!;
 
+    /// <summary>What the domain grants to others, and has mapped of theirs.</summary>
+    internal GrantTable Grants { get; } = null!;
+
     internal Timekeeping Time { get; }
 
     internal CpuidPolicy Cpuid { get; }
@@ -189,8 +196,12 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>Recounts every reference and use of the domain's frames (<see cref="FrameTableAudit"/>). The vCPUs must be at rest.</summary>
     /// <returns>Null when all counts are what holds them; else sentences about those that are not.</returns>
     public string? AuditFrames()
-        => FrameTableAudit.Check(Context, [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0, .. Events.HeldFrames])
-            ?? ScrubAudit.Check(Context);
+    {
+        List<ulong> writable = [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0, .. Events.HeldFrames];
+        List<ulong> referenced = [];
+        Grants.AddHeld(writable, referenced);
+        return FrameTableAudit.Check(Context, CollectionsMarshal.AsSpan(writable), CollectionsMarshal.AsSpan(referenced)) ?? ScrubAudit.Check(Context);
+    }
 
     public void Dispose()
     {
@@ -209,12 +220,18 @@ public sealed unsafe class Domain : IDisposable
         Events?.Dispose();
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Dispose();
+        Grants?.Dispose();
+        _managersGrants.Dispose();
         _memory.Dispose();
         NativeMemory.Free(_handle);
     }
 
     /// <summary>Whether there is a domain of this number: itself, or the manager, which is domain 0 to it.</summary>
     internal bool Knows(ushort id) => id == Id.Value || id == 0;
+
+    /// <summary>The grant table of a domain that there is: the domain's own, or the manager's.</summary>
+    /// <param name="id">A number, not DOMID_SELF.</param>
+    internal GrantTable? FindGrants(ushort id) => id == Id.Value ? Grants : id == 0 ? _managersGrants : null;
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 
@@ -282,6 +299,15 @@ public sealed unsafe class Domain : IDisposable
             if (_running == 0)
                 _ = _completion.TrySetResult(_exit!);
         }
+    }
+
+    /// <summary>Gives the domain the first frame of its grant table, with the rings that it shares with the manager (xc_dom_gnttab_seed).</summary>
+    private void GrantRings()
+    {
+        if (Grants.Grow(_vcpus[0].Context, 1) != Errno.None)
+            throw new DomainBuildException("The virtual machine has no room for the domain's grant table.");
+        Grants.Seed(GrantTable.ConsoleReference, Layout.Console);
+        Grants.Seed(GrantTable.XenstoreReference, Layout.Store);
     }
 
     private void AddVcpu(IVirtualMachine machine, int id, DomainOptions options)

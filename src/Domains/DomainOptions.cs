@@ -14,8 +14,8 @@ public sealed record DomainOptions
     /// <summary>Frames that a domain may have beyond its memory, as libxl lets every one (LIBXL_MAXMEM_CONSTANT).</summary>
     private const ulong SparePages = 256;
 
-    /// <summary>Frames beside the domain's own: shared_info is there.</summary>
-    private const ulong HypervisorPages = 16;
+    /// <summary>Frames beside the domain's own: shared_info is there, and the grant table with the states of its entries.</summary>
+    private const ulong HypervisorPages = 96;
 
     /// <summary>Name for people; the guest does not see it.</summary>
     public required string Name { get; init; }

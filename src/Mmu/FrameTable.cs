@@ -274,6 +274,27 @@ public struct FrameInfo
         return true;
     }
 
+    /// <summary>
+    /// Takes a frame that is shared with the domain from it, where nobody but its owner and who shares it has a reference to it: it
+    /// is free then.
+    /// </summary>
+    internal bool TryFreeShared()
+    {
+        if (Interlocked.CompareExchange(ref _references, 0, 2 | AllocatedBit | SpecialBit) != (2 | AllocatedBit | SpecialBit))
+            return false;
+        Settle(State.Free());
+        return true;
+    }
+
+    /// <summary>A frame that <see cref="TryFreeShared"/> made free, and nobody has taken since, is shared again.</summary>
+    internal void ShareAgain(ushort domain)
+    {
+        Reserve(FrameFlags.None);
+        AddReference();
+        Assign(domain, FrameFlags.Special);
+        Settle(State.First(PageType.Writable).With(FrameFlags.Validated));
+    }
+
     /// <summary>Counts an entry that names another table of this one's level; false where others do so with this one.</summary>
     internal bool TryAddLinearEntry() => TryMoveLinear(1);
 
@@ -406,6 +427,27 @@ public unsafe struct FrameTable
         Find(frame)->Assign(_domain->Id, FrameFlags.None);
         FreeCount--;
         _domain->OwnedPages++;
+    }
+
+    /// <summary>Takes frames back that are shared with the domain, all or none.</summary>
+    /// <returns>False where the domain still refers to one.</returns>
+    internal bool TryUnshare(ulong* frames, int count)
+    {
+        Lock();
+        int freed = 0;
+        while (freed < count && Find(new Mfn(frames[freed]))->TryFreeShared())
+            freed++;
+        bool all = freed == count;
+        for (int i = 0; i < freed; i++)
+        {
+            if (all)
+                NoteFree(_memory.IndexOf(new Mfn(frames[i])), special: true);
+            else
+                Find(new Mfn(frames[i]))->ShareAgain(_domain->Id);
+        }
+
+        Unlock();
+        return all;
     }
 
     /// <summary>Lets frames go that were taken under the same <see cref="Lock"/> and not assigned.</summary>

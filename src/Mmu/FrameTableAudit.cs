@@ -17,11 +17,20 @@ public static unsafe class FrameTableAudit
     /// <param name="domain">The domain.</param>
     /// <param name="writable">Frames that the manager holds writable beside those that a vCPU's state names.</param>
     /// <returns>Null when all agree; else sentences that name the frames which do not.</returns>
-    public static string? Check(DomainContext* domain, params ReadOnlySpan<ulong> writable)
+    public static string? Check(DomainContext* domain, params ReadOnlySpan<ulong> writable) => Check(domain, writable, []);
+
+    /// <summary>Recounts.</summary>
+    /// <param name="domain">The domain.</param>
+    /// <param name="writable">Frames that the manager holds writable beside those that a vCPU's state names.</param>
+    /// <param name="referenced">Frames that the manager holds a reference to and no more, each as often as it is named.</param>
+    /// <returns>Null when all agree; else sentences that name the frames which do not.</returns>
+    public static string? Check(DomainContext* domain, ReadOnlySpan<ulong> writable, ReadOnlySpan<ulong> referenced)
     {
         var count = new Count(domain);
         foreach (ulong frame in writable)
             count.Hold(new Mfn(frame), PageType.Writable, "held by the manager");
+        foreach (ulong frame in referenced)
+            count.Reference(new Mfn(frame));
         for (int i = 0; i < domain->State->VcpuCount; i++)
             count.AddVcpu(domain->Vcpus + i);
         count.AddFrames();
@@ -60,6 +69,9 @@ public static unsafe class FrameTableAudit
             if (frame.Value != 0)
                 Add(frame, type, holder);
         }
+
+        /// <summary>A reference to a frame of the domain.</summary>
+        public void Reference(Mfn frame) => _references[_domain->Memory.IndexOf(frame)]++;
 
         public void AddFrames()
         {

@@ -262,7 +262,7 @@ public static unsafe class PageTables
     /// <summary>
     /// What the guest wrote becomes what runs at CPL 3: kernel entries lack User, and get it with a mark (adjust_guest_lNe).
     /// </summary>
-    private static PageTableEntry Adjust(int level, PageTableEntry value)
+    internal static PageTableEntry Adjust(int level, PageTableEntry value)
     {
         if (level > 1)
             return value.With(level == 4 ? PageFlags.User | PageFlags.Accessed : PageFlags.User);

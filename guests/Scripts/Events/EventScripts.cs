@@ -37,6 +37,9 @@ internal static class EventScripts
         PhysdevScript.CreateBoth(),
         PhysdevScript.CreateUnprivileged(),
         GrantScript.Create(),
+        GrantMapScript.CreateMap(),
+        GrantMapScript.CreateCopy(),
+        GrantMapScript.CreateVersions(),
         .. ShutdownScript.Create(),
     ];
 }

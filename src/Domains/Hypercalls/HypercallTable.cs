@@ -1,5 +1,6 @@
 // The whole hypercall surface in one place: number, name, owner. A row that is not here is -ENOSYS.
 using XenSharp.Core;
+using XenSharp.Domains.Grants;
 using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Hypercalls;
@@ -54,6 +55,8 @@ internal static unsafe class HypercallTable
         Row(HypercallNumber.MemoryOp, 2, &OnContext.MemoryOp);
         Row(HypercallNumber.SetGdt, 2, &OnContext.SetGdt);
         Row(HypercallNumber.UpdateDescriptor, 2, &OnContext.UpdateDescriptor);
+
+        Row(HypercallNumber.GrantTableOp, 3, &GrantTableOp.Execute);
 
         // Events, time and scheduling.
         Row(HypercallNumber.EventChannelOp, 2, &OnContext.EventChannelOp);

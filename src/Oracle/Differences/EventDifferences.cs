@@ -3,7 +3,6 @@ namespace XenSharp.Oracle.Differences;
 
 internal static class EventDifferences
 {
-    private const string NoGrants = "grant_table_op is not built yet: it is -ENOSYS.";
     private const string Console =
         "A domain may always write to the emergency console, as on a Xen built for debugging: what a kernel says before it has a console is what one wants to see.";
 
@@ -14,11 +13,5 @@ internal static class EventDifferences
             ("console_io(0, 0, null)", "0"), ("console_io(0, 8, null)", "-EFAULT"), ("console_io(0, 8, non-canonical)", "-EFAULT"),
             ("console_io(0, 8, 4 bytes before a page's end)", "-EFAULT"), ("console_io(0, 1, text)", "0"),
         }.Select(static write => KnownDifference.ByDesign("console-io", "writing is not for a domU", write.Step, write.Answer, Console)),
-        .. new[]
-        {
-            "the version of the table", "the size of the table", "setting the table up", "references that cannot be mapped", "handles that nobody has",
-            "copies between frames of one's own", "status frames, which version 1 does not have", "swapping and flushing", "transfers",
-            "unknown operations and counts",
-        }.Select(static name => KnownDifference.CaseNotBuilt("grant-table", name, NoGrants)),
     ];
 }

@@ -98,15 +98,16 @@ public sealed class FuzzTests : KvmFixture
     [Test]
     public async Task A_seed_makes_the_same_calls_every_time()
     {
-        List<string> figures = [];
+        // What they come to may differ: the manager writes clocks and runstates into the guest's memory when it is time to.
+        List<(string Operation, long Calls)[]> made = [];
         for (int i = 0; i < 2; i++)
         {
             FuzzRun run = await FuzzRun.RunAsync(Host, FirstSeed, 3_000, CancellationToken.None);
             Assert.That(run.Trouble ?? run.Lost, Is.Null);
-            figures.Add(run.Figures.ToString());
+            made.Add([.. run.Figures.Operations.Select(static operation => (operation.Key, operation.Value.Values.Sum()))]);
         }
 
-        Assert.That(figures[0], Is.Not.Empty.And.EqualTo(figures[1]));
+        Assert.That(made[0], Is.Not.Empty.And.EqualTo(made[1]));
     }
 
     /// <summary>Whether the calls got anywhere: a fuzz that is refused proves nothing.</summary>

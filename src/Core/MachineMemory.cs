@@ -31,6 +31,9 @@ public readonly unsafe struct MachineMemory(byte* host, Mfn firstFrame, ulong fr
         return _host + ((frame.Value - FirstFrame.Value) << Paging.PageShift);
     }
 
+    /// <summary>Machine address of what lies at a host address in this memory.</summary>
+    public MachineAddress AddressOf(void* host) => FirstFrame.Address + (ulong)((byte*)host - _host);
+
     /// <summary>Host view of the frame as a page table of 512 entries.</summary>
     public PageTableEntry* Table(Mfn frame) => (PageTableEntry*)Page(frame);
 }

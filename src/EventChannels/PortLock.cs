@@ -1,4 +1,6 @@
 // The lock of a single port or queue, and the order in which the locks of event channels are taken.
+using XenSharp.Core;
+
 namespace XenSharp.EventChannels;
 
 /// <summary>A spin lock in the port table, or in a queue of the FIFO ABI.</summary>
@@ -18,25 +20,12 @@ namespace XenSharp.EventChannels;
 /// </remarks>
 public static unsafe class PortLock
 {
-    private const int SpinsBeforeYield = 64;
-
     public static void Enter(EventChannelPortState* port) => Enter(&port->Lock);
 
     public static void Exit(EventChannelPortState* port) => Exit(&port->Lock);
 
     /// <summary>Takes the lock of a port or a queue.</summary>
-    internal static void Enter(int* word)
-    {
-        int spins = 0;
-        while (Interlocked.CompareExchange(ref *word, 1, 0) != 0)
-        {
-            // The holder needs a few dozen instructions; where that takes longer its thread was preempted.
-            if (++spins % SpinsBeforeYield == 0)
-                Thread.Yield();
-            else
-                Thread.SpinWait(1);
-        }
-    }
+    internal static void Enter(int* word) => SpinWord.Enter(ref *word);
 
-    internal static void Exit(int* word) => Volatile.Write(ref *word, 0);
+    internal static void Exit(int* word) => SpinWord.Exit(ref *word);
 }

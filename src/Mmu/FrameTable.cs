@@ -506,20 +506,10 @@ public unsafe struct FrameTable
     }
 
     /// <summary>Keeps the free frames as they are for other vCPUs until <see cref="Unlock"/>.</summary>
-    internal void Lock()
-    {
-        const int spinsBeforeYield = 64;
-        for (int spins = 1; Interlocked.CompareExchange(ref _lock, 1, 0) != 0; spins++)
-        {
-            if (spins % spinsBeforeYield == 0)
-                _ = Thread.Yield();
-            else
-                Thread.SpinWait(1);
-        }
-    }
+    internal void Lock() => SpinWord.Enter(ref _lock);
 
     /// <summary>Ends <see cref="Lock"/>.</summary>
-    internal void Unlock() => Volatile.Write(ref _lock, 0);
+    internal void Unlock() => SpinWord.Exit(ref _lock);
 
     /// <summary><see cref="TryReserve"/> under <see cref="Lock"/>.</summary>
     internal bool TryTake(FrameFlags flags, int order, ulong limit, out Mfn frame)

@@ -46,7 +46,7 @@ public static unsafe class GrantMapping
         if (table == null)
             return false;
         PageTableEntry old = vcpu->PageTableWrites->Store(entry, at, EntryOf(frame, flags));
-        ReleaseTable(vcpu, table, at.Frame);
+        PageTables.LetGoL1(vcpu, at.Frame, table);
         PageTables.ReleaseL1(vcpu, old);
         return true;
     }
@@ -77,7 +77,7 @@ public static unsafe class GrantMapping
                 old = found;
             }
 
-            ReleaseTable(vcpu, table, at.Frame);
+            PageTables.LetGoL1(vcpu, at.Frame, table);
         }
 
         if (!replaced)
@@ -107,7 +107,7 @@ public static unsafe class GrantMapping
         if (table == null)
             return false;
         entry = vcpu->PageTableWrites->Store(place, at, default);
-        ReleaseTable(vcpu, table, at.Frame);
+        PageTables.LetGoL1(vcpu, at.Frame, table);
         return true;
     }
 
@@ -124,31 +124,16 @@ public static unsafe class GrantMapping
             entry = linear.IsGuest ? GuestAccess.FindEntry(vcpu, linear) : null;
             if (entry == null)
                 return null;
-            at = memory.FirstFrame.Address + (ulong)((byte*)entry - memory.Page(memory.FirstFrame));
+            at = memory.AddressOf(entry);
         }
         else if (address % sizeof(ulong) != 0)
         {
             return null;
         }
 
-        FrameInfo* info = FrameTable.Of(vcpu->Domain)->GetPage(at.Frame, vcpu->Domain->State->Id);
-        if (info == null)
-            return null;
-        entry = (PageTableEntry*)(memory.Page(at.Frame) + at.Offset);
-        if (PageTables.TryHold(info, out int level))
-        {
-            if (level == 1)
-                return info;
-            PageTables.Release(vcpu, at.Frame, info);
-        }
-
-        FrameTable.Of(vcpu->Domain)->PutPage(info);
-        return null;
-    }
-
-    private static void ReleaseTable(VcpuContext* vcpu, FrameInfo* table, Mfn frame)
-    {
-        PageTables.Release(vcpu, frame, table);
-        FrameTable.Of(vcpu->Domain)->PutPage(table);
+        FrameInfo* table = PageTables.HoldL1(vcpu, at.Frame);
+        if (table != null)
+            entry = (PageTableEntry*)(memory.Page(at.Frame) + at.Offset);
+        return table;
     }
 }

@@ -148,31 +148,18 @@ public static unsafe class MmuUpdate
         PageTableEntry* entry = linear.IsGuest ? GuestAccess.FindEntry(vcpu, linear) : null;
         if (entry == null)
             return -(long)Errno.EINVAL;
-        MachineAddress entryAddress = AddressOf(vcpu, entry);
-        FrameTable* frames = FrameTable.Of(vcpu->Domain);
-        FrameInfo* info = frames->GetPage(entryAddress.Frame, vcpu->Domain->State->Id);
-        Errno error = Errno.EINVAL;
-        if (info != null && PageTables.TryHold(info, out int level))
-        {
-            if (level == 1)
-                error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(arguments.A1), preserveAccessedDirty: false);
-            PageTables.Release(vcpu, entryAddress.Frame, info);
-        }
-
-        if (info != null)
-            frames->PutPage(info);
+        MachineAddress entryAddress = vcpu->Domain->Memory.AddressOf(entry);
+        FrameInfo* table = PageTables.HoldL1(vcpu, entryAddress.Frame);
+        if (table == null)
+            return -(long)Errno.EINVAL;
+        Errno error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(arguments.A1), preserveAccessedDirty: false);
+        PageTables.LetGoL1(vcpu, entryAddress.Frame, table);
         return error switch
         {
             Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, arguments.A2),
             Errno.ERESTART => Continuation.Create(vcpu, arguments),
             _ => -(long)error,
         };
-    }
-
-    private static MachineAddress AddressOf(VcpuContext* vcpu, void* host)
-    {
-        MachineMemory memory = vcpu->Domain->Memory;
-        return memory.FirstFrame.Address + (ulong)((byte*)host - memory.Page(memory.FirstFrame));
     }
 
     private static void StoreDone(VcpuContext* vcpu, ulong pointer, uint done)

@@ -140,6 +140,32 @@ public static unsafe class PageTables
         }
     }
 
+    /// <summary>References the domain's L1 table in a frame, and holds it as one.</summary>
+    /// <returns>Null where there is none.</returns>
+    public static FrameInfo* HoldL1(VcpuContext* vcpu, Mfn frame)
+    {
+        FrameTable* frames = FrameTable.Of(vcpu->Domain);
+        FrameInfo* info = frames->GetPage(frame, vcpu->Domain->State->Id);
+        if (info == null)
+            return null;
+        if (TryHold(info, out int level))
+        {
+            if (level == 1)
+                return info;
+            Release(vcpu, frame, info);
+        }
+
+        frames->PutPage(info);
+        return null;
+    }
+
+    /// <summary>Ends <see cref="HoldL1"/>.</summary>
+    public static void LetGoL1(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    {
+        Release(vcpu, frame, info);
+        FrameTable.Of(vcpu->Domain)->PutPage(info);
+    }
+
     /// <summary>Ends <see cref="TryHold"/>.</summary>
     public static void Release(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
     {

@@ -34,8 +34,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             return false;
         MustRetry = false;
         bool performed = TryPerform(fault, table);
-        PageTables.Release(_vcpu, table, info);
-        FrameTable.Of(_vcpu->Domain)->PutPage(info);
+        PageTables.LetGoL1(_vcpu, table, info);
         return performed || MustRetry;
     }
 
@@ -96,19 +95,8 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
         if (entry == null || !entry->IsPresent || entry->IsWritable)
             return false;
         table = entry->Frame;
-        FrameTable* frames = FrameTable.Of(_vcpu->Domain);
-        info = frames->GetPage(table, _vcpu->Domain->State->Id);
-        if (info == null)
-            return false;
-        if (PageTables.TryHold(info, out int level))
-        {
-            if (level == 1)
-                return true;
-            PageTables.Release(_vcpu, table, info);
-        }
-
-        frames->PutPage(info);
-        return false;
+        info = PageTables.HoldL1(_vcpu, table);
+        return info != null;
     }
 
     private static bool IsStore(in Instruction instruction, out int size)

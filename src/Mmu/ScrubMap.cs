@@ -142,11 +142,7 @@ public unsafe struct ScrubMap
         }
     }
 
-    private void Lock()
-    {
-        while (Interlocked.CompareExchange(ref _locked, 1, 0) != 0)
-            Thread.SpinWait(1);
-    }
+    private void Lock() => SpinWord.Enter(ref _locked);
 
-    private void Unlock() => Volatile.Write(ref _locked, 0);
+    private void Unlock() => SpinWord.Exit(ref _locked);
 }

@@ -537,16 +537,7 @@ internal static class EventChannelScript
             c.Kernel("reset, status, alloc_unbound, shutdown", a =>
             {
                 Iced.Intel.Label failed = a.CreateLabel();
-                Iced.Intel.Label shutdown = a.CreateLabel();
-                void Operation(EventOperation operation, ScriptBuffer structure)
-                {
-                    a.mov(edi, (int)operation);
-                    a.mov(rsi, structure.Address);
-                    a.mov(eax, (int)GuestHypercall.EventChannelOp);
-                    a.syscall();
-                    a.test(rax, rax);
-                    a.jnz(failed);
-                }
+                void Operation(EventOperation operation, ScriptBuffer structure) => EventSteps.EmitOperation(a, operation, structure, failed);
 
                 Operation(EventOperation.Reset, domain);
                 Operation(EventOperation.Status, status);
@@ -560,14 +551,7 @@ internal static class EventChannelScript
                 a.mov(rsi, request.Address);
                 a.cmp(__dword_ptr[rsi + 4], 1);
                 a.jne(failed);
-                a.mov(rsi, good.Address);
-                a.jmp(shutdown);
-                a.Label(ref failed);
-                a.mov(rsi, bad.Address);
-                a.Label(ref shutdown);
-                a.mov(edi, (int)SchedulerOperation.Shutdown);
-                a.mov(eax, (int)GuestHypercall.SchedOp);
-                a.syscall();
+                EventSteps.EmitVerdict(a, good, bad, ref failed);
             });
         });
     });

@@ -388,4 +388,29 @@ internal static class EventSteps
         ScriptBuffer s = c.Structure("request", 8, (0, 4, port));
         c.EventChannelOp(operation, port.Text, s);
     }
+
+    /// <summary>An event_channel_op that has to succeed, in a kernel step which cannot print any more.</summary>
+    public static void EmitOperation(Iced.Intel.Assembler code, EventOperation operation, ScriptBuffer structure, Iced.Intel.Label failed)
+    {
+        code.mov(edi, (int)operation);
+        code.mov(rsi, structure.Address);
+        code.mov(eax, (int)GuestHypercall.EventChannelOp);
+        code.syscall();
+        code.test(rax, rax);
+        code.jnz(failed);
+    }
+
+    /// <summary>Ends the domain in one of two ways: here when all went well, and from where <paramref name="failed"/> leads.</summary>
+    public static void EmitVerdict(Iced.Intel.Assembler code, ScriptBuffer good, ScriptBuffer bad, ref Iced.Intel.Label failed)
+    {
+        Iced.Intel.Label shutdown = code.CreateLabel();
+        code.mov(rsi, good.Address);
+        code.jmp(shutdown);
+        code.Label(ref failed);
+        code.mov(rsi, bad.Address);
+        code.Label(ref shutdown);
+        code.mov(edi, (int)SchedulerOperation.Shutdown);
+        code.mov(eax, (int)GuestHypercall.SchedOp);
+        code.syscall();
+    }
 }

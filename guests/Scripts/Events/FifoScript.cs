@@ -260,16 +260,7 @@ internal static class FifoScript
             c.Kernel("reset, pin the block, unpin it, bind, send, init_control, expand_array, shutdown", a =>
             {
                 Iced.Intel.Label failed = a.CreateLabel();
-                Iced.Intel.Label shutdown = a.CreateLabel();
-                void Operation(EventOperation operation, ScriptBuffer structure)
-                {
-                    a.mov(edi, (int)operation);
-                    a.mov(rsi, structure.Address);
-                    a.mov(eax, (int)GuestHypercall.EventChannelOp);
-                    a.syscall();
-                    a.test(rax, rax);
-                    a.jnz(failed);
-                }
+                void Operation(EventOperation operation, ScriptBuffer structure) => EventSteps.EmitOperation(a, operation, structure, failed);
 
                 void Mmuext(ScriptBuffer structure)
                 {
@@ -303,14 +294,7 @@ internal static class FifoScript
                 a.mov(eax, __dword_ptr[rsi + 4]);
                 a.cmp(eax, unchecked((int)(Pending | Linked)));
                 a.jne(failed);
-                a.mov(rsi, good.Address);
-                a.jmp(shutdown);
-                a.Label(ref failed);
-                a.mov(rsi, bad.Address);
-                a.Label(ref shutdown);
-                a.mov(edi, (int)SchedulerOperation.Shutdown);
-                a.mov(eax, (int)GuestHypercall.SchedOp);
-                a.syscall();
+                EventSteps.EmitVerdict(a, good, bad, ref failed);
             });
         });
     });

@@ -33,6 +33,16 @@ internal sealed record AddressWindow(int Slot, ScratchPage[] Tables)
         return new AddressWindow(slot, tables);
     }
 
+    /// <summary>Makes a window whose first page is data with a number in it, already looked at.</summary>
+    public static AddressWindow CreateWithData(AbiCase c, int slot, out ScratchPage data)
+    {
+        data = c.Page("data");
+        c.Put(data.At, 8, 0x600d);
+        AddressWindow window = Create(c, slot, data.Entry(Pte.ReadWrite));
+        c.Load(window.At(0));
+        return window;
+    }
+
     /// <summary>Takes the slot's entry away.</summary>
     public void Remove(AbiCase c) => c.MmuUpdate(new MmuRequest(Root(c, Slot), 0));
 

@@ -24,7 +24,7 @@ internal static class HostileStoresScript
     {
         script.Case("whole entries for what may not be mapped, and what they would map", c =>
         {
-            AddressWindow window = Window(c, 90, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 90, out ScratchPage data);
             foreach ((string name, Value entry) in (ReadOnlySpan<(string, Value)>)
                 [
                     ("itself", window.L1.Entry(Pte.ReadWrite)), ("its L2", window.L2.Entry(Pte.ReadWrite)), ("its L3", window.L3.Entry(Pte.ReadWrite)),
@@ -42,7 +42,7 @@ internal static class HostileStoresScript
         });
         script.Case("parts of an entry make a table writable", c =>
         {
-            AddressWindow window = Window(c, 91, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 91, out ScratchPage data);
             c.Store(window.L1[8], 8, window.L2.Entry(Pte.ReadOnly));
             c.Store(window.L1[8], 1, Pte.ReadWrite);
             c.Store(window.L1[8], 2, (window.L2.Entry(Pte.ReadWrite) & 0xffff).Named("low half of l2|0x63"));
@@ -57,7 +57,7 @@ internal static class HostileStoresScript
         });
         script.Case("the halves of two good entries make a bad one", c =>
         {
-            AddressWindow window = Window(c, 92, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 92, out ScratchPage data);
             c.Store(window.L1[8], 8, data.Entry(Pte.ReadWrite));
             c.Store(window.L1[12], 4, 0x000f_ffff);
             c.Store(window.L1[14], 1, 0xff);
@@ -70,7 +70,7 @@ internal static class HostileStoresScript
         });
         script.Case("compare and exchange to a writable table", c =>
         {
-            AddressWindow window = Window(c, 93, out _);
+            AddressWindow window = AddressWindow.CreateWithData(c, 93, out _);
             c.Store(window.L1[8], 8, window.L3.Entry(Pte.ReadOnly));
             Value now = c.Keep(c.Get(window.L1[8]), "l1[1]");
             c.Kernel("lock cmpxchg [rdi], rcx", static a => a.@lock.cmpxchg(__[rdi], rcx), null,
@@ -84,7 +84,7 @@ internal static class HostileStoresScript
         });
         script.Case("upper tables: superpages, Writable on a linear entry, the hypervisor's slots", c =>
         {
-            AddressWindow window = Window(c, 94, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 94, out ScratchPage data);
             c.Store(window.L2.At, 8, window.L1.Entry(Pte.Table | Pte.LargePage));
             On(c, "lock bts qword [rdi], 7", static a => a.@lock.bts(__qword_ptr[rdi], 7), window.L2.At);
             On(c, "lock bts qword [rdi], 7", static a => a.@lock.bts(__qword_ptr[rdi], 7), window.L3.At);
@@ -116,7 +116,7 @@ internal static class HostileStoresScript
         });
         script.Case("a string of entries from a source that is the table itself", c =>
         {
-            AddressWindow window = Window(c, 95, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 95, out ScratchPage data);
             c.Kernel("rep movsq", static a => a.rep.movsq(), [Register64.Rcx],
                 [(Register64.Rdi, window.L1[8]), (Register64.Rsi, window.L1.At), (Register64.Rcx, 4)]);
             c.Store(window.At(4), 8, 0x1122);
@@ -154,7 +154,7 @@ internal static class HostileStoresScript
         });
         script.Case("superpages, writable linear entries and the hypervisor's slots, in one list", c =>
         {
-            AddressWindow window = Window(c, 97, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 97, out ScratchPage data);
             ScriptBuffer superpage = c.Requests("superpage", MmuRequest.Normal(window.L2, 0, window.L1.Entry(Pte.Table | Pte.LargePage)));
             ScriptBuffer linear = c.Requests("linear", MmuRequest.Normal(window.L3, 1, window.L3.Entry(Pte.ReadOnly)));
             ScriptBuffer writable = c.Requests("writable", MmuRequest.With(MmuCommand.PtUpdatePreserveAd, window.L3, 1, window.L3.Entry(Pte.ReadWrite)));
@@ -172,7 +172,7 @@ internal static class HostileStoresScript
         });
         script.Case("an entry changes and its page is given another use before the list ends", c =>
         {
-            AddressWindow window = Window(c, 98, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 98, out ScratchPage data);
             c.UpdateVa(data, data.Entry(Pte.ReadOnly));
             c.Store(window.At(0), 8, 0);
             ScriptBuffer remove = c.Requests("remove", MmuRequest.Normal(window.L1, 0, 0));
@@ -207,15 +207,6 @@ internal static class HostileStoresScript
             c.Load(list[EntrySize + Result]);
             window.Remove(c);
         });
-    }
-
-    private static AddressWindow Window(AbiCase c, int slot, out ScratchPage data)
-    {
-        data = c.Page("data");
-        c.Put(data.At, 8, 0x600d);
-        AddressWindow window = AddressWindow.Create(c, slot, data.Entry(Pte.ReadWrite));
-        c.Load(window.At(0));
-        return window;
     }
 
     private static void On(AbiCase c, string text, Action<Assembler> emit, Value address) => c.Kernel(text, emit, null, [(Register64.Rdi, address)]);

@@ -21,7 +21,7 @@ internal static class HostileTablesScript
     {
         script.Case("a running L2 entry becomes a superpage, keeping its frame", c =>
         {
-            AddressWindow window = Window(c, 20, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 20, out ScratchPage data);
             foreach (ulong command in (ulong[])[MmuCommand.NormalPtUpdate, MmuCommand.PtUpdatePreserveAd, MmuCommand.PtUpdateNoTranslate])
                 c.MmuUpdate(MmuRequest.With(command, window.L2, 0, window.L1.Entry(Superpage)));
             c.MmuUpdate(MmuRequest.Normal(window.L2, 0, window.L1.Entry(Superpage & ~Pte.Writable)));
@@ -32,7 +32,7 @@ internal static class HostileTablesScript
         });
         script.Case("a superpage comes in two steps: not present, then present", c =>
         {
-            AddressWindow window = Window(c, 21, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 21, out ScratchPage data);
             c.MmuUpdate(MmuRequest.Normal(window.L2, 1, data.Entry(Superpage & ~Pte.Present)));
             c.Load(window.At(512));
             c.MmuUpdate(MmuRequest.Normal(window.L2, 1, data.Entry(Superpage)));
@@ -47,7 +47,7 @@ internal static class HostileTablesScript
         {
             ScratchPage data = c.Page("data");
             ScratchPage table = c.Page("table");
-            AddressWindow window = Window(c, 22, out _);
+            AddressWindow window = AddressWindow.CreateWithData(c, 22, out _);
             c.Put(table[8 * 511], 8, data.Entry(Superpage));
             c.ReadOnly(table);
             for (int level = 2; level <= 4; level++)
@@ -80,7 +80,7 @@ internal static class HostileTablesScript
         });
         script.Case("cache attributes that memory may not have", c =>
         {
-            AddressWindow window = Window(c, 24, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 24, out ScratchPage data);
             foreach (ulong flag in (ulong[])[Pte.WriteThrough, Pte.CacheDisable, Pte.LargePage])
             {
                 c.MmuUpdate(MmuRequest.Normal(window.L1, 0, data.Entry(Pte.ReadWrite | flag)));
@@ -101,7 +101,7 @@ internal static class HostileTablesScript
             int own = level;
             script.Case($"an L{own} that names itself read-only gets Writable", c =>
             {
-                AddressWindow window = Window(c, 26 + own, out ScratchPage data);
+                AddressWindow window = AddressWindow.CreateWithData(c, 26 + own, out ScratchPage data);
                 int slot = window.Slot;
                 const int linear = 3;
                 int index = own == 4 ? slot + 10 : linear;
@@ -141,7 +141,7 @@ internal static class HostileTablesScript
 
         script.Case("an L1 entry for a table gets Writable with nothing else changed", c =>
         {
-            AddressWindow window = Window(c, 34, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, 34, out ScratchPage data);
             for (int level = 1; level <= 3; level++)
             {
                 ScratchPage table = window.Tables[level];
@@ -183,7 +183,7 @@ internal static class HostileTablesScript
         {
             const int slot = 40;
             const int linear = 41;
-            AddressWindow window = Window(c, slot, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, slot, out ScratchPage data);
             c.MmuUpdate(new MmuRequest(AddressWindow.Root(c, linear), ((c.Root << 12) | Pte.ReadOnly).Named("root|0x61")));
             Value l1e = Value.Constant(((ulong)linear << 39) | ((ulong)slot << 30), "linear l1e");
             Value l2e = Value.Constant(((ulong)linear << 39) | ((ulong)linear << 30) | ((ulong)slot << 21), "linear l2e");
@@ -243,7 +243,7 @@ internal static class HostileTablesScript
         script.Case("a linear entry for the own table, in another's place, is a way through two levels and no more", c =>
         {
             const int slot = 44;
-            AddressWindow window = Window(c, slot, out ScratchPage data);
+            AddressWindow window = AddressWindow.CreateWithData(c, slot, out ScratchPage data);
             ScratchPage other = c.PinnedTable(3, "other");
             c.MmuUpdate(MmuRequest.Normal(other, 0, window.L3.Entry(Pte.ReadOnly)));
             c.MmuUpdate(new MmuRequest(AddressWindow.Root(c, slot + 1), other.Entry(Pte.Table)));
@@ -256,16 +256,6 @@ internal static class HostileTablesScript
             c.MmuUpdate(new MmuRequest(AddressWindow.Root(c, slot + 1), 0));
             window.Remove(c);
         });
-    }
-
-    /// <summary>A window whose first page is data with a number in it, already looked at.</summary>
-    private static AddressWindow Window(AbiCase c, int slot, out ScratchPage data)
-    {
-        data = c.Page("data");
-        c.Put(data.At, 8, 0x600d);
-        AddressWindow window = AddressWindow.Create(c, slot, data.Entry(Pte.ReadWrite));
-        c.Load(window.At(0));
-        return window;
     }
 
     /// <summary>Shows that the window maps its data and nothing else, and removes it.</summary>

@@ -245,11 +245,11 @@ internal static class LocalTableScript
             ScratchPage page = Table(c, "ldt", Code64, AbsentCode, FlatData);
             Load(c, "set", page.At, EntriesPerPage);
             for (int index = 1; index <= 4; index++)
-                FarReturn(c, Selector(index));
+                c.FarReturn(Selector(index));
             Load(c, "nowhere", Addresses.Unmapped, EntriesPerPage);
-            FarReturn(c, Selector(1));
+            c.FarReturn(Selector(1));
             Load(c, "none", 0, 0);
-            FarReturn(c, Selector(1));
+            c.FarReturn(Selector(1));
         });
         script.Case("HYPERVISOR_iret to code in the table", c =>
         {
@@ -336,18 +336,6 @@ internal static class LocalTableScript
         a.xor(ecx, ecx);
         a.mov(fs, ecx);
     }
-
-    private static void FarReturn(AbiCase c, int selector) => c.Kernel($"retfq to cs 0x{selector:x}", a =>
-    {
-        Label there = a.CreateLabel();
-        a.mov(ecx, selector);
-        a.push(rcx);
-        a.lea(rax, __[there]);
-        a.push(rax);
-        a.db(0x48, 0xcb); // retfq
-        a.Label(ref there);
-        a.ud2();
-    });
 
     /// <summary>To user mode, where the first instruction is an UD2.</summary>
     private static void Iret(AbiCase c, string text, int code, int stack) => c.Kernel($"iret to user code: {text}", a =>

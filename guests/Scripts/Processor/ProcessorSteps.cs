@@ -97,4 +97,17 @@ internal static class ProcessorSteps
         a.push(r8);
         EmitHypercall(a, GuestHypercall.Iret);
     }
+
+    /// <summary>A far return to the next instruction, an UD2, by way of a code selector.</summary>
+    public static void FarReturn(this AbiCase c, int selector) => c.Kernel($"retfq to cs 0x{selector:x}", a =>
+    {
+        Label there = a.CreateLabel();
+        a.mov(ecx, selector);
+        a.push(rcx);
+        a.lea(rax, __[there]);
+        a.push(rax);
+        a.db(0x48, 0xcb); // retfq
+        a.Label(ref there);
+        a.ud2();
+    });
 }

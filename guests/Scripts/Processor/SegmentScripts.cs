@@ -177,11 +177,11 @@ internal static class SegmentScripts
         script.Case("far returns", c =>
         {
             foreach (int selector in (int[])[Selectors.FlatRing3Cs64, Selectors.FlatKernelCs64, Selectors.FlatRing3Ds, 0x1233])
-                FarReturn(c, selector);
+                c.FarReturn(selector);
         });
         script.Case("selectors that a bare Linux has, and no guest has installed", c =>
         {
-            FarReturn(c, 0x33);
+            c.FarReturn(0x33);
             c.Kernel("mov ds, ecx", static a => a.mov(ds, ecx), with: [(Register64.Rcx, 0x2b)]);
             c.Kernel("mov ss, ecx", static a => a.mov(ss, ecx), with: [(Register64.Rcx, 0x2b)]);
         });
@@ -236,10 +236,10 @@ internal static class SegmentScripts
             ScratchPage table = TablePage(c, "gdt");
             ScriptBuffer frames = c.Structure("frames", 8, (0, 8, table.Mfn));
             c.Hypercall(GuestHypercall.SetGdt, frames, TableEntries);
-            FarReturn(c, Selector(4, 3));
-            FarReturn(c, Selector(6, 3));
-            FarReturn(c, Selector(7, 3));
-            FarReturn(c, Selector(1, 3));
+            c.FarReturn(Selector(4, 3));
+            c.FarReturn(Selector(6, 3));
+            c.FarReturn(Selector(7, 3));
+            c.FarReturn(Selector(1, 3));
             c.Hypercall(GuestHypercall.SetGdt, 0, 0);
         });
     });
@@ -345,18 +345,6 @@ internal static class SegmentScripts
         c.Hypercall(GuestHypercall.SetSegmentBase, SegmentBase.GsUserSelector, Selector(3, low));
         c.User("mov eax, gs", static a => a.mov(eax, gs), [Register64.Rax]);
     }
-
-    private static void FarReturn(AbiCase c, int selector) => c.Kernel($"retfq to cs 0x{selector:x}", a =>
-    {
-        Label there = a.CreateLabel();
-        a.mov(ecx, selector);
-        a.push(rcx);
-        a.lea(rax, __[there]);
-        a.push(rax);
-        a.db(0x48, 0xcb); // retfq
-        a.Label(ref there);
-        a.ud2();
-    });
 
     /// <summary>A page below 4 GiB in user mode's tables, for code in 32-bit segments.</summary>
     private sealed class LowPage(ScratchPage page, ulong address)

@@ -156,7 +156,7 @@ public static unsafe class MmuUpdate
         PageTables.LetGoL1(vcpu, entryAddress.Frame, table);
         return error switch
         {
-            Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, arguments.A2),
+            Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, linear, arguments.A2),
             Errno.ERESTART => Continuation.Create(vcpu, arguments),
             _ => -(long)error,
         };

@@ -1,3 +1,4 @@
+using System.Diagnostics.CodeAnalysis;
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Builder;
@@ -65,6 +66,7 @@ public sealed unsafe class Domain : IDisposable
         Context->KnownDomains = _manager.Known;
         Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
         Window = new GrantWindow(Context, machine, _manager);
+        Granted = new BackendGrants(this);
         Scrubber = new Scrubber(Context, machine);
         Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
         try
@@ -116,6 +118,9 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>The back end's end of xenstore's event channel.</summary>
     public EventChannelBackend StoreChannel { get; } = null!;
+
+    /// <summary>What the guest grants to domain 0, for back ends in this process.</summary>
+    public BackendGrants Granted { get; } = null!;
 
     /// <summary>The guest's port of the console.</summary>
     public uint ConsolePort { get; }
@@ -193,6 +198,13 @@ public sealed unsafe class Domain : IDisposable
     internal byte* Handle => _handle;
 
     internal bool IsStopping => Volatile.Read(ref _stopping) != 0;
+
+    /// <summary>Connects a back end, in domain 0's name, to a port that the guest allocated for it. Any thread, as long as there is the domain.</summary>
+    /// <param name="guestPort">The port, as the guest told it (event-channel in its part of xenstore).</param>
+    /// <param name="backend">The far end, which completes with the domain.</param>
+    /// <returns>False for a port that does not wait for domain 0, and when the domain is going away.</returns>
+    public bool TryConnect(uint guestPort, [NotNullWhen(true)] out EventChannelBackend? backend)
+        => Events.TryBindBackend(new EventChannelPort(guestPort), out backend) == 0;
 
     /// <summary>Starts the first vCPU.</summary>
     public void Start() => _vcpus[0].Begin();

@@ -114,7 +114,7 @@ internal static class CompareCommand
         List<string> bad = [];
         await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, EmulatedTimeout, cancellation).ConfigureAwait(false))
         {
-            if (run.Run.Ending == GuestEnding.TimedOut)
+            if (run.TimedOut)
             {
                 bad.Add(run.Script.Name);
                 continue;
@@ -161,8 +161,8 @@ internal static class CompareCommand
             ScriptComparison comparison = ScriptComparison.Make(
                 run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
             comparisons.Add(comparison);
-            if (!comparison.IsGood && run.Run.Report.Length != 0)
-                ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Run.Report}");
+            if (!comparison.IsGood && run.Report.Length != 0)
+                ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Report}");
         }
 
         ComparisonDisplay.Show(name, comparisons, showAll);

@@ -251,6 +251,9 @@ public unsafe struct DomainContext
 
     /// <summary>The 16 entries for the reserved L4 slots.</summary>
     public ulong* HypervisorSlots;
+
+    /// <summary>One bit a domain that there is beside this one, up to <see cref="DomainId.FirstReserved"/>; null where there can be none.</summary>
+    public ulong* KnownDomains;
     public byte* SharedInfo;
 
     /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>

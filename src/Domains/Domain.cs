@@ -26,6 +26,7 @@ public sealed unsafe class Domain : IDisposable
     private readonly GrantTable _managersGrants = new();
     private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
+    private readonly DomainManager _manager;
     private DomainExit? _exit;
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
@@ -35,13 +36,17 @@ public sealed unsafe class Domain : IDisposable
     private bool _disposed;
 
     /// <summary>Builds the domain in a fresh VM. The VM stays the caller's to dispose, after this.</summary>
+    /// <param name="options">What to build.</param>
+    /// <param name="machine">The VM.</param>
+    /// <param name="manager">The domains that it is to know, and be known to; null for none.</param>
     /// <exception cref="DomainBuildException">What was asked for cannot be built; the message says why.</exception>
-    public Domain(DomainOptions options, IVirtualMachine machine)
+    public Domain(DomainOptions options, IVirtualMachine machine, DomainManager? manager = null)
     {
         ArgumentNullException.ThrowIfNull(options);
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
-        Id = new DomainId(options.Id);
+        _manager = manager ?? new DomainManager();
+        Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Ports = new IoPorts(() => Time.SystemTime);
         Cpuid = CpuidPolicy.FromHost(options.Cpuid with
@@ -55,8 +60,9 @@ public sealed unsafe class Domain : IDisposable
         _handle = (byte*)NativeMemory.Alloc(16);
         _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
         _memory = new DomainMemory(
-            machine, options.Id, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+            machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
             DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+        Context->KnownDomains = _manager.Known;
         Scrubber = new Scrubber(Context, machine);
         Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
         try
@@ -64,7 +70,7 @@ public sealed unsafe class Domain : IDisposable
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
             Events = new EventChannelDomain(
-                Context, options.Id, id => id == Id.Value ? Events : null, new WritableFrames(), FifoAbi.PortCount - 1);
+                Context, Id.Value, id => _manager.Find(id)?.Events, new WritableFrames(), FifoAbi.PortCount - 1);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;
@@ -77,6 +83,7 @@ public sealed unsafe class Domain : IDisposable
             GrantRings();
             _vcpus[0].MarkInitialised();
             Time.UpdateWallClock(Context->SharedInfo);
+            _manager.Publish(this);
         }
         catch
         {
@@ -224,10 +231,11 @@ public sealed unsafe class Domain : IDisposable
         _managersGrants.Dispose();
         _memory.Dispose();
         NativeMemory.Free(_handle);
+        _manager.Remove(Id.Value);
     }
 
-    /// <summary>Whether there is a domain of this number: itself, or the manager, which is domain 0 to it.</summary>
-    internal bool Knows(ushort id) => id == Id.Value || id == 0;
+    /// <summary>Whether there is a domain of this number: itself, another, or the manager, which is domain 0 to it.</summary>
+    internal bool Knows(ushort id) => id == Id.Value || id == 0 || _manager.Find(id) != null;
 
     /// <summary>The grant table of a domain that there is: the domain's own, or the manager's.</summary>
     /// <param name="id">A number, not DOMID_SELF.</param>

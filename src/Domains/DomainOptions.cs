@@ -20,8 +20,8 @@ public sealed record DomainOptions
     /// <summary>Name for people; the guest does not see it.</summary>
     public required string Name { get; init; }
 
-    /// <summary>Domain id, 1..0x7fef.</summary>
-    public ushort Id { get; init; } = 1;
+    /// <summary>Domain id, 1..0x7fef; 0 for the next that is free.</summary>
+    public ushort Id { get; init; }
 
     /// <summary>The kernel.</summary>
     public required KernelImage Kernel { get; init; }

@@ -134,11 +134,13 @@ public sealed unsafe partial class EventChannelDomain
         VcpuMask wake = default;
         using (EventLockPair.Enter(this, remote))
         {
-            if (remote._dying)
-                return -(long)Errno.ESRCH;
             long found = FindFreePort();
             if (found < 0)
                 return found;
+
+            // One that is going away has no ports any more.
+            if (remote._dying)
+                return -(long)Errno.EINVAL;
             uint localPort = (uint)found;
             uint remotePort = arguments.RemotePort;
             if (!remote._context->IsValid(remotePort))

@@ -266,7 +266,9 @@ internal sealed unsafe class FakeDomain : IDisposable
     /// <param name="memoryMiB">Memory.</param>
     /// <param name="change">Changes the options.</param>
     /// <param name="spareFrames">Frames of the machine that are not the domain's.</param>
-    public FakeDomain(int memoryMiB = 8, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8)
+    /// <param name="manager">The domains that it is one of; null for none.</param>
+    public FakeDomain(
+        int memoryMiB = 8, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8, DomainManager? manager = null)
     {
         var options = new DomainOptions
         {
@@ -280,7 +282,7 @@ internal sealed unsafe class FakeDomain : IDisposable
         Machine = new FakeMachine(((ulong)options.MemoryMiB << 8) + spareFrames, new TimeStampCounter(1_000_000, 0));
         try
         {
-            Domain = new Domain(options, Machine);
+            Domain = new Domain(options, Machine, manager);
         }
         catch
         {

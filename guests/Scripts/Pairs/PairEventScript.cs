@@ -89,5 +89,247 @@ internal static class PairEventScript
             foreach (Value port in (Value[])[absent, own, ipi, virq])
                 a.ClosePort(port);
         });
+        script.Case("a channel cannot be bound to twice", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.BindInterdomain(b.Peer, far);
+            a.BindInterdomain(a.Peer, near);
+            a.ShowPort(far);
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("what is for privileged domains", static (a, b) =>
+        {
+            b.AllocUnbound(b.Peer, b.Own);
+            b.AllocUnbound(b.Peer, DomainIds.Self);
+            b.AllocUnbound(b.Own, b.Peer, "own");
+            b.ClosePort(EventSteps.FirstPort);
+            b.PortStatus(b.Peer, 1);
+            b.EventChannelOp(EventOperation.Reset, "b of a", b.Structure("domain", 8, (0, 2, b.Peer)));
+            b.EventChannelOp(EventOperation.ResetContinue, "b of a", b.Structure("domain", 8, (0, 2, b.Peer)));
+            a.PortStatus(DomainIds.Self, 1);
+        });
+        script.Case("events go both ways", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            a.QuietEvents();
+            b.QuietEvents();
+            a.Send(far);
+            a.ShowPending();
+            b.ShowPending();
+            b.ShowUpcallState();
+            a.Send(far);
+            b.ShowPending();
+            b.Send(near);
+            a.ShowPending();
+            b.QuietEvents();
+            b.Send(near);
+            b.ShowPending();
+            a.QuietEvents();
+            a.ShowPending();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("events are taken by upcalls", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            a.TakeEvents();
+            b.TakeEvents();
+            for (int i = 0; i < 3; i++)
+            {
+                a.Send(far);
+                b.Send(near);
+            }
+
+            a.QuietEvents();
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("an event of a masked port is delivered when it is unmasked", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.QuietEvents();
+            b.MaskUpcalls(false);
+            a.Send(far);
+            b.ShowPending();
+            b.ShowMasked();
+            b.ShowUpcallState();
+            b.Unmask(near);
+            b.ShowMasked();
+            a.Send(far);
+            b.Nothing();
+            b.QuietEvents();
+            b.ClosePort(near);
+            a.ClosePort(far);
+        });
+        script.Case("an event waits while upcalls are masked", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.QuietEvents();
+            b.UnmaskOwnPorts();
+            a.Send(far);
+            b.ShowPending();
+            b.ShowUpcallState();
+            a.Send(far);
+            b.MaskUpcalls(false);
+            b.Nothing();
+            b.ShowUpcallState();
+            b.QuietEvents();
+            b.ClosePort(near);
+            a.ClosePort(far);
+        });
+        script.Case("pending before the far end is bound", static (a, b) =>
+        {
+            Value far = a.Offer("far");
+            a.QuietEvents();
+            a.Store(Value.Constant(ProbeLayout.SharedInfoPage + SharedInfoOffset.EvtchnPending, "event bits"), 8, 1UL << EventSteps.FirstPort);
+            b.QuietEvents();
+            b.UnmaskOwnPorts();
+            b.MaskUpcalls(false);
+            Value near = b.Bind(far);
+            b.ShowPending();
+            a.ShowPending();
+            a.ShowUpcallState();
+            a.Unmask(far);
+            a.ShowUpcallState();
+            a.QuietEvents();
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("the end that was offered is closed, and then bound to from there", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ShowPending();
+            b.ShowPort(near);
+            b.Send(near);
+            b.ShowPending();
+            a.PortStatus(DomainIds.Self, far);
+            Value again = a.Bind(near, "again");
+            a.Show(again);
+            a.ShowPending();
+            b.ShowPending();
+            b.ShowPort(near);
+            b.Send(near);
+            a.ShowPending();
+            a.QuietEvents();
+            b.ClosePort(near);
+            a.ShowPort(again);
+            a.ClosePort(again);
+        });
+        script.Case("the end that was bound is closed and bound again", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.ClosePort(near);
+            a.Send(far);
+            a.ShowPort(far);
+            b.ShowPending();
+            Value again = b.Bind(far, "again");
+            b.ShowPending();
+            b.ShowOther(again, near);
+            a.ShowPort(far);
+            b.QuietEvents();
+            b.ClosePort(again);
+            a.ClosePort(far);
+        });
+        script.Case("closing takes the own event away and leaves the other's", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            a.QuietEvents();
+            b.QuietEvents();
+            a.Send(far);
+            b.Send(near);
+            a.ClosePort(far);
+            a.ShowPending();
+            b.ShowPending();
+            b.ClosePort(near);
+            b.ShowPending();
+            a.QuietEvents();
+            b.QuietEvents();
+        });
+        script.Case("ports with events of their own", static (a, b) =>
+        {
+            var channels = new List<(Value Far, Value Near)>();
+            for (int i = 0; i < 5; i++)
+                channels.Add(PairSteps.Connect(a, b, $"{i}"));
+            a.QuietEvents();
+            b.QuietEvents();
+            foreach (int i in (int[])[0, 2, 4])
+                a.Send(channels[i].Far);
+            foreach (int i in (int[])[1, 2, 3])
+                b.Send(channels[i].Near);
+            a.ShowPending();
+            b.ShowPending();
+            a.QuietEvents();
+            b.QuietEvents();
+            a.ClosePort(channels[2].Far);
+            a.Send(channels[3].Far);
+            b.Send(channels[2].Near);
+            a.ShowPending();
+            b.ShowPending();
+            Value again = a.Offer("again");
+            a.ShowOther(again, channels[2].Far);
+            b.BindInterdomain(b.Peer, again);
+            a.ClosePort(again);
+            foreach ((int i, (Value far, Value near)) in channels.Index())
+            {
+                if (i != 2)
+                    a.ClosePort(far);
+                b.ClosePort(near);
+            }
+
+            b.ClosePort(EventSteps.FirstPort + 5);
+        });
+        script.Case("a channel is moved to another vCPU", static (a, b) =>
+        {
+            b.VcpuContext(1, static _ => { });
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            Value other = Value.Load(ProbeLayout.VcpuInfoPointer(0)) + VcpuInfoField.Size;
+            b.QuietEvents();
+            b.BindVcpu(near, 1);
+            b.ShowPort(near);
+            b.UnmaskOwnPorts();
+            a.Send(far);
+            b.ShowPending();
+            b.ShowUpcallState();
+            b.Load((other + VcpuInfoField.UpcallPending).Named("upcall pending of vCPU 1"), 1);
+            b.Load((other + VcpuInfoField.PendingSelector).Named("pending selector of vCPU 1"));
+            b.BindVcpu(near, 0);
+            b.ShowUpcallState();
+            b.ClearPending();
+            a.Send(far);
+            b.ShowUpcallState();
+            b.BindVcpu(near, 100);
+            b.ClosePort(near);
+            b.BindVcpu(near, 0);
+            a.BindVcpu(far, 0);
+            a.ShowPort(far);
+            a.ClosePort(far);
+            b.QuietEvents();
+        });
+        script.Case("polling for an event of the other domain", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.QuietEvents();
+            a.Send(far);
+            b.Poll(near, "without a timeout", 0);
+            b.ShowPending();
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("waiting for an event of the other domain", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.TakeEvents();
+            a.Send(far);
+            b.Nothing();
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
     });
 }

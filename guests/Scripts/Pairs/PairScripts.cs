@@ -9,5 +9,7 @@ internal static class PairScripts
     public static IEnumerable<AbiScript> Create() =>
     [
         PairEventScript.CreateChannels(),
+        PairGrantMapScript.Create(),
+        PairFrameScript.Create(),
     ];
 }

@@ -13,6 +13,9 @@ internal static class PairSteps
     /// <summary>EVTCHNSTAT_* of public event_channel.h.</summary>
     private const int Unbound = 1;
 
+    /// <summary>Bytes of an entry of a grant table of version 1.</summary>
+    public const int EntrySize = 8;
+
     /// <summary>Levels the ports of both and stops their periodic timers.</summary>
     public static void LevelPortsOfBoth(this AbiScript script) => script.Case("the low ports are taken", static (a, b) =>
     {
@@ -91,4 +94,7 @@ internal static class PairSteps
             a.jne(again);
         }, show: [Register64.Rax]);
     }
+
+    /// <summary>Shows the flags of an entry of version 1.</summary>
+    public static void ShowFlags(this AbiCase c, ScratchPage table, int reference) => c.Load(table[reference * EntrySize], 2);
 }

@@ -1,4 +1,5 @@
 // Steps of one of two domains.
+using Iced.Intel;
 using XenSharp.Guests.Assembly;
 
 namespace XenSharp.Guests.Probe;
@@ -30,5 +31,16 @@ public sealed partial class AbiCase
         _script.LeaveToOther(_guest);
         Value[] arguments = [(int)GuestHypercall.SchedOp, Shutdown, argument, 0, 0, 0, 0];
         Emit(StepOperation.Hypercall, $"sched_op(shutdown, {reason})", AnswerFormat.Result, [0], arguments, quiet: false, null);
+    }
+
+    /// <summary>Runs instructions at kernel privilege that end the domain, as its last step; the other one goes on meanwhile.</summary>
+    /// <param name="text">What they are, for the transcript.</param>
+    /// <param name="emit">Emits them.</param>
+    public void End(string text, Action<Assembler> emit)
+    {
+        ArgumentNullException.ThrowIfNull(emit);
+        AddressRange code = _guest.DefineCode(emit);
+        _script.LeaveToOther(_guest);
+        Emit(StepOperation.RunKernel, $"kernel: {text}", AnswerFormat.None, [code.Start, 0, 0, 0, 0], [], quiet: false, code);
     }
 }

@@ -2,6 +2,7 @@
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Probe;
 using XenSharp.Guests.Scripts.Events;
+using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Guests.Scripts.Pairs;
 
@@ -9,6 +10,9 @@ internal static class PairEventScript
 {
     private const int NoPort = 60;
     private const int LastPort = 4095;
+
+    /// <summary>The end of the page that both domains have, which no value comes to.</summary>
+    private const ulong LastNote = ProbeLayout.PairPage + ProbeLayout.PageSize - 8;
 
     public static AbiScript CreateChannels() => AbiScript.OfPair("pair-event-channels", "event_channel_op between domains", script =>
     {
@@ -321,15 +325,172 @@ internal static class PairEventScript
             a.ClosePort(far);
             b.ClosePort(near);
         });
-        script.Case("waiting for an event of the other domain", static (a, b) =>
+    });
+
+    /// <summary>One side has queues, then both have.</summary>
+    public static AbiScript CreateFifo() => AbiScript.OfPair("pair-event-fifo", "event_channel_op between domains", script =>
+    {
+        const uint Masked = 1U << 30;
+        const int DefaultPriority = 7;
+        ScratchPage block = null!;
+        ScratchPage array = null!;
+        Value far = null!;
+        Value near = null!;
+        Value Word(Value port) => (array.At + (port << 2)).Named($"word of {port.Text}");
+        script.LevelPortsOfBoth();
+        script.Case("a channel from before one side had queues", (a, b) =>
         {
-            (Value far, Value near) = PairSteps.Connect(a, b);
-            b.TakeEvents();
-            a.Send(far);
-            b.Nothing();
+            block = a.Page("block");
+            array = a.Page("array");
+            (far, near) = PairSteps.Connect(a, b);
+            a.QuietEvents();
             b.QuietEvents();
+            a.InitControl(block.Mfn, 0, 0);
+
+            // The toolstack's ports are not to be seen; they are masked in pairs.
+            a.Fill(array.At, EventSteps.FirstPort / 2, 8, ((ulong)Masked << 32) | Masked);
+            a.ExpandArray(array.Mfn);
+            b.Send(near);
+            a.Load(Word(far), 4);
+            a.ShowQueues(block, 0, DefaultPriority);
+            a.ShowUpcallState();
+            a.ShowPending();
+            a.Send(far);
+            b.ShowPending();
+            b.QuietEvents();
+            a.ClearQueues(block, 0, array);
+        });
+        script.Case("a new channel, offered by the side with queues", (a, b) =>
+        {
+            (Value offered, Value bound) = PairSteps.Connect(a, b, " with queues");
+            b.ShowPending();
+            b.Send(bound);
+            a.Load(Word(offered), 4);
+            a.ShowQueues(block, 0, DefaultPriority);
+            b.ClosePort(bound);
+            a.Load(Word(offered), 4);
+            a.ClosePort(offered);
+            a.Load(Word(offered), 4);
+            a.ClearQueues(block, 0, array);
+            b.QuietEvents();
+        });
+        script.Case("a channel that the side with queues binds to", (a, b) =>
+        {
+            (Value offered, Value bound) = PairSteps.Connect(b, a, " the other way");
+            a.Load(Word(bound), 4);
+            a.ShowQueues(block, 0, DefaultPriority);
+            a.Send(bound);
+            b.ShowPending();
+            a.ClosePort(bound);
+            a.Load(Word(bound), 4);
+            a.ClearQueues(block, 0, array);
+            b.ShowPort(offered);
+            b.ClosePort(offered);
+            b.QuietEvents();
+        });
+        script.Case("priorities", (a, b) =>
+        {
+            a.SetPriority(far, 2);
+            b.SetPriority(near, 3);
+            b.Send(near);
+            a.ShowQueues(block, 0, 2, DefaultPriority);
+            a.ClearQueues(block, 0, array);
+        });
+        script.Case("masked words", (a, b) =>
+        {
+            a.Put(Word(far), 4, Masked);
+            b.Send(near);
+            a.Load(Word(far), 4);
+            a.ShowQueues(block, 0, 2);
+            a.Unmask(far);
+            a.Load(Word(far), 4);
+            a.ShowQueues(block, 0, 2);
+            a.ClearQueues(block, 0, array);
+        });
+        script.Case("upcalls on the side with queues", (a, b) =>
+        {
+            a.ClearQueues(block, 0, array);
+            b.Send(near);
+            a.ShowUpcallState();
+            a.ClearQueues(block, 0, array);
+            b.Send(near);
+            b.Send(near);
+            a.ShowQueues(block, 0, 2);
+            a.ClearQueues(block, 0, array);
+        });
+        script.Case("queues on both sides", (a, b) =>
+        {
+            ScratchPage second = b.Page("block of b");
+            ScratchPage words = b.Page("array of b");
+            b.InitControl(second.Mfn, 64, 0);
+            b.Fill(words.At, EventSteps.FirstPort / 2, 8, ((ulong)Masked << 32) | Masked);
+            b.ExpandArray(words.Mfn);
+            a.Send(far);
+            b.Load((words.At + (near << 2)).Named("word of near"), 4);
+            b.ShowQueues(second, 64, 3, DefaultPriority);
+            b.Send(near);
+            a.ShowQueues(block, 0, 2);
             a.ClosePort(far);
+            b.ShowPort(near);
+            b.Send(near);
             b.ClosePort(near);
         });
     });
+
+    /// <summary>EVTCHNOP_reset closes the console's port, so that the domain which calls it can only end then.</summary>
+    public static AbiScript CreateReset() => AbiScript.OfPair("pair-event-reset", "event_channel_op between domains", script =>
+    {
+        script.LevelPortsOfBoth();
+        script.Case("one side resets its channels", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            (Value farOfB, Value nearOfA) = PairSteps.Connect(b, a, " of b");
+            Value offered = b.Offer("offered by b");
+            a.QuietEvents();
+            a.Send(far);
+            b.Send(near);
+            b.ResetAndEnd();
+            a.WaitUnbound(far);
+            a.WaitUnbound(nearOfA);
+            a.ShowPending();
+            a.ShowPort(far);
+            a.ShowPort(nearOfA);
+            a.Send(far);
+            a.Send(nearOfA);
+            foreach (Value port in (Value[])[near, farOfB, offered, 1])
+                a.BindInterdomain(a.Peer, port);
+            a.ClosePort(far);
+            a.ClosePort(nearOfA);
+            a.LetEnd();
+        });
+    });
+
+    /// <summary>Resets all channels, waits until the other domain lets it end, and ends.</summary>
+    private static void ResetAndEnd(this AbiCase c)
+    {
+        ScriptBuffer domain = c.Structure("domain", 8, (0, 2, DomainIds.Self));
+        ScriptBuffer reason = c.Structure("reason", 8, (0, 4, (int)GuestShutdownReason.PowerOff));
+        c.End("reset, and the end when a lets it", a =>
+        {
+            Iced.Intel.Label wait = a.CreateLabel();
+            a.mov(edi, (int)EventOperation.Reset);
+            a.mov(rsi, domain.Address);
+            a.mov(eax, (int)GuestHypercall.EventChannelOp);
+            a.syscall();
+            a.Label(ref wait);
+            a.mov(edi, (int)SchedulerOperation.Yield);
+            a.xor(esi, esi);
+            a.mov(eax, (int)GuestHypercall.SchedOp);
+            a.syscall();
+            a.mov(rdx, LastNote);
+            a.cmp(__qword_ptr[rdx], 0);
+            a.je(wait);
+            a.mov(edi, (int)SchedulerOperation.Shutdown);
+            a.mov(rsi, reason.Address);
+            a.mov(eax, (int)GuestHypercall.SchedOp);
+            a.syscall();
+        });
+    }
+
+    private static void LetEnd(this AbiCase c) => c.Put(LastNote, 8, 1);
 }

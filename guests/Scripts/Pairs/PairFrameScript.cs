@@ -11,7 +11,11 @@ internal static class PairFrameScript
     public static AbiScript Create() => AbiScript.OfPair("pair-frames", "frames of another domain", script =>
     {
         ScratchPage table = null!;
-        script.Case("the table is set up", (a, _) => table = a.MapTable()[0]);
+        script.Case("the table is set up, and stores to page tables are emulated", (a, b) =>
+        {
+            table = a.MapTable()[0];
+            b.Hypercall(GuestHypercall.VmAssist, VmAssist.Enable, VmAssist.WritablePagetables);
+        });
         script.Case("an entry that came by a grant is taken away by update_va_mapping", (a, b) =>
         {
             const int first = 16;
@@ -303,8 +307,11 @@ internal static class PairFrameScript
             a.MemoryOp("decrease_reservation once more", Xenmem.DecreaseReservation, reservation);
             a.Hypercall(GuestHypercall.UpdateVaMapping, page.Source.At, ((frame << 12) | Pte.ReadWrite).Named("the frame"), 2);
             a.Clear(page.Source);
-            b.Map("again", b.Peer, first, GrantMap.Host | GrantMap.ReadOnly, b.Page().At);
+            ScratchPage other = b.Page();
+            Value again = b.Handle(b.Map("again", b.Peer, first, GrantMap.Host | GrantMap.ReadOnly, other.At), "again");
             b.Unmap("as it was mapped", handle, page.Window.At);
+            a.Show((before - Reservation(a)).Named("pages less"));
+            b.Unmap("the other", again, other.At);
             a.ShowFlags(table, first);
             a.Show((before - Reservation(a)).Named("pages less"));
             b.Map("when it is gone", b.Peer, first, GrantMap.Host, page.Window.At);

@@ -337,12 +337,24 @@ internal static class PairGrantMapScript
             b.Put(other.At, 8, 0x77);
             Value handle = b.Handle(b.Map("writable", b.Peer, first, GrantMap.Host, page.Window.At));
             b.Replace("from where there is no table", handle, page.Window.At, 0x7f00_0000_0000UL);
-            b.Replace("another address", handle, other.At, page.Window.At);
             b.Replace("from a page of one's own", handle, page.Window.At, other.At);
             b.Load(page.Window.At);
             b.Load(other.At);
             a.ShowFlags(table, first);
             b.Replace("once more", handle, page.Window.At, other.At);
+        });
+        script.Case("a mapping that is replaced by itself, elsewhere", (a, b) =>
+        {
+            const int first = 85;
+            Granted page = Grant(a, b, table, first);
+            ScratchPage other = b.Page();
+            Value handle = b.Handle(b.Map("writable", b.Peer, first, GrantMap.Host, page.Window.At));
+            b.Replace("another address", handle, other.At, page.Window.At);
+            b.Load(page.Window.At);
+            b.Load(other.At);
+            a.ShowFlags(table, first);
+            b.Unmap("as it was mapped", handle, page.Window.At);
+            a.ShowFlags(table, first);
         });
         script.Case("handles of others", (a, b) =>
         {

@@ -9,7 +9,14 @@ internal static class PairScripts
     public static IEnumerable<AbiScript> Create() =>
     [
         PairEventScript.CreateChannels(),
+        PairEventScript.CreateFifo(),
+        PairEventScript.CreateReset(),
         PairGrantMapScript.Create(),
+        PairGrantCopyScript.CreateCopy(),
+        PairGrantCopyScript.CreateTransfer(),
+        PairGrantVersionScript.Create(),
         PairFrameScript.Create(),
+        PairEndScript.CreateMapper(),
+        PairEndScript.CreateGranter(),
     ];
 }

@@ -325,6 +325,32 @@ internal static class PairEventScript
             a.ClosePort(far);
             b.ClosePort(near);
         });
+        script.Case("the other domain's event ends a poll", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.QuietEvents();
+            a.SendLater(far);
+            b.Poll(near, "10 s", Value.SystemTime + Seconds(10));
+            b.ShowPending();
+            a.Join(1, TimeSpan.FromSeconds(5));
+            a.SendLater(far);
+            b.Poll(near, "10 s, pending already", Value.SystemTime + Seconds(10));
+            a.Join(1, TimeSpan.FromSeconds(5));
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
+        script.Case("the other domain's event ends a block", static (a, b) =>
+        {
+            (Value far, Value near) = PairSteps.Connect(a, b);
+            b.TakeEvents();
+            a.SendLater(far);
+            b.SchedOp(SchedulerOperation.Block, "", 0);
+            a.Join(1, TimeSpan.FromSeconds(5));
+            b.QuietEvents();
+            a.ClosePort(far);
+            b.ClosePort(near);
+        });
     });
 
     /// <summary>One side has queues, then both have.</summary>
@@ -452,6 +478,7 @@ internal static class PairEventScript
             b.ResetAndEnd();
             a.WaitUnbound(far);
             a.WaitUnbound(nearOfA);
+            a.Pause(TimeSpan.FromMilliseconds(100));
             a.ShowPending();
             a.ShowPort(far);
             a.ShowPort(nearOfA);
@@ -464,6 +491,15 @@ internal static class PairEventScript
             a.LetEnd();
         });
     });
+
+    /// <summary>Another vCPU of the domain sends, when the other domain has had time to go to sleep.</summary>
+    private static void SendLater(this AbiCase c, Value port) => c.StartVcpu(1, later =>
+    {
+        later.Pause(TimeSpan.FromMilliseconds(300));
+        later.Send(port);
+    });
+
+    private static ulong Seconds(int seconds) => (ulong)seconds * 1_000_000_000;
 
     /// <summary>Resets all channels, waits until the other domain lets it end, and ends.</summary>
     private static void ResetAndEnd(this AbiCase c)

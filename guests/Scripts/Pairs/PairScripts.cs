@@ -16,6 +16,7 @@ internal static class PairScripts
         PairGrantCopyScript.CreateTransfer(),
         PairGrantVersionScript.Create(),
         PairFrameScript.Create(),
+        PairPageTableScript.Create(),
         PairEndScript.CreateMapper(),
         PairEndScript.CreateGranter(),
     ];

@@ -14,6 +14,12 @@ public sealed unsafe class DomainManager
 {
     private const int BitsPerWord = 64;
 
+    /// <summary>
+    /// Frames that the domains together may have mapped of each other: half of the mappings that Linux lets a process have by default
+    /// (vm.max_map_count, 65,530), as each takes two where its neighbours show nothing.
+    /// </summary>
+    private const int MaxWindowFrames = 16384;
+
     private readonly Lock _lock = new();
     private readonly ConcurrentDictionary<ushort, Domain> _domains = new();
 
@@ -23,12 +29,26 @@ public sealed unsafe class DomainManager
     /// <summary>One bit a number that a guest may learn to be a domain's, where code without a runtime looks; pinned, so that it stays.</summary>
     private readonly ulong[] _known = GC.AllocateArray<ulong>((DomainId.FirstReserved + BitsPerWord - 1) / BitsPerWord, pinned: true);
     private ushort _last;
+    private int _windowFrames;
 
     /// <summary>The domains that there are, those included that have been destroyed and have memory which others still use.</summary>
     public IReadOnlyCollection<Domain> Domains => [.. _domains.Values];
 
     /// <summary>A bit for each number below <see cref="DomainId.FirstReserved"/>, set where there is a domain; in place as long as this is.</summary>
     internal ulong* Known => (ulong*)System.Runtime.InteropServices.Marshal.UnsafeAddrOfPinnedArrayElement(_known, 0);
+
+    /// <summary>Counts a frame that a domain shows of another's.</summary>
+    /// <returns>False where there are as many as there may be.</returns>
+    internal bool TryTakeWindowFrame()
+    {
+        if (Interlocked.Increment(ref _windowFrames) <= MaxWindowFrames)
+            return true;
+        ReturnWindowFrame();
+        return false;
+    }
+
+    /// <summary>Ends <see cref="TryTakeWindowFrame"/>.</summary>
+    internal void ReturnWindowFrame() => Interlocked.Decrement(ref _windowFrames);
 
     /// <summary>The domain of a number, one that is dying included (get_domain_by_id).</summary>
     internal Domain? Find(ushort id) => _domains.GetValueOrDefault(id);

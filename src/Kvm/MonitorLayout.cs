@@ -21,6 +21,12 @@ internal static class MonitorLayout
     /// <summary>Two pages between which a memory slot is moved to and fro, see <see cref="KvmVirtualMachine.DropShadowPages"/>.</summary>
     public const ulong DropSlotAddress = IdentityMapAddress - (2 * Paging.PageSize);
 
+    /// <summary>Guest-physical start of the window in which other domains' frames are shown.</summary>
+    public const ulong WindowAddress = 0x8000_0000;
+
+    /// <summary>Largest window: a frame for each of the mappings that Xen lets a domain have (256 in each of 1024 maptrack frames).</summary>
+    public const ulong MaxWindow = 256 * 1024 * Paging.PageSize;
+
     /// <summary>Most RAM of a domain: what <see cref="DirectMapStart"/>'s slot can show.</summary>
     public const ulong MaxRam = SlotSize - RamAddress;
 

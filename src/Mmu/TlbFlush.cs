@@ -36,6 +36,13 @@ internal static unsafe class TlbFlush
             OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + i);
     }
 
+    /// <summary>Drops the translations of all vCPUs of a domain, on a thread that is none of them.</summary>
+    public static void FromOutside(DomainContext* domain)
+    {
+        for (int i = 0; i < domain->State->VcpuCount; i++)
+            OnOtherVcpu(null, domain->Vcpus + i);
+    }
+
     /// <summary>
     /// Drops translations on the vCPUs of a bitmap in guest memory: one bit a vCPU, read in words of 64.
     /// </summary>

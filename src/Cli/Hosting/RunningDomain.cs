@@ -43,7 +43,7 @@ public sealed class RunningDomain : IAsyncDisposable
         _emergencySink = emergencySink;
         Specification = specification;
         _machine = new KvmVirtualMachine(
-            host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift);
+            host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift, DomainOptions.WindowFrames);
         try
         {
             Domain = Build(host, specification, _machine, manager);

@@ -36,7 +36,8 @@ public sealed class RunningDomain : IAsyncDisposable
     private bool _started;
     private bool _inputClosed;
 
-    private RunningDomain(KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+    private RunningDomain(
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink, DomainManager? manager)
     {
         _sink = sink;
         _emergencySink = emergencySink;
@@ -45,7 +46,7 @@ public sealed class RunningDomain : IAsyncDisposable
             host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift, DomainOptions.WindowFrames);
         try
         {
-            Domain = Build(host, specification, _machine);
+            Domain = Build(host, specification, _machine, manager);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
             Store = new XenstoreServer();
@@ -87,14 +88,16 @@ public sealed class RunningDomain : IAsyncDisposable
     /// to get its reader otherwise.</param>
     /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall, on the vCPU's own thread, which
     /// waits for it; stays the caller's. <see langword="null"/> to drop it.</param>
+    /// <param name="manager">The domains that it can find and that can find it; <see langword="null"/> for none but itself.</param>
     /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
     /// <exception cref="Domains.Builder.DomainBuildException">What was asked for cannot be built; a sentence says why.</exception>
     public static RunningDomain Create(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
+        DomainManager? manager = null)
     {
         ArgumentNullException.ThrowIfNull(host);
         ArgumentNullException.ThrowIfNull(specification);
-        var domain = new RunningDomain(host, specification, sink, emergencySink);
+        var domain = new RunningDomain(host, specification, sink, emergencySink, manager);
         try
         {
             domain.ConnectStore();
@@ -230,7 +233,7 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine)
+    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager? manager)
     {
         (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
         var options = new DomainOptions
@@ -248,7 +251,7 @@ public sealed class RunningDomain : IAsyncDisposable
             Trace = specification.Trace,
             AuditInterval = specification.AuditInterval,
         };
-        return new Domain(options, machine);
+        return new Domain(options, machine, manager);
     }
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);

@@ -6,7 +6,7 @@ namespace XenSharp.Core;
 /// <summary>
 /// Copies between the manager and guest linear addresses, with the rights of the vCPU's current mode: the guest's own tables
 /// are walked, every level must be present and user-accessible, writes need every level writable, and every frame must be
-/// the domain's RAM. Callers copy once and validate the copy.
+/// the domain's RAM, or one that it has mapped of another domain's. Callers copy once and validate the copy.
 /// </summary>
 public static unsafe class GuestAccess
 {
@@ -120,12 +120,13 @@ public static unsafe class GuestAccess
 
     /// <summary>Tells the VM that the manager wrote into a frame of the guest, which may have been a page table before.</summary>
     /// <param name="vcpu">The vCPU that runs on this thread.</param>
-    /// <param name="frame">A frame of the domain.</param>
+    /// <param name="frame">A frame that the guest has mapped.</param>
     /// <param name="offset">Offset of the first byte in the frame.</param>
     /// <param name="length">Bytes; the range stays within the frame.</param>
     public static void Written(VcpuContext* vcpu, Mfn frame, ulong offset, ulong length)
     {
-        if (!vcpu->Domain->MayBeShadowed(frame))
+        // Of another domain's, KVM has forgotten what it was before it could be mapped.
+        if (!vcpu->Domain->Memory.Contains(frame) || !vcpu->Domain->MayBeShadowed(frame))
             return;
         for (ulong word = offset & ~7UL; word < offset + length; word += sizeof(ulong))
             vcpu->PageTableWrites->Repeat(frame.Address + word);
@@ -152,7 +153,8 @@ public static unsafe class GuestAccess
             return null;
         PageTableEntry leaf = Read(entry);
         ulong needed = write ? AccessForWrite : AccessForRead;
-        if ((leaf.Value & needed) != needed || !vcpu->Domain->Memory.Contains(leaf.Frame))
+        byte* page = vcpu->Domain->PageOf(leaf.Frame);
+        if ((leaf.Value & needed) != needed || page == null)
             return null;
 
         // As the processor would, so that a guest that watches these bits sees its page used. Another entry by now is not this one's.
@@ -160,7 +162,7 @@ public static unsafe class GuestAccess
         if ((leaf.Value & used) != used)
             _ = Interlocked.CompareExchange(ref *(ulong*)entry, leaf.Value | used, leaf.Value);
         frame = leaf.Frame;
-        return vcpu->Domain->Memory.Page(frame) + linear.Offset;
+        return page + linear.Offset;
     }
 
     /// <summary>The L1 entry that maps an address on the current mode's tables, or null where a level above lacks.</summary>

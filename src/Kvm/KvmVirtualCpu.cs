@@ -36,6 +36,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
     private const ulong MaxEntries = 4096;
 
+    /// <summary>
+    /// Times in a row that KVM finds nothing where a page was: it may have looked the page up right before it was taken away, and then finds
+    /// the guest's entry changed when it looks again.
+    /// </summary>
+    private const int MaxHiddenPages = 16;
+
     /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
     private const int MaxInterruptions = 3;
 
@@ -67,6 +73,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
+    private int _entries;
+    private int _hiddenPages;
 
     internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
     {
@@ -262,10 +270,23 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public VcpuExit Run()
     {
         BindThread();
+        Volatile.Write(ref _entries, _entries + 1);
         _ = Interlocked.Exchange(ref _writes->Running, 1);
         VcpuExit exit = Enter();
         Volatile.Write(ref _writes->Running, 0);
         return exit;
+    }
+
+    /// <summary>Waits until the processor has come back from an entry that it is in. Any thread.</summary>
+    internal void AwaitExit()
+    {
+        int entries = Volatile.Read(ref _entries);
+        if (Volatile.Read(ref _writes->Running) == 0)
+            return;
+        Kick();
+        SpinWait wait = default;
+        while (Volatile.Read(ref _writes->Running) != 0 && Volatile.Read(ref _entries) == entries)
+            wait.SpinOnce();
     }
 
     public void Settle()
@@ -294,11 +315,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         while (true)
         {
             int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+            if (result == 0)
+                _hiddenPages = 0;
             if (result == 0 && _run->ExitReason == KvmExitReason.Io)
                 return TakeIoExit();
             if (result == 0 && _run->ExitReason != KvmExitReason.Interrupted)
                 return TakeOtherExit();
-            if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN)
+            if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN
+                && (error != LibC.EFAULT || _machine.Window.FrameCount == 0 || ++_hiddenPages > MaxHiddenPages))
                 return TakeFailure(error);
             DrainSignals();
             if (!IsLeaving())
@@ -618,8 +642,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         gadget = PushStores(ref top, gadget);
 
-        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
-        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
+        // To copy an entry over itself is two accesses, and what another thread stores between them would be lost.
+        gadget = _machine.StoresMeet ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
         _run->Regs.Rip = gadget;
         _run->Regs.Rsp = Address(top);
         _run->Regs.Rflags = (ulong)Rflags.Fixed;

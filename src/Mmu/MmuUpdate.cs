@@ -87,11 +87,11 @@ public static unsafe class MmuUpdate
             return -(long)Errno.EFAULT;
         uint tableDomain = (uint)arguments.A3 >> 16;
         bool tableIsOwn = tableDomain == 0 || tableDomain - 1 == vcpu->Domain->State->Id;
-        if (!tableIsOwn && tableDomain - 1 != 0)
+        if (!tableIsOwn && !ForeignDomain.Exists(vcpu->Domain, (ushort)(tableDomain - 1)))
             return -(long)Errno.ESRCH;
         Errno error = Errno.None;
         uint i = 0;
-        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno refusal) && refusal == Errno.ESRCH)
+        if (!ForeignDomain.IsSelf(vcpu->Domain, (ushort)arguments.A3, out Errno refusal) && refusal == Errno.ESRCH)
         {
             StoreDone(vcpu, donePointer, done);
             return -(long)refusal;
@@ -194,7 +194,7 @@ public static unsafe class MmuUpdate
 
     /// <summary>update_va_mapping_otherdomain(address, entry, flags, domid).</summary>
     public static long UpdateVaMappingOtherdomain(VcpuContext* vcpu, in HypercallArguments arguments)
-        => ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error)
+        => ForeignDomain.IsSelf(vcpu->Domain, (ushort)arguments.A3, out Errno error)
             ? UpdateOwn(vcpu, arguments)
             : -(long)error;
 

@@ -66,7 +66,7 @@ public static unsafe class MmuextOp
 
         if (!new VirtualAddress(requests).IsGuest)
             return -(long)Errno.EFAULT;
-        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error))
+        if (!ForeignDomain.IsSelf(vcpu->Domain, (ushort)arguments.A3, out Errno error))
             return -(long)error;
         uint i = 0;
         for (; i < count; i++)

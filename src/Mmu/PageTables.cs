@@ -383,9 +383,12 @@ public static unsafe class PageTables
 
     /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
     private static Errno RefuseIoMemory(VcpuContext* vcpu, Mfn frame)
-        => vcpu->Domain->Memory.Contains(frame) || IsMachineToPhys(vcpu->Domain, frame) ? Errno.EBUSY
+        => vcpu->Domain->PageOf(frame) != null || IsMachineToPhys(vcpu->Domain, frame) || IsOthers(vcpu->Domain, frame) ? Errno.EBUSY
             : frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL
             : Errno.EPERM;
+
+    /// <summary>Whether a frame is RAM that another domain has, or nobody.</summary>
+    private static bool IsOthers(DomainContext* domain, Mfn frame) => domain->MachineFrames != null && domain->MachineFrames->Contains(frame);
 
     /// <summary>Whether a frame is one of those that hold the M2P table, which a domain can learn of and may not map.</summary>
     private static bool IsMachineToPhys(DomainContext* domain, Mfn frame)
@@ -441,6 +444,8 @@ public static unsafe class PageTables
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
+        if (info == null && vcpu->Domain->Window.Contains(value.Frame))
+            ForeignFrames.Release(vcpu->Domain, value.Frame, value.IsWritable);
         if (info == null || (level > 1 && value.Frame == table))
             return Errno.None;
         if (level > 1 && info->Type == TypeOfLevel(level))

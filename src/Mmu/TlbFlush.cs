@@ -49,6 +49,13 @@ internal static unsafe class TlbFlush
         OnOtherVcpus(vcpu, everything: false, page);
     }
 
+    /// <summary>Drops the translations of all vCPUs of a domain, on a thread that is none of them.</summary>
+    public static void FromOutside(DomainContext* domain)
+    {
+        for (int i = 0; i < domain->State->VcpuCount; i++)
+            OnOtherVcpu(null, domain->Vcpus + i);
+    }
+
     /// <summary>
     /// Drops translations on the vCPUs of a bitmap in guest memory: one bit a vCPU, read in words of 64.
     /// </summary>

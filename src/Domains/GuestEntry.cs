@@ -38,6 +38,13 @@ public static unsafe class GuestEntry
     public static ulong SyscallCallback(VcpuContext* vcpu)
         => vcpu->Segments->Cs == FlatSelectors.Ring3Cs32 ? vcpu->State->Syscall32Callback : vcpu->State->SyscallCallback;
 
+    /// <summary>A SYSENTER of the guest's, where it has a callback for it. Without one it is a #GP(0).</summary>
+    public static bool Sysenter(VcpuContext* vcpu)
+    {
+        bool masks = (vcpu->State->CallbackFlags & CallbackFlags.SysenterDisablesEvents) != 0;
+        return GuestMode.Bounce(vcpu, new TrapBounce(vcpu->State->SysenterCallback, masks));
+    }
+
     /// <summary>A system call of user mode.</summary>
     public static bool Syscall(VcpuContext* vcpu)
     {

@@ -45,6 +45,7 @@ internal sealed unsafe class Vcpu : IDisposable
         context->State->Xcr0 = InitialXcr0;
         if (domain.Cpuid.MaxXcr0 != 0)
             cpu.SetXcr0(InitialXcr0);
+        context->State->SelectorsReadNull = cpu.ReadsSelectorsAsNull ? 1 : 0;
         context->State->Cr4 = PrivilegedEmulator.GuestCr4(domain.Cpuid, 0);
         context->State->DebugRegisters[6] = DebugRegisters.StatusOnes;
         context->State->DebugRegisters[7] = DebugRegisters.ControlOnes;
@@ -451,7 +452,7 @@ internal sealed unsafe class Vcpu : IDisposable
         switch (exit.Kind)
         {
             case VcpuExitKind.Syscall:
-                if (Context->State->KernelMode != 0)
+                if (Context->State->KernelMode != 0 && Context->Segments->Cs != FlatSelectors.Ring3Cs32)
                     HypercallDispatcher.Dispatch(this);
                 else
                     BounceSyscall();
@@ -484,18 +485,50 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         if (GuestEntry.SyscallCallback(Context) == 0)
         {
-            // As on a processor without the instruction.
             Context->Registers->Rip -= SyscallLength;
             Trace?.BeginTrap(ExceptionVector.InvalidOpcode, 0, default);
-            InjectTrap(ExceptionVector.InvalidOpcode, null);
+            RefuseSyscall();
             Trace?.EndTrap(Domain.IsStopping);
             return;
         }
 
         Trace?.BeginSystemCall();
+        EnterSyscall();
+        Trace?.End();
+    }
+
+    /// <summary>A SYSCALL that the processor raised an exception for, and that was emulated.</summary>
+    private void BounceEmulatedSyscall()
+    {
+        if (GuestEntry.SyscallCallback(Context) != 0)
+        {
+            EnterSyscall();
+            return;
+        }
+
+        Context->Registers->Rip -= SyscallLength;
+        RefuseSyscall();
+    }
+
+    private void EnterSyscall()
+    {
         if (!GuestEntry.Syscall(Context))
             Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
-        Trace?.End();
+    }
+
+    /// <summary>As on a processor without the instruction, which RIP is on.</summary>
+    private void RefuseSyscall()
+    {
+        InjectTrap(ExceptionVector.InvalidOpcode, null);
+        Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
+    }
+
+    private void BounceSysenter()
+    {
+        if (Context->State->SysenterCallback == 0)
+            InjectTrap(ExceptionVector.GeneralProtection, 0);
+        else if (!GuestEntry.Sysenter(Context))
+            Domain.Crash(this, "A user process made a system call by SYSENTER, and the guest has no kernel stack to take it on.");
     }
 
     private void HandleException(ExceptionVector vector, uint errorCode)
@@ -542,6 +575,12 @@ internal sealed unsafe class Vcpu : IDisposable
                 return;
             case EmulationOutcome.NotHandled:
                 InjectTrap(vector, errorCode);
+                return;
+            case EmulationOutcome.SystemCall:
+                BounceEmulatedSyscall();
+                return;
+            case EmulationOutcome.SystemEnter:
+                BounceSysenter();
                 return;
         }
 

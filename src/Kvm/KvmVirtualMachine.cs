@@ -42,7 +42,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
         ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (2 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift);
+        ulong regionPages = tables + 16 + (MaxVcpus * (3 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift);
         _file = -1;
         try
         {
@@ -95,8 +95,11 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     /// <summary>A CPUID leaf to be changed recognisably, for the probe that asks whether the policy reaches the guest.</summary>
     internal (uint Leaf, uint Eax)? CpuidMark { get; init; }
 
-    /// <summary>Virtual address of the SYSCALL entry.</summary>
+    /// <summary>Virtual address of the SYSCALL entry of 64-bit code (LSTAR).</summary>
     internal ulong SyscallEntry { get; private set; }
+
+    /// <summary>Virtual address of the SYSCALL entry of 32-bit code (CSTAR).</summary>
+    internal ulong CompatibilitySyscallEntry => SyscallEntry + MonitorLayout.StubSize;
 
     internal ulong InterruptTable { get; private set; }
 
@@ -250,7 +253,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     {
         PageFlags entryFlags = SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None);
         SyscallEntry = TakeMapped(1, entryFlags, out ulong entryPage);
-        MonitorCode.AssembleSyscallEntry(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
+        MonitorCode.AssembleSyscallEntries(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
 
         ulong codeStart = _nextMonitorAddress;
         Code = MonitorCode.Assemble(codeStart);
@@ -324,6 +327,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
+        CompatibilityInstruction? instruction = null;
+        if (Capabilities.InterpretsCompatibilityMode)
+            instruction = new CompatibilityInstruction(TakeMapped(1, SupervisorCode | PageFlags.User, out ulong instructionPage), Host(instructionPage));
+
         byte* tss = Host(taskStatePage);
         new Span<byte>(tss, (int)Paging.PageSize).Fill(0xff);
         new Span<byte>(tss, taskStateSize).Clear();
@@ -358,6 +365,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ReturnArea = (ulong*)(Host(areaPages) + (MonitorLayout.ReturnAreaPages << Paging.PageShift)),
             DescriptorWindow = new DescriptorWindow(
                 new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
+            Instruction = instruction,
         };
     }
 }
@@ -380,4 +388,7 @@ internal readonly unsafe struct VcpuPages
     public ulong* ReturnArea { get; init; }
 
     public DescriptorWindow DescriptorWindow { get; init; }
+
+    /// <summary>For hosts that interpret 32-bit code; else null.</summary>
+    public CompatibilityInstruction? Instruction { get; init; }
 }

@@ -119,6 +119,8 @@ internal sealed unsafe class Vcpu : IDisposable
         Runstate.Change(RunstateKind.Running);
         Trace?.Boot();
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
+        if (!GuestEntry.LoadSegments(Context))
+            Domain.Crash(this, "A vCPU starts with segments that cannot be loaded, and the guest has no kernel stack for its failsafe callback.");
         while (!Domain.IsStopping)
         {
             if (Domain.Audit is { Wanted: true } audit)

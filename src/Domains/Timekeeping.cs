@@ -76,6 +76,9 @@ public sealed class Timekeeping
     /// <summary>Nanoseconds until <see cref="Calibrate"/> should be called again.</summary>
     public long Period { get; private set; } = ShortestPeriod;
 
+    /// <summary>CLOCK_MONOTONIC at system time 0.</summary>
+    public long BootTime => _bootTime;
+
     /// <summary>UTC at system time 0.</summary>
     public DateTime BootUtc { get; }
 

@@ -123,12 +123,8 @@ internal sealed unsafe class Vcpu : IDisposable
             Domain.Crash(this, "A vCPU starts with segments that cannot be loaded, and the guest has no kernel stack for its failsafe callback.");
         while (!Domain.IsStopping)
         {
-            if (Domain.Audit is { Wanted: true } audit)
-            {
-                // Others that have not come so far may wait for what this one has stored.
-                Cpu.Settle();
-                audit.Rest();
-            }
+            if (Domain.Rest.Wanted)
+                Rest();
 
             if (!IsUp)
             {
@@ -174,6 +170,18 @@ internal sealed unsafe class Vcpu : IDisposable
 
         // Others that are not yet at their end may wait for what this one has stored.
         Cpu.Settle();
+    }
+
+    private void Rest()
+    {
+        // Others that have not come so far may wait for what this one has stored.
+        Cpu.Settle();
+        bool paused = IsUp && Domain.PauseCount != 0;
+        if (paused)
+            Runstate.Change(RunstateKind.Offline);
+        Domain.Rest.Rest();
+        if (paused)
+            Runstate.Change(RunstateKind.Running);
     }
 
     public void Dispose()
@@ -403,8 +411,12 @@ internal sealed unsafe class Vcpu : IDisposable
                 continue;
             }
 
-            Sleep(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
+            // The clock is kept right meanwhile: after a long sleep it would be off by more than it may be put right at once.
+            Sleep(Domain.Time.ToMonotonic(Math.Min(Timers.NextWhileWaiting, _nextCalibration)));
             DrainNotifications();
+            now = Domain.Time.SystemTime;
+            if (now >= _nextCalibration)
+                UpdateClock(this, now);
         }
 
         if (Waiting == WaitState.Polling)
@@ -419,9 +431,9 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void Sleep(long deadline)
     {
-        Domain.Audit?.Pause();
+        Domain.Rest.Enter();
         Cpu.WaitForKick(deadline);
-        Domain.Audit?.Resume();
+        Domain.Rest.Leave();
     }
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))

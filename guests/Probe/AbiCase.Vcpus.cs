@@ -45,12 +45,12 @@ public sealed partial class AbiCase
         ArgumentOutOfRangeException.ThrowIfLessThan(vcpu, 1);
         ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(vcpu, ProbeLayout.MaxVcpus);
         _script.RequireVcpus(vcpu + 1);
-        ulong script = _script.DefineScript(steps);
+        ulong script = _script.DefineScript(_guest, steps);
         return Structure(
             $"context{vcpu}", ContextSize,
             (ContextFlags, 8, InKernel),
             (ContextRdi, 8, script),
-            (ContextRip, 8, Value.Load(_script.Variables.SecondaryEntry)),
+            (ContextRip, 8, Value.Load(_guest.Variables.SecondaryEntry)),
             (ContextCs, 2, FlatKernelCs),
             (ContextRflags, 8, 2),
             (ContextRsp, 8, ProbeLayout.InterpreterStack(vcpu)),

@@ -38,25 +38,27 @@ public sealed partial class AbiCase
     private const int MaxArguments = 6;
 
     private readonly AbiScript _script;
+    private readonly ScriptGuest _guest;
     private readonly List<ulong> _code;
 
-    internal AbiCase(AbiScript script, List<ulong> code)
+    internal AbiCase(AbiScript script, ScriptGuest guest, List<ulong> code)
     {
         _script = script;
+        _guest = guest;
         _code = code;
     }
 
     /// <summary>Takes a scratch page: mapped present, writable, with nothing but zeros in it.</summary>
-    public ScratchPage Page(string? name = null) => _script.TakePage(name);
+    public ScratchPage Page(string? name = null) => _guest.TakePage(name);
 
     /// <summary>Takes scratch pages.</summary>
-    public ScratchPage[] Pages(int count) => [.. Enumerable.Range(0, count).Select(_ => _script.TakePage(null))];
+    public ScratchPage[] Pages(int count) => [.. Enumerable.Range(0, count).Select(_ => _guest.TakePage(null))];
 
     /// <summary>Reserves zeroed memory.</summary>
     public ScriptBuffer Buffer(string name, int bytes, int alignment = 8)
     {
-        var buffer = new ScriptBuffer(_script.Reserve(bytes, alignment), bytes, name);
-        _script.Symbols.Add(buffer.Address, (ulong)bytes, name);
+        var buffer = new ScriptBuffer(_guest.Reserve(bytes, alignment), bytes, name);
+        _guest.Symbols.Add(buffer.Address, (ulong)bytes, name);
         return buffer;
     }
 
@@ -73,28 +75,28 @@ public sealed partial class AbiCase
     }
 
     /// <summary>The address of the handler that the probe has for a vector, or for a <see cref="ProbeEntry"/>.</summary>
-    public Value Handler(int vector) => Value.Load(_script.Variables.Handler(vector), $"handler(0x{vector:x})");
+    public Value Handler(int vector) => Value.Load(_guest.Variables.Handler(vector), $"handler(0x{vector:x})");
 
     /// <summary>The address of the probe's event callback.</summary>
-    public Value UpcallHandler => Value.Load(_script.Variables.UpcallHandler, "upcall handler");
+    public Value UpcallHandler => Value.Load(_guest.Variables.UpcallHandler, "upcall handler");
 
     /// <summary>Machine frame of the kernel's L4.</summary>
-    public Value Root => Value.Load(_script.Variables.Root, "root");
+    public Value Root => Value.Load(_guest.Variables.Root, "root");
 
     /// <summary>Machine frame of the user mode's L4.</summary>
-    public Value UserRoot => Value.Load(_script.Variables.UserRoot, "user root");
+    public Value UserRoot => Value.Load(_guest.Variables.UserRoot, "user root");
 
     /// <summary>Address of start_info.</summary>
-    public Value StartInfo => Value.Load(_script.StartInfoVariable, "start_info");
+    public Value StartInfo => Value.Load(_guest.StartInfoVariable, "start_info");
 
     /// <summary>Address of the machine-to-physical table.</summary>
-    public Value MachineToPhys => Value.Load(_script.Variables.MachineToPhys, "m2p");
+    public Value MachineToPhys => Value.Load(_guest.Variables.MachineToPhys, "m2p");
 
     /// <summary>Virtual address of the boot L4.</summary>
-    public Value RootAddress => Value.Load(_script.Variables.RootAddress, "root table");
+    public Value RootAddress => Value.Load(_guest.Variables.RootAddress, "root table");
 
     /// <summary>Quietly names another frame as the one where <see cref="Value.EntryAddress"/> starts.</summary>
-    public void SetRoot(Value mfn) => Put(_script.Variables.Root, 8, mfn);
+    public void SetRoot(Value mfn) => Put(_guest.Variables.Root, 8, mfn);
 
     /// <summary>Quietly tells the probe where the vCPU's vcpu_info is now.</summary>
     public void SetVcpuInfo(Value address, int vcpu = 0) => Put(ProbeLayout.VcpuInfoPointer(vcpu), 8, address);
@@ -111,7 +113,7 @@ public sealed partial class AbiCase
     {
         ArgumentNullException.ThrowIfNull(arguments);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(arguments.Length, MaxArguments);
-        ulong result = _script.Reserve(8, 8);
+        ulong result = _guest.Reserve(8, 8);
         Value[] all = [number, .. arguments, .. Enumerable.Repeat((Value)0, MaxArguments - arguments.Length)];
         Step(StepOperation.Hypercall, text, format, [result], all);
         return Value.Load(result, "result");
@@ -140,7 +142,7 @@ public sealed partial class AbiCase
     public Value Load(Value address, int size = 8, AnswerFormat format = AnswerFormat.Number)
     {
         RequireSize(size);
-        ulong result = _script.Reserve(8, 8);
+        ulong result = _guest.Reserve(8, 8);
         Step(StepOperation.Load, $"load{size * 8} {Text(address)}", format, [(ulong)size, result], [address]);
         return Value.Load(result, $"loaded from {Text(address)}");
     }
@@ -149,7 +151,7 @@ public sealed partial class AbiCase
     public Value Get(Value address, int size = 8)
     {
         RequireSize(size);
-        ulong result = _script.Reserve(8, 8);
+        ulong result = _guest.Reserve(8, 8);
         Step(StepOperation.Load, $"get{size * 8} {Text(address)}", AnswerFormat.None, [(ulong)size, result], [address], quiet: true);
         return Value.Load(result, $"was at {Text(address)}");
     }
@@ -160,7 +162,7 @@ public sealed partial class AbiCase
     /// <summary>Evaluates an expression now, quietly, for later.</summary>
     public Value Keep(Value value, string name)
     {
-        ulong place = _script.Reserve(8, 8);
+        ulong place = _guest.Reserve(8, 8);
         Put(place, 8, value);
         return Value.Load(place, name);
     }
@@ -188,7 +190,7 @@ public sealed partial class AbiCase
         string text, Action<Assembler> emit, Register64[]? show = null, (Register64 Register, Value Value)[]? with = null, int resumes = 0)
     {
         ArgumentNullException.ThrowIfNull(emit);
-        AddressRange code = _script.DefineCode(assembler =>
+        AddressRange code = _guest.DefineCode(assembler =>
         {
             emit(assembler);
             assembler.ret();
@@ -208,7 +210,7 @@ public sealed partial class AbiCase
         string text, Action<Assembler> emit, Register64[]? show = null, (Register64 Register, Value Value)[]? with = null, int resumes = 0)
     {
         ArgumentNullException.ThrowIfNull(emit);
-        AddressRange code = _script.DefineCode(assembler =>
+        AddressRange code = _guest.DefineCode(assembler =>
         {
             emit(assembler);
             assembler.syscall();
@@ -265,7 +267,17 @@ public sealed partial class AbiCase
         StepOperation operation, string text, AnswerFormat format, ReadOnlySpan<ulong> words, Value[] expressions, bool quiet = false,
         AddressRange? code = null)
     {
-        int number = _script.AddStep(text, format, quiet, code);
+        // Other vCPUs' steps are done beside those of vCPU 0, which alone takes turns.
+        if (_code == _guest.Code)
+            _script.TakeTurn(_guest);
+        Emit(operation, text, format, words, expressions, quiet, code);
+    }
+
+    private void Emit(
+        StepOperation operation, string text, AnswerFormat format, ReadOnlySpan<ulong> words, Value[] expressions, bool quiet,
+        AddressRange? code)
+    {
+        int number = _script.AddStep(_guest, text, format, quiet, code);
         int header = _code.Count;
         _code.Add(0);
         _code.AddRange(words);
@@ -275,7 +287,7 @@ public sealed partial class AbiCase
             _code.Add((ulong)Token.End);
         }
 
-        _code[header] = AbiScript.StepHeader(operation, quiet ? StepFlags.Quiet : StepFlags.None, number, _code.Count - header);
+        _code[header] = ScriptGuest.StepHeader(operation, quiet ? StepFlags.Quiet : StepFlags.None, number, _code.Count - header);
     }
 }
 

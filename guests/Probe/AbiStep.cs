@@ -24,8 +24,9 @@ public enum AnswerFormat
 /// <param name="Text">What it does; without " = ", which comes before the answer.</param>
 /// <param name="Format">How its number is written.</param>
 /// <param name="Quiet">Whether it is in the transcript only when an exception or an upcall came.</param>
+/// <param name="Symbols">Names of the addresses of the domain that does it.</param>
 /// <param name="Code">The code that it runs, if it does: addresses in it are written relative to it.</param>
-public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool Quiet, AddressRange? Code = null)
+public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool Quiet, AddressMap Symbols, AddressRange? Code = null)
 {
     private static readonly string[] RegisterNames =
         ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rflags"];
@@ -45,18 +46,16 @@ public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool 
 
     /// <summary>The outcome in one line.</summary>
     /// <param name="line">What the probe printed.</param>
-    /// <param name="symbols">Names of addresses.</param>
-    public string Answer(ProbeLine line, AddressMap symbols)
+    public string Answer(ProbeLine line)
     {
         ArgumentNullException.ThrowIfNull(line);
-        ArgumentNullException.ThrowIfNull(symbols);
         List<string> parts = [];
-        if ((line.Result ?? line.Value) is { } number && FormatNumber(number, symbols) is { Length: > 0 } text)
+        if ((line.Result ?? line.Value) is { } number && FormatNumber(number) is { Length: > 0 } text)
             parts.Add(text);
         foreach ((int register, ulong value) in line.Registers)
-            parts.Add($"{RegisterNames[register]} {FormatRegister(register, value, symbols)}");
+            parts.Add($"{RegisterNames[register]} {FormatRegister(register, value)}");
         foreach (ProbeException exception in line.Exceptions)
-            parts.Add(FormatException(exception, symbols));
+            parts.Add(FormatException(exception));
         foreach (ProbeUpcall upcall in line.Upcalls)
             parts.Add(FormatUpcall(upcall));
         if (line.Unlogged != 0)
@@ -78,23 +77,23 @@ public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool 
         return $"upcall{{ports {(ports.Length == 0 ? "none" : ports)}, selector 0x{upcall.Selector:x}{pending}, mask {upcall.SavedMask}->{upcall.Mask}}}";
     }
 
-    private string FormatNumber(ulong number, AddressMap symbols)
+    private string FormatNumber(ulong number)
     {
         bool error = number >= unchecked((ulong)-4095);
         return Format switch
         {
             AnswerFormat.Result when error => ErrorNames.Of((int)(0 - number)),
-            AnswerFormat.Result or AnswerFormat.Number => symbols.Format(number, Code),
+            AnswerFormat.Result or AnswerFormat.Number => Symbols.Format(number, Code),
             AnswerFormat.Sign when error => ErrorNames.Of((int)(0 - number)),
             AnswerFormat.Sign => number == 0 ? "0" : "positive",
             _ => "",
         };
     }
 
-    private string FormatRegister(int register, ulong value, AddressMap symbols)
-        => register == 16 ? $"0x{value & ~UndefinedFlags:x}" : symbols.Format(value, Code);
+    private string FormatRegister(int register, ulong value)
+        => register == 16 ? $"0x{value & ~UndefinedFlags:x}" : Symbols.Format(value, Code);
 
-    private string FormatException(ProbeException exception, AddressMap symbols)
+    private string FormatException(ProbeException exception)
     {
         var text = new StringBuilder();
         text.Append(Mnemonics.GetValueOrDefault(exception.Vector) ?? $"vector 0x{exception.Vector:x}");
@@ -102,18 +101,18 @@ public sealed record AbiStep(int Number, string Text, AnswerFormat Format, bool 
             text.Append($"({exception.ErrorCode:x})");
         text.Append('{');
         if (exception.Vector == PageFault)
-            text.Append($"cr2 {symbols.Format(exception.FaultAddress, Code)}, ");
+            text.Append($"cr2 {Symbols.Format(exception.FaultAddress, Code)}, ");
         if (exception.Vector == (int)ProbeEntry.Failsafe)
         {
             for (int i = 0; i < 4; i++)
                 text.Append($"{"defg"[i]}s {(ushort)(exception.ErrorCode >> (16 * i)):x}, ");
         }
 
-        text.Append($"rip {symbols.FormatCode(exception.Rip, Code)}, cs {exception.Cs:x}, rflags {exception.Rflags & ~UndefinedFlags:x}, ");
+        text.Append($"rip {Symbols.FormatCode(exception.Rip, Code)}, cs {exception.Cs:x}, rflags {exception.Rflags & ~UndefinedFlags:x}, ");
         // Only where the frame went is defined by the ABI, not where the probe's own stack was.
         string stack = exception.FrameEnd % ProbeLayout.RegionSize == 0 ? "kernel stack"
             : exception.FrameEnd == (exception.Rsp & ~15UL) ? "same stack"
-            : $"stack {symbols.Format(exception.FrameEnd, Code)} for {symbols.Format(exception.Rsp, Code)}";
+            : $"stack {Symbols.Format(exception.FrameEnd, Code)} for {Symbols.Format(exception.Rsp, Code)}";
         text.Append($"{stack}, ss {exception.Ss:x}, mask {exception.SavedMask}->{exception.Mask}}}");
         return text.ToString();
     }

@@ -39,6 +39,9 @@ internal enum StepOperation : byte
 
     /// <summary>Expressions: vCPU, nanoseconds to wait at most: for the end of its script, then prints what it printed.</summary>
     Join,
+
+    /// <summary>Expressions: turn to pass to the other domain of a pair, turn to wait for, yielding; 0 for neither.</summary>
+    Turn,
 }
 
 /// <summary>Properties of a step.</summary>

@@ -50,6 +50,7 @@ internal sealed partial class ProbeInterpreter
     private readonly PvConsole _console;
     private readonly Assembler _code;
     private readonly ProbeVariables _variables;
+    private readonly PairSide? _side;
     private readonly Dictionary<StepOperation, Label> _operations = [];
     private Label _step;
     private Label _stepDone;
@@ -60,8 +61,9 @@ internal sealed partial class ProbeInterpreter
     private Label _putHex;
     private Label _secondary;
 
-    public ProbeInterpreter(PvAssembler guest, PvConsole console, ProbeVariables variables)
+    public ProbeInterpreter(PvAssembler guest, PvConsole console, ProbeVariables variables, PairSide? side)
     {
+        _side = side;
         _guest = guest;
         _console = console;
         _variables = variables;
@@ -94,6 +96,7 @@ internal sealed partial class ProbeInterpreter
         EmitRun();
         EmitWaitUpcalls();
         EmitJoin();
+        EmitTurn();
         EmitEvaluate();
         EmitClock();
         EmitPrinting();
@@ -142,6 +145,8 @@ internal sealed partial class ProbeInterpreter
         EmitFindTables();
         EmitInstallHandlers();
         EmitMakeUserRoot();
+        if (_side is { } side)
+            EmitMeetPeer(side);
         _code.test(r13, r13);
         _code.jnz(failed);
         _code.mov(r12, script);
@@ -668,9 +673,7 @@ internal sealed partial class ProbeInterpreter
         _code.call(_clock);
         _code.cmp(rax, r14);
         _code.jae(_stepDone);
-        _code.mov(edi, Yield);
-        _code.xor(esi, esi);
-        _guest.Hypercall(GuestHypercall.SchedOp);
+        EmitYield();
         _code.jmp(again);
     }
 

@@ -37,11 +37,26 @@ public static class ProbeLayout
     /// <summary>Page at which shared_info is mapped.</summary>
     public const ulong SharedInfoPage = UserStackPage + PageSize;
 
+    /// <summary>
+    /// Page of a pair's first domain that both have at this address: a word that says whose turn it is, then places for values that the one
+    /// finds out and the other uses.
+    /// </summary>
+    public const ulong PairPage = SharedInfoPage + PageSize;
+
+    /// <summary>Page at which the first domain of a pair has its grant table while it shares that page.</summary>
+    public const ulong GrantTablePage = PairPage + PageSize;
+
+    /// <summary>Values that each domain of a pair can leave for the other.</summary>
+    internal const int Notes = 255;
+
     /// <summary>First region; vCPU n has the nth.</summary>
-    public const ulong Regions = (SharedInfoPage + PageSize + RegionSize - 1) & ~(ulong)(RegionSize - 1);
+    public const ulong Regions = (GrantTablePage + PageSize + RegionSize - 1) & ~(ulong)(RegionSize - 1);
 
     /// <summary>First byte behind all that is not in the file.</summary>
     public const ulong End = Regions + (ulong)MaxVcpus * RegionSize;
+
+    /// <summary>Where a domain of a pair leaves values for the other, 8 bytes each.</summary>
+    internal static ulong NotesOf(bool second) => PairPage + 8 + (second ? Notes * 8UL : 0);
 
     /// <summary>Region of a vCPU.</summary>
     public static ulong Region(int vcpu) => Regions + (ulong)vcpu * RegionSize;

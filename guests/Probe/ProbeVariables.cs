@@ -24,6 +24,8 @@ internal sealed class ProbeVariables
         UserRoot = guest.Reserve(8);
         UpcallHandler = guest.Reserve(8);
         SecondaryEntry = guest.Reserve(8);
+        OwnDomain = guest.Reserve(8);
+        PeerDomain = guest.Reserve(8);
         foreach (int vector in Vectors)
             _handlers[vector] = guest.Reserve(8);
         foreach (ProbeEntry entry in Enum.GetValues<ProbeEntry>())
@@ -59,6 +61,12 @@ internal sealed class ProbeVariables
 
     /// <summary>Holds the address where another vCPU starts, with its script in RDI.</summary>
     public ulong SecondaryEntry { get; }
+
+    /// <summary>Holds the number of the domain, if it is one of a pair.</summary>
+    public ulong OwnDomain { get; }
+
+    /// <summary>Holds the number of the other domain of the pair.</summary>
+    public ulong PeerDomain { get; }
 
     /// <summary>Address of the array of struct trap_info.</summary>
     public ulong TrapTable { get; }

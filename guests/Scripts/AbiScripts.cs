@@ -2,6 +2,7 @@
 using XenSharp.Guests.Probe;
 using XenSharp.Guests.Scripts.Events;
 using XenSharp.Guests.Scripts.Memory;
+using XenSharp.Guests.Scripts.Pairs;
 using XenSharp.Guests.Scripts.Processor;
 
 namespace XenSharp.Guests.Scripts;
@@ -10,5 +11,6 @@ namespace XenSharp.Guests.Scripts;
 public static class AbiScripts
 {
     /// <summary>All scripts, fresh: a script is built once.</summary>
-    public static IReadOnlyList<AbiScript> Create() => [.. MemoryScripts.Create(), .. EventScripts.Create(), .. ProcessorScripts.Create()];
+    public static IReadOnlyList<AbiScript> Create() =>
+        [.. MemoryScripts.Create(), .. EventScripts.Create(), .. ProcessorScripts.Create(), .. PairScripts.Create()];
 }

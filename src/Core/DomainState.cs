@@ -222,7 +222,22 @@ public unsafe struct VcpuContext
         => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
 
     /// <summary>True where a long operation must stop between two elements (hypercall_preempt_check).</summary>
-    public bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue || Budget.IsSpent();
+    public bool PreemptionDue => IsInterrupted || Budget.IsSpent();
+
+    /// <summary>The part of <see cref="PreemptionDue"/> that comes from outside, and for which no clock has to be read.</summary>
+    public bool IsInterrupted => Volatile.Read(ref *KickPending) != 0 || UpcallDue;
+}
+
+/// <summary>The machine's RAM: a range in which each domain has frames of its own.</summary>
+public struct MachineFrames
+{
+    /// <summary>Number of the first frame.</summary>
+    public ulong First;
+
+    /// <summary>One past the last that a domain has, or had.</summary>
+    public ulong End;
+
+    public readonly bool Contains(Mfn frame) => frame.Value >= First && frame.Value < Volatile.Read(in End);
 }
 
 /// <summary>Where a domain's state lies for code that runs here.</summary>
@@ -246,6 +261,21 @@ public unsafe struct DomainContext
     /// <summary>The frame table; its type belongs to Mmu.</summary>
     public void* Frames;
 
+    /// <summary>Frames behind which those of other domains are mapped (<see cref="IVirtualMachine.Window"/>).</summary>
+    public MachineMemory Window;
+
+    /// <summary>M2P entry of <c>Window.FirstFrame</c>.</summary>
+    public ulong* WindowToPhys;
+
+    /// <summary>A word for each frame of <see cref="Window"/> with what maps it; its layout belongs to Mmu.</summary>
+    public ulong* WindowUses;
+
+    /// <summary>One bit for each frame of <see cref="Window"/> that is mapped less than before, for whoever shows and hides them.</summary>
+    public ulong* WindowReleases;
+
+    /// <summary>Not 0 when a bit was set in <see cref="WindowReleases"/>.</summary>
+    public int WindowReleased;
+
     /// <summary>
     /// One bit a frame that was ever used as a page table, or null where KVM walks the guest's tables itself. KVM may still
     /// hold a shadow of such a frame, and then sees only stores that are repeated inside the VM.
@@ -254,10 +284,20 @@ public unsafe struct DomainContext
 
     /// <summary>The 16 entries for the reserved L4 slots.</summary>
     public ulong* HypervisorSlots;
+
+    /// <summary>One bit a domain that there is beside this one, up to <see cref="DomainId.FirstReserved"/>; null where there can be none.</summary>
+    public ulong* KnownDomains;
+
+    /// <summary>The machine frames that domains have, this one and others; null where there can be no others.</summary>
+    public MachineFrames* MachineFrames;
     public byte* SharedInfo;
 
     /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>
     public E820Entry* MemoryMap;
+
+    /// <summary>Host address of what the guest may have mapped: a frame of its memory, or another domain's; null for anything else.</summary>
+    public readonly byte* PageOf(Mfn frame)
+        => Memory.Contains(frame) ? Memory.Page(frame) : Window.Contains(frame) ? Window.Page(frame) : null;
 
     /// <summary>Whether KVM may hold a shadow of the frame, made when it was a page table.</summary>
     public readonly bool MayBeShadowed(Mfn frame)
@@ -272,5 +312,13 @@ public unsafe struct DomainContext
         ulong index = Memory.IndexOf(frame);
         if (ShadowedFrames != null)
             _ = Interlocked.Or(ref ShadowedFrames[index / 64], 1UL << (int)(index % 64));
+    }
+
+    /// <summary>Notes that KVM has forgotten about the frame, which is in use as something else than a page table.</summary>
+    public readonly void ClearShadowed(Mfn frame)
+    {
+        ulong index = Memory.IndexOf(frame);
+        if (ShadowedFrames != null)
+            _ = Interlocked.And(ref ShadowedFrames[index / 64], ~(1UL << (int)(index % 64)));
     }
 }

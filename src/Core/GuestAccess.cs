@@ -6,10 +6,33 @@ namespace XenSharp.Core;
 /// <summary>
 /// Copies between the manager and guest linear addresses, with the rights of the vCPU's current mode: the guest's own tables
 /// are walked, every level must be present and user-accessible, writes need every level writable, and every frame must be
-/// the domain's RAM. Callers copy once and validate the copy.
+/// the domain's RAM, or one that it has mapped of another domain's. Callers copy once and validate the copy.
 /// </summary>
 public static unsafe class GuestAccess
 {
+    /// <summary>The page of the domain's own memory that an operation read from last: a translation that it remembers, as a processor would.</summary>
+    public struct ReadWindow
+    {
+        private ulong _page;
+        private byte* _host;
+
+        /// <summary>Remembers nothing, or no more.</summary>
+        public void Clear() => _host = null;
+
+        /// <summary>Host address of what is at a linear address, in the page that is remembered; null where that is another.</summary>
+        public readonly byte* Find(ulong address, int size)
+        {
+            ulong offset = address - _page;
+            return _host != null && offset <= Paging.PageSize - (ulong)size ? _host + offset : null;
+        }
+
+        internal void Remember(ulong page, byte* host)
+        {
+            _page = page;
+            _host = host;
+        }
+    }
+
     /// <summary>Copies from the guest.</summary>
     /// <returns>False (the caller's -EFAULT) when any byte cannot be read; part may have been copied.</returns>
     public static bool CopyFrom(VcpuContext* vcpu, ulong address, void* destination, ulong length)
@@ -69,6 +92,21 @@ public static unsafe class GuestAccess
             return CopyFrom(vcpu, address, to, (ulong)sizeof(T));
     }
 
+    /// <summary>Copies one value from the guest, and remembers where it was.</summary>
+    public static bool Read<T>(VcpuContext* vcpu, ref ReadWindow window, ulong address, out T value)
+        where T : unmanaged
+    {
+        window.Clear();
+        if (!Read(vcpu, address, out value))
+            return false;
+
+        // What is another domain's may be taken away while it is not being looked at.
+        byte* found = Translate(vcpu, address, write: false, out Mfn frame);
+        if (found != null && vcpu->Domain->Memory.Contains(frame))
+            window.Remember(address & ~Paging.PageOffsetMask, vcpu->Domain->Memory.Page(frame));
+        return true;
+    }
+
     /// <summary>Copies one value to the guest.</summary>
     public static bool Write<T>(VcpuContext* vcpu, ulong address, T value)
         where T : unmanaged => CopyTo(vcpu, address, &value, (ulong)sizeof(T));
@@ -82,12 +120,13 @@ public static unsafe class GuestAccess
 
     /// <summary>Tells the VM that the manager wrote into a frame of the guest, which may have been a page table before.</summary>
     /// <param name="vcpu">The vCPU that runs on this thread.</param>
-    /// <param name="frame">A frame of the domain.</param>
+    /// <param name="frame">A frame that the guest has mapped.</param>
     /// <param name="offset">Offset of the first byte in the frame.</param>
     /// <param name="length">Bytes; the range stays within the frame.</param>
     public static void Written(VcpuContext* vcpu, Mfn frame, ulong offset, ulong length)
     {
-        if (!vcpu->Domain->MayBeShadowed(frame))
+        // Of another domain's, KVM has forgotten what it was before it could be mapped.
+        if (!vcpu->Domain->Memory.Contains(frame) || !vcpu->Domain->MayBeShadowed(frame))
             return;
         for (ulong word = offset & ~7UL; word < offset + length; word += sizeof(ulong))
             vcpu->PageTableWrites->Repeat(frame.Address + word);
@@ -114,7 +153,8 @@ public static unsafe class GuestAccess
             return null;
         PageTableEntry leaf = Read(entry);
         ulong needed = write ? AccessForWrite : AccessForRead;
-        if ((leaf.Value & needed) != needed || !vcpu->Domain->Memory.Contains(leaf.Frame))
+        byte* page = vcpu->Domain->PageOf(leaf.Frame);
+        if ((leaf.Value & needed) != needed || page == null)
             return null;
 
         // As the processor would, so that a guest that watches these bits sees its page used. Another entry by now is not this one's.
@@ -122,7 +162,7 @@ public static unsafe class GuestAccess
         if ((leaf.Value & used) != used)
             _ = Interlocked.CompareExchange(ref *(ulong*)entry, leaf.Value | used, leaf.Value);
         frame = leaf.Frame;
-        return vcpu->Domain->Memory.Page(frame) + linear.Offset;
+        return page + linear.Offset;
     }
 
     /// <summary>The L1 entry that maps an address on the current mode's tables, or null where a level above lacks.</summary>

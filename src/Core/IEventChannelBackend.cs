@@ -14,7 +14,7 @@ public interface IEventChannelBackend
     /// Waits until the guest has sent on the channel since the last completed wait; sends in between coalesce into one.
     /// </summary>
     /// <returns><see langword="true"/> for a notification; <see langword="false"/> when the channel is closed for good
-    /// (the guest closed its port or the domain is gone).</returns>
+    /// (the domain is gone, or this end was closed). A guest that closes its port may bind another one to this end.</returns>
     /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled first.</exception>
     ValueTask<bool> WaitAsync(CancellationToken cancellation = default);
 }

@@ -145,6 +145,39 @@ public unsafe interface IVirtualMachine : IDisposable
     /// <param name="count">How many neighbouring frames, at least 1.</param>
     void Discard(Mfn first, ulong count);
 
+    /// <summary>
+    /// Reserved frames behind which frames of other VMs can be shown, outside <see cref="Memory"/> and there from the start; of no size
+    /// where there are none. Nobody can access one that shows nothing.
+    /// </summary>
+    MachineMemory Window { get; }
+
+    /// <summary>Host view of the M2P entries of the frames of <see cref="Window"/>.</summary>
+    ulong* WindowToPhys { get; }
+
+    /// <summary>Shows a frame of another VM behind a frame of the window. Any thread.</summary>
+    /// <param name="window">A frame of <see cref="Window"/>.</param>
+    /// <param name="owner">A VM of the same kind, which is not being disposed; what is shown stays in memory after that.</param>
+    /// <param name="frame">A frame of its <see cref="Memory"/>.</param>
+    /// <param name="writable">Whether it can be written to.</param>
+    /// <returns>False where the host has no room for it; then all is as it was.</returns>
+    bool TryShow(Mfn window, IVirtualMachine owner, Mfn frame, bool writable);
+
+    /// <summary>What is shown there can be written to no more, whatever this VM's processors remember. Any thread.</summary>
+    /// <returns>False where the host has no room for it; then all is as it was.</returns>
+    bool TryProtect(Mfn window);
+
+    /// <summary>Shows nothing there any more, whatever this VM's processors remember. Any thread.</summary>
+    void Hide(Mfn window);
+
+    /// <summary>
+    /// Makes the VM forget all that it derived from page tables in <see cref="Memory"/>, so that it sees what others than its processors
+    /// wrote since; from then on its processors store nothing there again that others may have changed. Any thread; it costs the VM time.
+    /// </summary>
+    void ForgetTables();
+
+    /// <summary>Keeps <see cref="Memory"/> in place, past the end of the VM too, until what this returns is disposed.</summary>
+    IDisposable HoldMemory();
+
     /// <summary>Creates a virtual processor. Its number is 0-based and may be used once.</summary>
     IVirtualCpu CreateVcpu(int number);
 }

@@ -1,3 +1,4 @@
+using System.Diagnostics.CodeAnalysis;
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Builder;
@@ -26,6 +27,7 @@ public sealed unsafe class Domain : IDisposable
     private readonly GrantTable _managersGrants = new();
     private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
+    private readonly DomainManager _manager;
     private DomainExit? _exit;
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
@@ -36,13 +38,17 @@ public sealed unsafe class Domain : IDisposable
     private bool _disposed;
 
     /// <summary>Builds the domain in a fresh VM. The VM stays the caller's to dispose, after this.</summary>
+    /// <param name="options">What to build.</param>
+    /// <param name="machine">The VM.</param>
+    /// <param name="manager">The domains that it is to know, and be known to; null for none.</param>
     /// <exception cref="DomainBuildException">What was asked for cannot be built; the message says why.</exception>
-    public Domain(DomainOptions options, IVirtualMachine machine)
+    public Domain(DomainOptions options, IVirtualMachine machine, DomainManager? manager = null)
     {
         ArgumentNullException.ThrowIfNull(options);
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
-        Id = new DomainId(options.Id);
+        _manager = manager ?? new DomainManager();
+        Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
@@ -57,8 +63,13 @@ public sealed unsafe class Domain : IDisposable
         _handle = (byte*)NativeMemory.Alloc(16);
         _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
         _memory = new DomainMemory(
-            machine, options.Id, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+            machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
             DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+        Context->KnownDomains = _manager.Known;
+        Context->MachineFrames = _manager.MachineFrames;
+        Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
+        Window = new GrantWindow(Context, machine, _manager);
+        Granted = new BackendGrants(this);
         Scrubber = new Scrubber(Context, machine);
         Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
         try
@@ -66,7 +77,7 @@ public sealed unsafe class Domain : IDisposable
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
             Events = new EventChannelDomain(
-                Context, options.Id, id => id == Id.Value ? Events : null, new WritableFrames(), FifoAbi.PortCount - 1);
+                Context, Id.Value, id => _manager.Find(id)?.Events, new WritableFrames(), FifoAbi.PortCount - 1);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;
@@ -75,10 +86,11 @@ public sealed unsafe class Domain : IDisposable
             for (int i = 0; i < options.Vcpus; i++)
                 AddVcpu(machine, i, options);
             Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
-            Grants = new GrantTable(Context, options.Vcpus);
+            Grants = new GrantTable(this, options.Vcpus);
             GrantRings();
             _vcpus[0].MarkInitialised();
             Time.UpdateWallClock(Context->SharedInfo);
+            _manager.Publish(this);
         }
         catch
         {
@@ -109,6 +121,9 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>The back end's end of xenstore's event channel.</summary>
     public EventChannelBackend StoreChannel { get; } = null!;
+
+    /// <summary>What the guest grants to domain 0, for back ends in this process.</summary>
+    public BackendGrants Granted { get; } = null!;
 
     /// <summary>The guest's port of the console.</summary>
     public uint ConsolePort { get; }
@@ -171,6 +186,12 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>What the domain grants to others, and has mapped of theirs.</summary>
     internal GrantTable Grants { get; } = null!;
 
+    /// <summary>What others do with the domain's memory.</summary>
+    internal OutsideUse Outside { get; } = null!;
+
+    /// <summary>What the domain has mapped of others' memory.</summary>
+    internal GrantWindow Window { get; } = null!;
+
     internal Timekeeping Time { get; }
 
     internal CpuidPolicy Cpuid { get; }
@@ -185,6 +206,13 @@ public sealed unsafe class Domain : IDisposable
     internal byte* Handle => _handle;
 
     internal bool IsStopping => Volatile.Read(ref _stopping) != 0;
+
+    /// <summary>Connects a back end, in domain 0's name, to a port that the guest allocated for it. Any thread, as long as there is the domain.</summary>
+    /// <param name="guestPort">The port, as the guest told it (event-channel in its part of xenstore).</param>
+    /// <param name="backend">The far end, which completes with the domain.</param>
+    /// <returns>False for a port that does not wait for domain 0, and when the domain is going away.</returns>
+    public bool TryConnect(uint guestPort, [NotNullWhen(true)] out EventChannelBackend? backend)
+        => Events.TryBindBackend(new EventChannelPort(guestPort), out backend) == 0;
 
     /// <summary>Starts the first vCPU.</summary>
     public void Start() => _vcpus[0].Begin();
@@ -237,6 +265,7 @@ public sealed unsafe class Domain : IDisposable
         List<ulong> writable = [.. Layout.WrittenByManager, PhysicalInterrupts.EoiFrame ?? 0, .. Events.HeldFrames];
         List<ulong> referenced = [];
         Grants.AddHeld(writable, referenced);
+        Outside.AddHeld(writable, referenced);
         return FrameTableAudit.Check(Context, CollectionsMarshal.AsSpan(writable), CollectionsMarshal.AsSpan(referenced)) ?? ScrubAudit.Check(Context);
     }
 
@@ -254,21 +283,50 @@ public sealed unsafe class Domain : IDisposable
         foreach (Thread thread in threads)
             thread.Join();
         Watchdogs.Dispose();
+        if (Grants != null)
+            GrantMap.ReleaseAll(this);
+        Window.Dispose();
         Events?.Dispose();
+
+        // Nobody looks at the domain's memory from here on, but who has some of it mapped.
+        bool lives = Outside.Close();
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Dispose();
         Grants?.Dispose();
         _managersGrants.Dispose();
         _memory.Dispose();
         NativeMemory.Free(_handle);
+        if (!lives)
+            _manager.Remove(Id.Value);
     }
 
-    /// <summary>Whether there is a domain of this number: itself, or the manager, which is domain 0 to it.</summary>
-    internal bool Knows(ushort id) => id == Id.Value || id == 0;
+    /// <summary>Whether there is a domain of this number: itself, another, or the manager, which is domain 0 to it.</summary>
+    internal bool Knows(ushort id) => id == Id.Value || id == 0 || _manager.Find(id) != null;
 
-    /// <summary>The grant table of a domain that there is: the domain's own, or the manager's.</summary>
+    /// <summary>
+    /// The grant table of a domain that there is: the domain's own, the manager's, or another's, which stays in place with its memory until
+    /// <see cref="LeaveGrants"/>.
+    /// </summary>
     /// <param name="id">A number, not DOMID_SELF.</param>
-    internal GrantTable? FindGrants(ushort id) => id == Id.Value ? Grants : id == 0 ? _managersGrants : null;
+    internal GrantTable? EnterGrants(ushort id)
+        => id == Id.Value ? Grants : id == 0 ? _managersGrants
+            : _manager.Find(id) is { } other && other.Outside.TryEnter() ? other.Grants : null;
+
+    /// <summary>
+    /// What a request comes to whose domain <see cref="EnterGrants"/> does not find: where there still is one, because others have its
+    /// memory mapped, it has no pages.
+    /// </summary>
+    internal GrantStatus WhyNotEntered(ushort id) => Knows(id) ? GrantStatus.BadPage : GrantStatus.BadDomain;
+
+    /// <summary>Ends <see cref="EnterGrants"/>.</summary>
+    internal void LeaveGrants(GrantTable? table)
+    {
+        if (table?.Owner is { } owner && owner != this)
+            owner.Outside.Exit();
+    }
+
+    /// <summary>Whether a domain is still known by its number, if only because others have its memory mapped.</summary>
+    internal bool StillKnows(Domain other) => _manager.Find(other.Id.Value) == other;
 
     internal Vcpu? FindVcpu(uint id) => id < (uint)_vcpus.Count ? _vcpus[(int)id] : null;
 

@@ -40,6 +40,8 @@ internal sealed unsafe class DomainMemory : IDisposable
         nuint vcpusAt = Take((nuint)(maxVcpus * sizeof(VcpuState)));
         nuint vcpuInfosAt = Take((nuint)(maxVcpus * sizeof(VcpuInfo)));
         nuint bitmapAt = Take(bitmap);
+        ulong windowWords = (machine.Window.FrameCount + 63) / 64;
+        nuint releasesAt = Take((nuint)(windowWords * sizeof(ulong)));
         nuint scrubAt = Take(ScrubMap.SizeOf(frames));
         nuint framesAt = Take((nuint)frames * (nuint)sizeof(FrameInfo));
         _block = (byte*)NativeMemory.AlignedAlloc(offset, Alignment);
@@ -57,6 +59,12 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context->MachineToPhys = machine.MachineToPhys;
         Context->MachineToPhysFrame = machine.MachineToPhysFrame;
         Context->MachineToPhysStart = machine.MachineToPhysStart;
+        Context->Window = machine.Window;
+        Context->WindowToPhys = machine.WindowToPhys;
+        Context->WindowReleases = (ulong*)(_block + releasesAt);
+
+        // By itself, so that it takes no memory before it is used.
+        Context->WindowUses = (ulong*)NativeMemory.AllocZeroed((nuint)machine.Window.FrameCount, sizeof(ulong));
         Context->HypervisorSlots = (ulong*)(_block + slotsAt);
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
         Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
@@ -81,6 +89,7 @@ internal sealed unsafe class DomainMemory : IDisposable
 
     public void Dispose()
     {
+        NativeMemory.Free(Context->WindowUses);
         NativeMemory.AlignedFree(_block);
         _block = null;
     }

@@ -14,14 +14,21 @@ public sealed record DomainOptions
     /// <summary>Frames that a domain may have beyond its memory, as libxl lets every one (LIBXL_MAXMEM_CONSTANT).</summary>
     private const ulong SparePages = 256;
 
+    /// <summary>
+    /// Frames of other domains that a domain can have mapped, unless its VM is made with a window of another size: four block rings' worth
+    /// of persistent grants (1056 each in Linux). Each is a mapping of this process on the host, which has 65,530 of them
+    /// (vm.max_map_count); no page takes memory before it is mapped. Mapping one frame often takes but one.
+    /// </summary>
+    public const ulong WindowFrames = 4096;
+
     /// <summary>Frames beside the domain's own: shared_info is there, and the grant table with the states of its entries.</summary>
     private const ulong HypervisorPages = 96;
 
     /// <summary>Name for people; the guest does not see it.</summary>
     public required string Name { get; init; }
 
-    /// <summary>Domain id, 1..0x7fef.</summary>
-    public ushort Id { get; init; } = 1;
+    /// <summary>Domain id, 1..0x7fef; 0 for the next that is free.</summary>
+    public ushort Id { get; init; }
 
     /// <summary>The kernel.</summary>
     public required KernelImage Kernel { get; init; }

@@ -37,7 +37,9 @@ internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
         if (from != address.Value || size is not (1 or 2 or 4 or 8) || (from & ((ulong)size - 1)) != 0)
             return false;
         var frame = new Mfn(offset / sizeof(ulong));
-        ulong entry = domain->Memory.Contains(frame) ? domain->MachineToPhys[domain->Memory.IndexOf(frame)] : Mfn.Invalid.Value;
+        ulong entry = domain->Memory.Contains(frame) ? domain->MachineToPhys[domain->Memory.IndexOf(frame)]
+            : domain->Window.Contains(frame) ? domain->WindowToPhys[domain->Window.IndexOf(frame)]
+            : Mfn.Invalid.Value;
         entry >>= (int)((offset & 7) * 8);
         if (!TryCompute(instruction, size * 8, size == sizeof(ulong) ? entry : entry & ((1UL << (size * 8)) - 1)))
             return false;

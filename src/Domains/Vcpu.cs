@@ -162,6 +162,10 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.SetWakeTimer(WakeDeadline());
             VcpuExit exit = Cpu.Run();
             Handle(exit);
+
+            // Entries of other domains' pages may have been overwritten, which ends their use as well as unmapping them does.
+            if (Volatile.Read(in Context->Domain->WindowReleased) != 0)
+                Domain.Window.Collect(Context);
             Domain.Scrubber.AfterExit();
             Domain.Audit?.AfterExit(this);
         }

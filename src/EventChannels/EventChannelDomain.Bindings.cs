@@ -44,7 +44,8 @@ public sealed unsafe partial class EventChannelDomain
     /// </summary>
     /// <param name="guestPort">May come from the guest.</param>
     /// <param name="backend">The far end.</param>
-    /// <returns>0; -EINVAL for a port that does not exist or does not wait for domain 0; -ESRCH when the domain is going away.</returns>
+    /// <returns>0; -EINVAL for a port that does not exist or does not wait for domain 0; -ESRCH when the domain is going away; -ENOSPC when
+    /// domain 0 has no port left.</returns>
     public long TryBindBackend(EventChannelPort guestPort, out EventChannelBackend? backend)
     {
         backend = null;
@@ -58,9 +59,15 @@ public sealed unsafe partial class EventChannelDomain
             EventChannelPortState* state = _context->Ports + port;
             if (state->State != ChannelState.Unbound || state->RemoteDomain != s_domainZero.Value)
                 return -(long)Errno.EINVAL;
-            backend = new EventChannelBackend(this, guestPort);
+            if (_backends.Count == EventChannelPort.TwoLevelCount - 1)
+                return -(long)Errno.ENOSPC;
+            uint own = NextDomainZeroPort();
+            while (_backends.ContainsKey(own))
+                own = NextDomainZeroPort();
+            backend = new EventChannelBackend(this, new EventChannelPort(own), guestPort);
+            _backends.Add(own, backend);
             PortLock.Enter(state);
-            state->RemotePort = NextDomainZeroPort();
+            state->RemotePort = own;
             state->State = ChannelState.Interdomain;
             _farEnds[port] = backend;
             PortLock.Exit(state);
@@ -93,9 +100,10 @@ public sealed unsafe partial class EventChannelDomain
     {
         if (_rundown.TryEnter())
         {
-            uint port = backend.GuestPort.Value;
             lock (EventLock)
             {
+                _ = _backends.Remove(backend.Port.Value);
+                uint port = backend.GuestPort.Value;
                 EventChannelPortState* state = _context->Ports + port;
                 if (ReferenceEquals(_farEnds[port], backend))
                 {
@@ -127,18 +135,19 @@ public sealed unsafe partial class EventChannelDomain
         EventChannelDomain? remote = Find(new DomainId(arguments.RemoteDomain));
         if (remote == null)
         {
-            // Ports of domain 0 are made by binding to the guest's: none ever waits to be bound.
-            return arguments.RemoteDomain == s_domainZero.Value ? -(long)Errno.EINVAL : -(long)Errno.ESRCH;
+            return arguments.RemoteDomain == s_domainZero.Value ? BindToBackend(ref arguments, callingVcpu) : -(long)Errno.ESRCH;
         }
 
         VcpuMask wake = default;
         using (EventLockPair.Enter(this, remote))
         {
-            if (remote._dying)
-                return -(long)Errno.ESRCH;
             long found = FindFreePort();
             if (found < 0)
                 return found;
+
+            // One that is going away has no ports any more.
+            if (remote._dying)
+                return -(long)Errno.EINVAL;
             uint localPort = (uint)found;
             uint remotePort = arguments.RemotePort;
             if (!remote._context->IsValid(remotePort))
@@ -161,6 +170,35 @@ public sealed unsafe partial class EventChannelDomain
             EventAbi.SetPending(_context, localPort, &wake);
             UnlockEnds(localPort, remote, remotePort);
             arguments.LocalPort = localPort;
+        }
+
+        Deliver(wake, callingVcpu);
+        return 0;
+    }
+
+    /// <summary>
+    /// To a port of domain 0's. Those are made by being bound to the guest's; one waits for the guest when the guest has closed its end.
+    /// </summary>
+    private long BindToBackend(ref EvtchnBindInterdomain arguments, int callingVcpu)
+    {
+        VcpuMask wake = default;
+        lock (EventLock)
+        {
+            long found = FindFreePort();
+            if (found < 0)
+                return found;
+            if (!_backends.TryGetValue(arguments.RemotePort, out EventChannelBackend? backend) || backend.GuestPort.Value != 0)
+                return -(long)Errno.EINVAL;
+            EventChannelPortState* state = _context->Ports + found;
+            PortLock.Enter(state);
+            state->RemoteDomain = s_domainZero.Value;
+            state->RemotePort = arguments.RemotePort;
+            _farEnds[found] = backend;
+            backend.GuestPort = new EventChannelPort((uint)found);
+            Occupy(state, ChannelState.Interdomain);
+            EventAbi.SetPending(_context, (uint)found, &wake);
+            PortLock.Exit(state);
+            arguments.LocalPort = (uint)found;
         }
 
         Deliver(wake, callingVcpu);
@@ -282,7 +320,7 @@ public sealed unsafe partial class EventChannelDomain
         EventChannelDomain? other = Find(domain);
         if (other == null || !other._rundown.TryEnter())
         {
-            return domain != s_domainZero ? -(long)Errno.ESRCH
+            return other == null && domain != s_domainZero ? -(long)Errno.ESRCH
                 : port < EventChannelPort.TwoLevelCount ? -(long)Errno.EPERM : -(long)Errno.EINVAL;
         }
 
@@ -291,7 +329,7 @@ public sealed unsafe partial class EventChannelDomain
         return valid ? -(long)Errno.EPERM : -(long)Errno.EINVAL;
     }
 
-    /// <summary>Closes a port (EVTCHNOP_close). A far end in a domain becomes unbound, one in the manager is closed for good.</summary>
+    /// <summary>Closes a port (EVTCHNOP_close). The far end becomes unbound.</summary>
     /// <returns>0; -EINVAL for a port that does not exist or is not in use.</returns>
     private long Close(uint port)
     {
@@ -331,8 +369,9 @@ public sealed unsafe partial class EventChannelDomain
                 var backend = _farEnds[port] as EventChannelBackend;
                 PortLock.Enter(state);
                 Free(port);
+                if (backend != null)
+                    backend.GuestPort = default;
                 PortLock.Exit(state);
-                backend?.Complete();
                 return 0;
             }
         }

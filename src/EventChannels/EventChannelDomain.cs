@@ -28,6 +28,9 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
     /// </summary>
     private readonly object?[] _farEnds;
 
+    /// <summary>The back ends by the numbers of their ends, those that no port of the guest's is connected to included.</summary>
+    private readonly Dictionary<uint, EventChannelBackend> _backends = [];
+
     private Rundown _rundown;
     private bool _dying;
 
@@ -196,6 +199,8 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         for (uint port = _context->State->ValidPorts - 1; port > 0; port--)
             _ = Close(port);
         _rundown.Close();
+        foreach (EventChannelBackend backend in _backends.Values)
+            backend.Complete();
         NativeMemory.Free(_context->State);
         NativeMemory.Free(_context->Ports);
         NativeMemory.Free(_context->Vcpus);

@@ -10,7 +10,8 @@ internal sealed unsafe class HostMemory : IDisposable
     /// <summary>What st_blocks counts in, whatever the file system's blocks are (stat(3type)).</summary>
     private const ulong BlockSize = 512;
 
-    private int _file;
+    private readonly int _file;
+    private int _holders = 1;
 
     private HostMemory(int file, byte* address, ulong size)
     {
@@ -24,6 +25,9 @@ internal sealed unsafe class HostMemory : IDisposable
 
     /// <summary>Bytes.</summary>
     public ulong Size { get; }
+
+    /// <summary>The memfd.</summary>
+    public int File => _file;
 
     /// <summary>Bytes of the host's memory that it takes, swapped out or not.</summary>
     public ulong Resident
@@ -73,9 +77,13 @@ internal sealed unsafe class HostMemory : IDisposable
             NativeMemory.Clear(Address + offset, (nuint)length);
     }
 
+    /// <summary>One holder more, to be ended by <see cref="Dispose"/>.</summary>
+    public void Hold() => Interlocked.Increment(ref _holders);
+
+    /// <summary>Ends a hold; the memory goes with the last one, but for what is mapped elsewhere.</summary>
     public void Dispose()
     {
-        if (Address == null)
+        if (Interlocked.Decrement(ref _holders) != 0)
             return;
         _ = LibC.munmap(Address, (size_t)Size);
         _ = LibC.close(_file);

@@ -39,6 +39,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
     private const ulong MaxEntries = 4096;
 
+    /// <summary>
+    /// Times in a row that KVM finds nothing where a page was: it may have looked the page up right before it was taken away, and then finds
+    /// the guest's entry changed when it looks again.
+    /// </summary>
+    private const int MaxHiddenPages = 16;
+
     /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
     private const int MaxInterruptions = 3;
 
@@ -70,6 +76,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
+    private int _entries;
+    private int _hiddenPages;
 
     internal KvmVirtualCpu(KvmVirtualMachine machine, int number, VcpuPages pages)
     {
@@ -267,12 +275,25 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public VcpuExit Run()
     {
         BindThread();
+        Volatile.Write(ref _entries, _entries + 1);
         _ = Interlocked.Exchange(ref _writes->Running, 1);
         VcpuExit exit = Enter();
         while (_pages.Instruction is { } instruction && exit.Vector == ExceptionVector.InvalidOpcode && ExecuteNatively(instruction, ref exit))
             exit = Enter();
         Volatile.Write(ref _writes->Running, 0);
         return exit;
+    }
+
+    /// <summary>Waits until the processor has come back from an entry that it is in. Any thread.</summary>
+    internal void AwaitExit()
+    {
+        int entries = Volatile.Read(ref _entries);
+        if (Volatile.Read(ref _writes->Running) == 0)
+            return;
+        Kick();
+        SpinWait wait = default;
+        while (Volatile.Read(ref _writes->Running) != 0 && Volatile.Read(ref _entries) == entries)
+            wait.SpinOnce();
     }
 
     public void Settle()
@@ -293,8 +314,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(VcpuExitKind.Kicked);
         }
 
-        if (Volatile.Read(ref _writes->FlushRequested) != 0 && Interlocked.Exchange(ref _writes->FlushRequested, 0) != 0)
-            _writes->Flush();
+        _writes->TakeRequests();
         _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
         if (!PrepareEntry(out VcpuExit refusal))
@@ -302,11 +322,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         while (true)
         {
             int result = LibC.ioctl(_file, KvmRequest.Run, (void*)null);
+            if (result == 0)
+                _hiddenPages = 0;
             if (result == 0 && _run->ExitReason == KvmExitReason.Io)
                 return TakeIoExit();
             if (result == 0 && _run->ExitReason != KvmExitReason.Interrupted)
                 return TakeOtherExit();
-            if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN)
+            if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN
+                && (error != LibC.EFAULT || _machine.Window.FrameCount == 0 || ++_hiddenPages > MaxHiddenPages))
                 return TakeFailure(error);
             DrainSignals();
             if (!IsLeaving())
@@ -481,6 +504,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         sregs.Ss = new KvmSegment { Limit = uint.MaxValue, Selector = MonitorLayout.MonitorSs, Type = 3, Present = 1, Dpl = 0, Db = 1, S = 1, G = 1 };
     }
 
+    /// <summary>Whether the way back into the guest is through CPL 0.</summary>
+    private bool NeedsChain => _writes->Count != 0 || _writes->FlushPending != 0 || _writes->InvalidationCount != 0;
+
     /// <summary>Turns the intended guest state into what KVM_RUN starts from.</summary>
     /// <param name="refusal">The exception of a CS or SS that IRET would not load.</param>
     /// <returns>False for a refusal: the guest is not to be entered.</returns>
@@ -502,12 +528,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             ShowHiddenSegments();
 
         // A KVM that interprets IRETQ may not do so for segments of the local table: they are entered without a chain, in the rare case.
-        if ((_writes->Count != 0 || _writes->FlushPending != 0) && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
+        if (NeedsChain && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
         {
             _machine.DropShadowPages();
-            _writes->Count = 0;
-            _writes->Overflowed = 0;
-            _writes->FlushPending = 0;
+            _writes->Clear();
         }
 
         if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))
@@ -526,7 +550,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
             _writes->Flush();
-        if (_writes->Count != 0 || _writes->FlushPending != 0)
+        if (NeedsChain)
         {
             // At CPL 0: stores, flush, then IRETQ.
             if (!atMonitor)
@@ -625,7 +649,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>
-    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root, stores of few neighbours, runs. The root is loaded
+    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root or pages, stores of few neighbours, runs. The root is loaded
     /// after the stores, because that is what flushes what was derived from the entries before them.
     /// </summary>
     private void BuildChain()
@@ -640,10 +664,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             gadget = _code.LoadRoot;
         }
 
+        for (int i = 0; _writes->FlushPending == 0 && i < _writes->InvalidationCount; i++)
+        {
+            *--top = gadget;
+            *--top = _writes->Invalidated(i);
+            gadget = _code.InvalidatePage;
+        }
+
         gadget = PushStores(ref top, gadget);
 
-        // To copy an entry over itself is two accesses, and what another vCPU's thread stores between them would be lost.
-        gadget = _machine.HasSeveralVcpus ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
+        // To copy an entry over itself is two accesses, and what another thread stores between them would be lost.
+        gadget = _machine.StoresMeet ? PushLockedRuns(ref top, gadget) : PushRuns(ref top, gadget);
         _run->Regs.Rip = gadget;
         _run->Regs.Rsp = Address(top);
         _run->Regs.Rflags = (ulong)Rflags.Fixed;
@@ -734,10 +765,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private void EntryDone()
     {
         _interruptions = 0;
-        _writes->Count = 0;
-        _writes->FlushPending = 0;
-        _writes->Overflowed = 0;
-        _writes->EntryFirst = 0;
+        _writes->Clear();
     }
 
     private VcpuExit TakeIoExit()

@@ -18,6 +18,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private readonly KvmSystem _system;
     private readonly HostMemory _ram;
     private readonly HostMemory _region;
+    private readonly HostWindow _window;
     private readonly ulong[] _hypervisorSlots = new ulong[Paging.HypervisorSlots];
     private readonly List<KvmVirtualCpu> _vcpus = [];
     private readonly Lock _slotLock = new();
@@ -25,30 +26,46 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private ulong _nextRegionPage;
     private ulong _nextMonitorAddress = MonitorLayout.MonitorStart;
     private ulong _dropSlotMoved;
+    private bool _othersStore;
     private int _file;
+    private int _disposed;
 
     /// <param name="system">The open device.</param>
     /// <param name="capabilities">What the probes found.</param>
     /// <param name="ramSize">RAM in bytes, a multiple of the page size.</param>
+    /// <param name="windowFrames">Frames of <see cref="Window"/>: 0 for none, and whole pages of the M2P table, which 512 make.</param>
+    /// <param name="ramAddress">Where RAM starts in the VM: a multiple of 2 MiB, from 4 GiB on.</param>
     /// <exception cref="KvmException">The host refuses; nothing is left behind.</exception>
-    public KvmVirtualMachine(KvmSystem system, HostCapabilities capabilities, ulong ramSize)
+    public KvmVirtualMachine(
+        KvmSystem system, HostCapabilities capabilities, ulong ramSize, ulong windowFrames = 0, ulong ramAddress = MonitorLayout.RamAddress)
     {
         ArgumentOutOfRangeException.ThrowIfZero(ramSize);
         ArgumentOutOfRangeException.ThrowIfNotEqual(ramSize & Paging.PageOffsetMask, 0UL);
-        if (ramSize > MonitorLayout.MaxRam)
-            throw new KvmException($"A domain can have {MonitorLayout.MaxRam >> 30} GiB of memory at most; give it less");
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(windowFrames, MonitorLayout.MaxWindow >> Paging.PageShift);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(windowFrames % Paging.EntriesPerTable, 0UL);
+        ArgumentOutOfRangeException.ThrowIfLessThan(ramAddress, MonitorLayout.RamAddress);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(ramAddress % LargePageSize, 0UL);
+        if (ramAddress > MonitorLayout.EndOfRam || ramSize > MonitorLayout.EndOfRam - ramAddress)
+        {
+            throw new KvmException(
+                $"Domains can have {(MonitorLayout.EndOfRam - MonitorLayout.RamAddress) >> 30} GiB of memory together at most; give this one less");
+        }
+
         _system = system;
         Capabilities = capabilities;
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
-        ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (3 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift);
+        ulong tables = 64 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
+        ulong regionPages = tables + 16 + (MaxVcpus * (3 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
+            + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
         try
         {
             _ram = HostMemory.Create("xensharp-ram\0"u8, ramSize);
             _region = HostMemory.Create("xensharp-monitor\0"u8, regionPages << Paging.PageShift);
-            Memory = new MachineMemory(_ram.Address, new MachineAddress(MonitorLayout.RamAddress).Frame, frames);
+            _window = HostWindow.Create(windowFrames << Paging.PageShift);
+            Memory = new MachineMemory(_ram.Address, new MachineAddress(ramAddress).Frame, frames);
+            Window = new MachineMemory(_window.Address, new MachineAddress(MonitorLayout.WindowAddress).Frame, windowFrames);
             _file = LibC.ioctl(system.File, KvmRequest.CreateVm, 0);
             if (_file < 0)
                 throw new KvmException("KVM_CREATE_VM failed", LibC.errno);
@@ -58,8 +75,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ulong identityMap = MonitorLayout.IdentityMapAddress;
             Check(LibC.ioctl(_file, KvmRequest.SetIdentityMapAddress, &identityMap), "KVM_SET_IDENTITY_MAP_ADDR failed");
             SetSlot(0, MonitorLayout.RegionAddress, _region.Address, _region.Size);
-            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+            SetSlot(1, ramAddress, _ram.Address, _ram.Size);
             SetSlot(2, MonitorLayout.DropSlotAddress, _ram.Address, Paging.PageSize);
+            if (windowFrames != 0)
+                SetSlot(3, MonitorLayout.WindowAddress, _window.Address, _window.Size);
 
             // Shadow pages, where KVM has them: the default of 2 % of RAM makes fork-heavy guests thrash.
             _ = LibC.ioctl(_file, KvmRequest.SetNrMmuPages, (void*)Math.Max(16384, frames / 8));
@@ -79,6 +98,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     public Mfn MachineToPhysFrame { get; private set; }
 
     public VirtualAddress MachineToPhysStart { get; private set; }
+
+    /// <inheritdoc/>
+    public MachineMemory Window { get; }
+
+    /// <inheritdoc/>
+    public ulong* WindowToPhys { get; private set; }
 
     public ReadOnlySpan<ulong> HypervisorSlots => _hypervisorSlots;
 
@@ -106,8 +131,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     /// <summary>Host view of the descriptors behind the guest's, which every vCPU's table ends with.</summary>
     internal ulong* ReservedDescriptors => (ulong*)Host(ReservedGdtPage);
 
-    /// <summary>More than one vCPU: page-table entries may be stored into by one while another's are being repeated.</summary>
-    internal bool HasSeveralVcpus { get; private set; }
+    /// <summary>
+    /// Page-table entries, and what were some, may be stored into by one vCPU while another's are being repeated; or by somebody outside.
+    /// </summary>
+    internal bool StoresMeet => _vcpus.Count > 1 || Volatile.Read(ref _othersStore);
 
     private ulong MonitorTableAddress { get; set; }
 
@@ -128,6 +155,39 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     public void Discard(Mfn first, ulong count) => _ram.Discard(Memory.IndexOf(first) << Paging.PageShift, count << Paging.PageShift);
 
     /// <inheritdoc/>
+    public bool TryShow(Mfn window, IVirtualMachine owner, Mfn frame, bool writable)
+        => owner is KvmVirtualMachine other
+            && _window.TryShow(Window.IndexOf(window) << Paging.PageShift, other._ram, other.Memory.IndexOf(frame) << Paging.PageShift, writable);
+
+    /// <inheritdoc/>
+    public bool TryProtect(Mfn window) => _window.TryProtect(Window.IndexOf(window) << Paging.PageShift);
+
+    /// <inheritdoc/>
+    public void Hide(Mfn window) => _window.Hide(Window.IndexOf(window) << Paging.PageShift);
+
+    /// <inheritdoc/>
+    public void ForgetTables()
+    {
+        if (!Volatile.Read(ref _othersStore))
+        {
+            // An entry that was begun before may still copy entries over themselves.
+            Volatile.Write(ref _othersStore, true);
+            Interlocked.MemoryBarrier();
+            foreach (KvmVirtualCpu vcpu in _vcpus)
+                vcpu.AwaitExit();
+        }
+
+        DropShadowPages();
+    }
+
+    /// <inheritdoc/>
+    public IDisposable HoldMemory()
+    {
+        _ram.Hold();
+        return new MemoryHold(_ram);
+    }
+
+    /// <inheritdoc/>
     public IVirtualCpu CreateVcpu(int number) => CreateKvmVcpu(number);
 
     internal KvmVirtualCpu CreateKvmVcpu(int number)
@@ -138,7 +198,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             throw new ArgumentException($"vCPU {number} exists already.", nameof(number));
         var vcpu = new KvmVirtualCpu(this, number, BuildVcpuPages(number));
         _created[number] = true;
-        HasSeveralVcpus = _vcpus.Count > 0;
         _vcpus.Add(vcpu);
         return vcpu;
     }
@@ -159,6 +218,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     public void Dispose()
     {
+        if (Interlocked.Exchange(ref _disposed, 1) != 0)
+            return;
         foreach (KvmVirtualCpu vcpu in _vcpus)
             vcpu.Dispose();
         _vcpus.Clear();
@@ -167,6 +228,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         _file = -1;
         _ram?.Dispose();
         _region?.Dispose();
+        _window?.Dispose();
     }
 
     internal static void Check(int result, string sentence)
@@ -238,7 +300,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         BuildMachineToPhys(machineToPhysSize);
         for (ulong address = MonitorLayout.RegionAddress & ~(LargePageSize - 1); address < MonitorLayout.RegionAddress + _region.Size; address += LargePageSize)
             MapLarge(address);
-        for (ulong address = MonitorLayout.RamAddress; address < MonitorLayout.RamAddress + _ram.Size; address += LargePageSize)
+        for (ulong address = Memory.FirstFrame.Address.Value; address < Memory.EndFrame.Address.Value; address += LargePageSize)
             MapLarge(address);
 
         // All windows' tables now, so that the L4 entries never change once guests hold copies of them.
@@ -305,8 +367,13 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong start = Capabilities.Slot256Usable ? MonitorLayout.ClassicMachineToPhys : MonitorLayout.AlternativeMachineToPhys;
         MachineToPhysStart = new VirtualAddress(start);
         ulong ramPart = Memory.FirstFrame.Value * sizeof(ulong);
+        ulong windowPart = Window.FirstFrame.Value * sizeof(ulong);
+        ulong windowSize = Window.FrameCount * sizeof(ulong);
+        ulong window = TakePages(windowSize >> Paging.PageShift);
+        WindowToPhys = (ulong*)Host(window);
+        new Span<byte>(WindowToPhys, (int)windowSize).Fill(0xff);
         for (ulong offset = 0; offset < ramPart; offset += Paging.PageSize)
-            Map(start + offset, invalid, UserReadOnly);
+            Map(start + offset, offset - windowPart < windowSize ? window + (offset - windowPart) : invalid, UserReadOnly);
         for (ulong offset = 0; offset < size; offset += Paging.PageSize)
             Map(start + ramPart + offset, physical + offset, UserReadOnly);
     }
@@ -368,6 +435,14 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Instruction = instruction,
         };
     }
+}
+
+/// <summary>What <see cref="KvmVirtualMachine.HoldMemory"/> returns.</summary>
+internal sealed class MemoryHold(HostMemory memory) : IDisposable
+{
+    private HostMemory? _memory = memory;
+
+    public void Dispose() => Interlocked.Exchange(ref _memory, null)?.Dispose();
 }
 
 /// <summary>A vCPU's own pages in the monitor. Host pointers point one past the end, as the stacks grow down.</summary>

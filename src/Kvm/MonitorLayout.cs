@@ -9,7 +9,7 @@ internal static class MonitorLayout
     /// <summary>Guest-physical start of the monitor's own memory, which also holds the M2P table.</summary>
     public const ulong RegionAddress = 0x10_0000;
 
-    /// <summary>Guest-physical start of the domain's RAM, and so its first machine frame: past every legacy hole.</summary>
+    /// <summary>Lowest guest-physical start of a domain's RAM, and so its first machine frame: past every legacy hole.</summary>
     public const ulong RamAddress = 0x1_0000_0000;
 
     /// <summary>Three pages that VMX wants for real mode; no memory slot may cover them.</summary>
@@ -21,8 +21,14 @@ internal static class MonitorLayout
     /// <summary>Two pages between which a memory slot is moved to and fro, see <see cref="KvmVirtualMachine.DropShadowPages"/>.</summary>
     public const ulong DropSlotAddress = IdentityMapAddress - (2 * Paging.PageSize);
 
-    /// <summary>Most RAM of a domain: what <see cref="DirectMapStart"/>'s slot can show.</summary>
-    public const ulong MaxRam = SlotSize - RamAddress;
+    /// <summary>Guest-physical start of the window in which other domains' frames are shown.</summary>
+    public const ulong WindowAddress = 0x8000_0000;
+
+    /// <summary>Largest window: a frame for each of the mappings that Xen lets a domain have (256 in each of 1024 maptrack frames).</summary>
+    public const ulong MaxWindow = 256 * 1024 * Paging.PageSize;
+
+    /// <summary>Guest-physical end of all RAM: what <see cref="DirectMapStart"/>'s slot can show.</summary>
+    public const ulong EndOfRam = SlotSize;
 
     private const ulong SlotSize = 1UL << 39;
 

@@ -23,9 +23,9 @@ internal sealed unsafe class ScratchGuest : IDisposable
     private readonly Mfn _root;
     private readonly Mfn _leafTable;
 
-    public ScratchGuest(KvmSystem system, HostCapabilities capabilities, (uint Leaf, uint Eax)? cpuidMark = null)
+    public ScratchGuest(KvmSystem system, HostCapabilities capabilities, (uint Leaf, uint Eax)? cpuidMark = null, ulong windowFrames = 0)
     {
-        Machine = new KvmVirtualMachine(system, capabilities, Frames << Paging.PageShift) { CpuidMark = cpuidMark };
+        Machine = new KvmVirtualMachine(system, capabilities, Frames << Paging.PageShift, windowFrames) { CpuidMark = cpuidMark };
         try
         {
             Mfn frame = Machine.Memory.FirstFrame;

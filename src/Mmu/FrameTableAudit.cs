@@ -44,6 +44,7 @@ public static unsafe class FrameTableAudit
         private readonly uint[] _references = new uint[domain->Memory.FrameCount];
         private readonly uint[] _uses = new uint[domain->Memory.FrameCount];
         private readonly int[] _linear = new int[domain->Memory.FrameCount];
+        private readonly (uint Mappings, uint Writers)[] _window = new (uint, uint)[domain->Window.FrameCount];
         private readonly List<string> _troubles = [];
 
         public void AddVcpu(VcpuContext* vcpu)
@@ -70,8 +71,14 @@ public static unsafe class FrameTableAudit
                 Add(frame, type, holder);
         }
 
-        /// <summary>A reference to a frame of the domain.</summary>
-        public void Reference(Mfn frame) => _references[_domain->Memory.IndexOf(frame)]++;
+        /// <summary>A reference to a frame of the domain, or a mapping of another's.</summary>
+        public void Reference(Mfn frame)
+        {
+            if (_domain->Window.Contains(frame))
+                AddForeign(frame, writable: false);
+            else
+                _references[_domain->Memory.IndexOf(frame)]++;
+        }
 
         public void AddFrames()
         {
@@ -113,6 +120,14 @@ public static unsafe class FrameTableAudit
                         $"{frame} ({info->Type}, {info->Flags}) has {info->ReferenceCount} references, {info->TypeCount} uses, linear {linear}; "
                         + $"counted {_references[i]}, {_uses[i]}, {_linear[i]}");
                 }
+            }
+
+            for (ulong i = 0; i < _domain->Window.FrameCount; i++)
+            {
+                Mfn frame = _domain->Window.FirstFrame + i;
+                (uint Mappings, uint Writers) kept = (ForeignFrames.Mappings(_domain, frame), ForeignFrames.Writers(_domain, frame));
+                if (kept != _window[i])
+                    _troubles.Add($"{frame} of the window has {kept.Mappings} mappings, {kept.Writers} to write; counted {_window[i].Mappings}, {_window[i].Writers}");
             }
 
             if (owned != _domain->State->OwnedPages)
@@ -166,6 +181,12 @@ public static unsafe class FrameTableAudit
                 return;
             }
 
+            if (level == 1 && _domain->Window.Contains(value.Frame))
+            {
+                AddForeign(value.Frame, value.IsWritable);
+                return;
+            }
+
             if (!_domain->Memory.Contains(value.Frame))
             {
                 _troubles.Add($"{holder} names {value.Frame}, which is not the domain's");
@@ -202,8 +223,20 @@ public static unsafe class FrameTableAudit
             }
         }
 
+        private void AddForeign(Mfn frame, bool writable)
+        {
+            ref (uint Mappings, uint Writers) counts = ref _window[_domain->Window.IndexOf(frame)];
+            counts = (counts.Mappings + 1, counts.Writers + (writable ? 1u : 0));
+        }
+
         private void Add(Mfn frame, PageType type, string holder)
         {
+            if (type == PageType.Writable && _domain->Window.Contains(frame))
+            {
+                AddForeign(frame, writable: true);
+                return;
+            }
+
             if (!_domain->Memory.Contains(frame))
             {
                 _troubles.Add($"{frame}, {holder}, is not the domain's");

@@ -66,7 +66,7 @@ public static unsafe class MmuextOp
 
         if (!new VirtualAddress(requests).IsGuest)
             return -(long)Errno.EFAULT;
-        if (!ForeignDomain.IsSelf((ushort)arguments.A3, out Errno error))
+        if (!ForeignDomain.IsSelf(vcpu->Domain, (ushort)arguments.A3, out Errno error))
             return -(long)error;
         uint i = 0;
         for (; i < count; i++)
@@ -141,16 +141,23 @@ public static unsafe class MmuextOp
             case Command.NewUserBaseptr:
                 return NewUserBaseptr(vcpu, frame);
             case Command.TlbFlushLocal:
-            case Command.InvlpgLocal:
                 TlbFlush.OnThisVcpu(vcpu);
                 return Errno.None;
+            case Command.InvlpgLocal:
+                TlbFlush.OnThisVcpu(vcpu, new VirtualAddress(request.Argument1));
+                return Errno.None;
             case Command.TlbFlushAll:
-            case Command.InvlpgAll:
                 TlbFlush.OnAllVcpus(vcpu);
                 return Errno.None;
+            case Command.InvlpgAll:
+                TlbFlush.OnAllVcpus(vcpu, new VirtualAddress(request.Argument1));
+                return Errno.None;
             case Command.TlbFlushMulti:
-            case Command.InvlpgMulti:
                 return TlbFlush.OnVcpus(vcpu, request.Argument2) == Errno.None ? Errno.None : Errno.EINVAL;
+            case Command.InvlpgMulti:
+                return TlbFlush.OnVcpus(vcpu, request.Argument2, new VirtualAddress(request.Argument1)) == Errno.None
+                    ? Errno.None
+                    : Errno.EINVAL;
             case Command.FlushCache:
                 return Errno.EACCES;
             case Command.FlushCacheGlobal:

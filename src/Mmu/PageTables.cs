@@ -225,6 +225,8 @@ public static unsafe class PageTables
                 old = found;
             }
 
+            if (level == 1 && !ioMemory && !preserveAccessedDirty && TryNarrow(vcpu, entry, address, ref old, value))
+                return Errno.None;
             Errno error = ioMemory ? RefuseIoMemory(vcpu, value.Frame) : Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
@@ -244,6 +246,32 @@ public static unsafe class PageTables
         if (level > 1)
             TlbFlush.AfterUnlink(vcpu);
         return Errno.None;
+    }
+
+    /// <summary>
+    /// Replaces an L1 entry of one of the domain's pages by one of the same page that cannot be written through: its reference stays, and
+    /// only a use as writable goes.
+    /// </summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="entry">Host address of the entry.</param>
+    /// <param name="address">Its machine address.</param>
+    /// <param name="old">What the caller saw there; what is there now, where another vCPU was faster.</param>
+    /// <param name="value">The new entry, present.</param>
+    /// <returns>False when it is another page, can be written through, or was not stored.</returns>
+    private static bool TryNarrow(VcpuContext* vcpu, PageTableEntry* entry, MachineAddress address, ref PageTableEntry old, PageTableEntry value)
+    {
+        if (!old.IsPresent || old.Frame != value.Frame || value.IsWritable)
+            return false;
+        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(value.Frame);
+        if (info == null || info->Owner != vcpu->Domain->State->Id)
+            return false;
+        PageTableEntry seen = old;
+        old = vcpu->PageTableWrites->CompareExchange(entry, address, value, seen);
+        if (old != seen)
+            return false;
+        if (seen.IsWritable)
+            _ = PutType(vcpu, value.Frame, info);
+        return true;
     }
 
     /// <summary>
@@ -355,9 +383,12 @@ public static unsafe class PageTables
 
     /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
     private static Errno RefuseIoMemory(VcpuContext* vcpu, Mfn frame)
-        => vcpu->Domain->Memory.Contains(frame) || IsMachineToPhys(vcpu->Domain, frame) ? Errno.EBUSY
+        => vcpu->Domain->PageOf(frame) != null || IsMachineToPhys(vcpu->Domain, frame) || IsOthers(vcpu->Domain, frame) ? Errno.EBUSY
             : frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL
             : Errno.EPERM;
+
+    /// <summary>Whether a frame is RAM that another domain has, or nobody.</summary>
+    private static bool IsOthers(DomainContext* domain, Mfn frame) => domain->MachineFrames != null && domain->MachineFrames->Contains(frame);
 
     /// <summary>Whether a frame is one of those that hold the M2P table, which a domain can learn of and may not map.</summary>
     private static bool IsMachineToPhys(DomainContext* domain, Mfn frame)
@@ -413,6 +444,8 @@ public static unsafe class PageTables
     {
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         FrameInfo* info = frames->Find(value.Frame);
+        if (info == null && vcpu->Domain->Window.Contains(value.Frame))
+            ForeignFrames.Release(vcpu->Domain, value.Frame, value.IsWritable);
         if (info == null || (level > 1 && value.Frame == table))
             return Errno.None;
         if (level > 1 && info->Type == TypeOfLevel(level))

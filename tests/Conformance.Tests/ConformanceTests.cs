@@ -21,7 +21,7 @@ public sealed class ConformanceTests : KvmFixture
         AbiScript script = AbiScripts.Create().Single(script => script.Name == name);
         ScriptRun run = await ScriptRun.RunAsync(new XenSharpBed(Host), [script]).SingleAsync();
         ScriptComparison comparison = ScriptComparison.Make(script.Subject, RecordedTruth.Of(name), run.Transcript, KnownDifferences.All);
-        Assert.That(comparison.Complaints(), Is.Empty, run.Run.Report);
+        Assert.That(comparison.Complaints(), Is.Empty, run.Report);
     }
 
     [Test]

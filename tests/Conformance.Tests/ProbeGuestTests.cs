@@ -121,7 +121,7 @@ public sealed class ProbeGuestTests : KvmFixture
     {
         var script = new AbiScript("probe", "probe", s => s.Case("case", steps));
         ScriptRun run = await ScriptRun.RunAsync(new XenSharpBed(Host), [script]).SingleAsync();
-        Assert.That(run.Transcript.Ending, Is.EqualTo("power off"), run.Run.Report);
+        Assert.That(run.Transcript.Ending, Is.EqualTo("power off"), run.Report);
         return [.. run.Transcript.Cases[0].Lines.Select(static line => line.Answer)];
     }
 }

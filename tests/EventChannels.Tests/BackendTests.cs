@@ -45,21 +45,42 @@ public sealed unsafe class BackendTests
     }
 
     [Test]
-    public void GuestThatClosesItsPortEndsTheBackend()
+    public void GuestThatClosesItsPortCanBindAnotherToTheBackend()
     {
         EventChannelBackend backend = _guest.Channels.AllocateBackend(out EventChannelPort port);
+        EventChannelBackend another = _guest.Channels.AllocateBackend(out _);
+        Assert.That(_guest.Status(port.Value).RemotePort, Is.EqualTo(backend.Port.Value));
         _ = backend.WaitAsync().AsTask().Result;
         ValueTask<bool> wait = backend.WaitAsync();
+        var bind = new EvtchnBindInterdomain { RemoteDomain = 0, RemotePort = backend.Port.Value };
+        Assert.That(_guest.Call(BindInterdomain, ref bind), Is.EqualTo(-22), "it has one");
         Assert.That(_guest.Port(Close, port.Value), Is.Zero);
-        Assert.That(wait.AsTask().Result, Is.False);
-        Assert.That(backend.WaitAsync().AsTask().Result, Is.False);
+        Assert.That((wait.IsCompleted, backend.GuestPort.Value), Is.EqualTo((false, 0)));
 
-        // The port has another use: the old back end must not reach it.
+        // The port has another use: the back end must not reach it.
         Assert.That(_guest.BindIpi(0), Is.EqualTo(port.Value));
         backend.Notify();
-        backend.Dispose();
         Assert.That(_guest.IsPending(port.Value), Is.False);
-        Assert.That(_guest.Status(port.Value).Status, Is.EqualTo(EvtchnStatus.BoundToIpi));
+
+        bind.RemotePort = another.Port.Value;
+        Assert.That(_guest.Call(BindInterdomain, ref bind), Is.EqualTo(-22), "that one is bound");
+        bind.RemotePort = backend.Port.Value;
+        Assert.That(_guest.Call(BindInterdomain, ref bind), Is.Zero);
+        Assert.That(backend.GuestPort.Value, Is.EqualTo(bind.LocalPort).And.Not.EqualTo(port.Value));
+        Assert.That(_guest.IsPending(bind.LocalPort), "what may have been sent meanwhile");
+        EvtchnStatus status = _guest.Status(bind.LocalPort);
+        Assert.That((status.Status, status.RemoteDomain, status.RemotePort), Is.EqualTo((EvtchnStatus.Interdomain, 0, backend.Port.Value)));
+        Assert.That(wait.IsCompleted, Is.False);
+        Assert.That(_guest.Port(Send, bind.LocalPort), Is.Zero);
+        Assert.That(wait.AsTask().Result);
+        _guest.SetPending(bind.LocalPort, false);
+        backend.Notify();
+        Assert.That(_guest.IsPending(bind.LocalPort));
+
+        Assert.That(_guest.Port(Close, bind.LocalPort), Is.Zero);
+        backend.Dispose();
+        Assert.That(backend.WaitAsync().AsTask().Result, Is.False);
+        Assert.That(_guest.Call(BindInterdomain, ref bind), Is.EqualTo(-22), "it is closed for good");
     }
 
     [Test]

@@ -43,6 +43,6 @@ public sealed class NestedConformanceTests(bool nestedPaging)
     {
         ScriptRun run = _runs[name];
         ScriptComparison comparison = ScriptComparison.Make(run.Script.Subject, RecordedTruth.Of(name), run.Transcript, KnownDifferences.All);
-        Assert.That(comparison.Complaints(), Is.Empty, run.Run.Report);
+        Assert.That(comparison.Complaints(), Is.Empty, run.Report);
     }
 }

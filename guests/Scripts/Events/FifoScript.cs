@@ -299,12 +299,12 @@ internal static class FifoScript
         });
     });
 
-    private static void InitControl(this AbiCase c, Value frame, Value offset, Value vcpu)
+    public static void InitControl(this AbiCase c, Value frame, Value offset, Value vcpu)
         => c.EventChannelOp(
             EventOperation.InitControl, $"{frame.Text}, offset {offset.Text}, vCPU {vcpu.Text}",
             c.Structure("request", 24, (0, 8, frame), (8, 4, offset), (12, 4, vcpu)));
 
-    private static void ExpandArray(this AbiCase c, Value frame)
+    public static void ExpandArray(this AbiCase c, Value frame)
         => c.EventChannelOp(EventOperation.ExpandArray, frame.Text, c.Structure("request", 8, (0, 8, frame)));
 
     private static void PinL1(this AbiCase c, ScratchPage page)
@@ -312,7 +312,7 @@ internal static class FifoScript
             (ulong)GuestHypercall.MmuextOp, $"mmuext_op(pin_l1_table, {page.Mfn.Text})", AnswerFormat.Result,
             c.Structure("pin", 24, (8, 8, page.Mfn)), 1, 0, DomainIds.Self);
 
-    private static void ShowQueues(this AbiCase c, ScratchPage block, int offset, params int[] priorities)
+    public static void ShowQueues(this AbiCase c, ScratchPage block, int offset, params int[] priorities)
     {
         c.Load(block[offset].Named($"READY of {block.Name}"), 4);
         foreach (int priority in priorities)
@@ -320,7 +320,7 @@ internal static class FifoScript
     }
 
     /// <summary>Quietly takes all events of the ports from <see cref="EventSteps.FirstPort"/> to 63 away, and the upcall.</summary>
-    private static void ClearQueues(this AbiCase c, ScratchPage block, int offset, ScratchPage array)
+    public static void ClearQueues(this AbiCase c, ScratchPage block, int offset, ScratchPage array)
     {
         c.Fill(array[EventSteps.FirstPort * 4], (64 - EventSteps.FirstPort) / 2, 8, 0);
         c.Fill(block[offset], 9, 8, 0);

@@ -353,7 +353,7 @@ internal static class GrantMapScript
             c.Load(table[4 * 16], 2);
             c.Show((Value.Load(table[(4 * 16) + 8]) - source.Mfn).Named("another frame"));
             c.Load(table[first * 16], 2);
-            ScratchPage status = Status(c);
+            ScratchPage status = c.MapStatusFrame();
             c.Load(status[0], 2);
             c.Load(status[2], 2);
             c.Load(status[4 * 2], 2);
@@ -417,7 +417,7 @@ internal static class GrantMapScript
         {
             Value own = c.OwnNumber();
             ScratchPage table = c.MapTable()[0];
-            ScratchPage status = Status(c);
+            ScratchPage status = c.MapStatusFrame();
             c.PutEntry2(table, 5, GrantFlag.Transitive, own, 0, 0);
             c.SetVersion(1, " with a transitive entry");
             c.PutEntry2(table, 5, GrantFlag.PermitAccess, own, 0, 0x1_0000_0000UL);
@@ -455,17 +455,5 @@ internal static class GrantMapScript
         ScratchPage source = c.Page();
         c.Put(source.At, 8, Pattern);
         return (own, table, source, c.Page());
-    }
-
-    private static ScratchPage Status(AbiCase c)
-    {
-        ScriptBuffer list = c.Buffer("frames", 8);
-        ScriptBuffer frames = c.Structure("status", 16, (0, 4, 1), (4, 2, DomainIds.Self), (6, 2, 77), (8, 8, list));
-        c.Op(GrantOperation.GetStatusFrames, "one", frames, 1);
-        c.Load(frames[6], 2);
-        ScratchPage page = c.Page();
-        c.Hypercall(
-            GuestHypercall.UpdateVaMapping, page.At, ((Value.Load(list) << 12) | GrantSteps.WritablePage).Named("status frame"), 2);
-        return page;
     }
 }

@@ -187,4 +187,16 @@ internal static class GrantSteps
 
     /// <summary>Takes a page's mapping away.</summary>
     public static void Clear(this AbiCase c, ScratchPage page) => c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, 0, InvalidatePage);
+
+    /// <summary>The table's first status frame, mapped.</summary>
+    public static ScratchPage MapStatusFrame(this AbiCase c)
+    {
+        ScriptBuffer list = c.Buffer("frames", 8);
+        ScriptBuffer frames = c.Structure("status", 16, (0, 4, 1), (4, 2, DomainIds.Self), (6, 2, 77), (8, 8, list));
+        c.Op(GrantOperation.GetStatusFrames, "one", frames, 1);
+        c.Load(frames[6], 2);
+        ScratchPage page = c.Page();
+        c.Hypercall(GuestHypercall.UpdateVaMapping, page.At, ((Value.Load(list) << 12) | WritablePage).Named("status frame"), InvalidatePage);
+        return page;
+    }
 }

@@ -34,7 +34,7 @@ internal static class CompareCommand
         var against = new Option<string>("--against")
         {
             Description = "What to hold XenSharp against: the recorded transcripts, real Xen in QEMU with a domU for each script, or with "
-                + "each as its dom0.",
+                + "each as its dom0; the latter leaves scripts for pairs of domains out.",
             DefaultValueFactory = static _ => Recorded,
         };
         _ = against.AcceptOnlyFromAmong(Recorded, Xen, XenDom0);
@@ -55,14 +55,14 @@ internal static class CompareCommand
             using var signals = new EndingSignals();
             try
             {
-                IReadOnlyList<AbiScript> scripts = Select(parsed.GetValue(names) ?? []);
+                string reference = parsed.GetValue(against)!;
+                IReadOnlyList<AbiScript> scripts = Select(parsed.GetValue(names) ?? [], reference);
                 if (parsed.GetValue(list))
                 {
                     ComparisonDisplay.List(scripts);
                     return ExitStatus.Success;
                 }
 
-                string reference = parsed.GetValue(against)!;
                 if (parsed.GetValue(record) is { } folder)
                     return await RecordAsync(scripts, reference == Recorded ? Xen : reference, folder, signals.Token).ConfigureAwait(false);
                 KvmHost host = services.GetRequiredService<KvmHost>();
@@ -77,7 +77,7 @@ internal static class CompareCommand
         return command;
     }
 
-    private static IReadOnlyList<AbiScript> Select(string[] names)
+    private static IReadOnlyList<AbiScript> Select(string[] names, string reference)
     {
         IReadOnlyList<AbiScript> scripts = AbiScripts.Create();
         foreach (string name in names)
@@ -86,7 +86,14 @@ internal static class CompareCommand
                 throw new UsageException($"There is no script \"{name}\", nor is one about that; {Tool.Name} compare --list shows them all.");
         }
 
-        return names.Length == 0 ? scripts : [.. scripts.Where(script => names.Contains(script.Name) || names.Contains(script.Subject))];
+        if (names.Length != 0)
+            scripts = [.. scripts.Where(script => names.Contains(script.Name) || names.Contains(script.Subject))];
+        if (reference != XenDom0)
+            return scripts;
+        AbiScript[] alone = [.. scripts.Where(static script => !script.IsPair)];
+        return alone.Length != 0
+            ? alone
+            : throw new UsageException($"Scripts for pairs of domains cannot be held against {XenDom0}, which is one; use --against {Xen}.");
     }
 
     private static Task<IGuestBed> OpenXenAsync(string kind, CancellationToken cancellation)
@@ -114,7 +121,7 @@ internal static class CompareCommand
         List<string> bad = [];
         await foreach (ScriptRun run in ScriptRun.RunAsync(bed, scripts, EmulatedTimeout, cancellation).ConfigureAwait(false))
         {
-            if (run.Run.Ending == GuestEnding.TimedOut)
+            if (run.TimedOut)
             {
                 bad.Add(run.Script.Name);
                 continue;
@@ -161,8 +168,8 @@ internal static class CompareCommand
             ScriptComparison comparison = ScriptComparison.Make(
                 run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
             comparisons.Add(comparison);
-            if (!comparison.IsGood && run.Run.Report.Length != 0)
-                ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Run.Report}");
+            if (!comparison.IsGood && run.Report.Length != 0)
+                ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Report}");
         }
 
         ComparisonDisplay.Show(name, comparisons, showAll);

@@ -19,11 +19,41 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
         ArgumentNullException.ThrowIfNull(guests);
-        foreach (BedGuest guest in guests)
-            yield return await RunAsync(guest, cancellation).ConfigureAwait(false);
+        for (int i = 0; i < guests.Count; i++)
+        {
+            if (guests[i].WithNext)
+            {
+                foreach (GuestRun run in await RunPairAsync(guests[i], guests[++i], cancellation).ConfigureAwait(false))
+                    yield return run;
+                continue;
+            }
+
+            var sink = new MemorySink();
+            yield return await RunAsync(guests[i], Create(guests[i], sink, null), sink, cancellation).ConfigureAwait(false);
+        }
     }
 
-    private async Task<GuestRun> RunAsync(BedGuest guest, CancellationToken cancellation)
+    private async Task<GuestRun[]> RunPairAsync(BedGuest first, BedGuest second, CancellationToken cancellation)
+    {
+        var manager = new DomainManager();
+        (MemorySink sinkOfFirst, MemorySink sinkOfSecond) = (new MemorySink(), new MemorySink());
+        RunningDomain domain = Create(first, sinkOfFirst, manager);
+        RunningDomain next;
+        try
+        {
+            next = Create(second, sinkOfSecond, manager);
+        }
+        catch
+        {
+            await domain.DisposeAsync().ConfigureAwait(false);
+            throw;
+        }
+
+        return await Task.WhenAll(RunAsync(first, domain, sinkOfFirst, cancellation), RunAsync(second, next, sinkOfSecond, cancellation))
+            .ConfigureAwait(false);
+    }
+
+    private RunningDomain Create(BedGuest guest, MemorySink sink, DomainManager? manager)
     {
         var specification = new DomainSpecification
         {
@@ -33,8 +63,13 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             Vcpus = guest.Vcpus,
             CommandLine = guest.CommandLine,
         };
-        var sink = new MemorySink();
-        await using RunningDomain domain = RunningDomain.Create(host, specification, sink);
+        return RunningDomain.Create(host, specification, sink, manager: manager);
+    }
+
+    /// <summary>Runs a domain and disposes of it.</summary>
+    private static async Task<GuestRun> RunAsync(BedGuest guest, RunningDomain running, MemorySink sink, CancellationToken cancellation)
+    {
+        await using RunningDomain domain = running;
         domain.Start();
         try
         {

@@ -19,6 +19,8 @@ namespace XenSharp.Cli.Hosting;
 /// </remarks>
 public sealed class RunningDomain : IAsyncDisposable
 {
+    private readonly DomainManager _manager;
+    private readonly Mfn _frames;
     private readonly KvmVirtualMachine _machine;
     private readonly IConsoleSink? _sink;
     private readonly IConsoleSink? _emergencySink;
@@ -36,16 +38,20 @@ public sealed class RunningDomain : IAsyncDisposable
     private bool _started;
     private bool _inputClosed;
 
-    private RunningDomain(KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+    private RunningDomain(
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink, DomainManager? manager)
     {
         _sink = sink;
         _emergencySink = emergencySink;
         Specification = specification;
-        _machine = new KvmVirtualMachine(
-            host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift);
+        _manager = manager ?? new DomainManager();
+        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
+        _frames = _manager.TakeFrames(frames);
         try
         {
-            Domain = Build(host, specification, _machine);
+            _machine = new KvmVirtualMachine(
+                host.Kvm, host.Capabilities, frames << Paging.PageShift, DomainOptions.WindowFrames, _frames.Address.Value);
+            Domain = Build(host, specification, _machine, _manager);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
             Store = new XenstoreServer();
@@ -53,7 +59,8 @@ public sealed class RunningDomain : IAsyncDisposable
         catch
         {
             Domain?.Dispose();
-            _machine.Dispose();
+            _machine?.Dispose();
+            _manager.ReturnFrames(_frames);
             throw;
         }
     }
@@ -87,14 +94,16 @@ public sealed class RunningDomain : IAsyncDisposable
     /// to get its reader otherwise.</param>
     /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall, on the vCPU's own thread, which
     /// waits for it; stays the caller's. <see langword="null"/> to drop it.</param>
+    /// <param name="manager">The domains that it can find and that can find it; <see langword="null"/> for none but itself.</param>
     /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
     /// <exception cref="Domains.Builder.DomainBuildException">What was asked for cannot be built; a sentence says why.</exception>
     public static RunningDomain Create(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
+        DomainManager? manager = null)
     {
         ArgumentNullException.ThrowIfNull(host);
         ArgumentNullException.ThrowIfNull(specification);
-        var domain = new RunningDomain(host, specification, sink, emergencySink);
+        var domain = new RunningDomain(host, specification, sink, emergencySink, manager);
         try
         {
             domain.ConnectStore();
@@ -218,6 +227,7 @@ public sealed class RunningDomain : IAsyncDisposable
         await Store.DisposeAsync().ConfigureAwait(false);
         Domain.Dispose();
         _machine.Dispose();
+        _manager.ReturnFrames(_frames);
         _abandon.Dispose();
         _stop.Dispose();
     }
@@ -230,7 +240,7 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine)
+    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager manager)
     {
         (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
         var options = new DomainOptions
@@ -248,7 +258,7 @@ public sealed class RunningDomain : IAsyncDisposable
             Trace = specification.Trace,
             AuditInterval = specification.AuditInterval,
         };
-        return new Domain(options, machine);
+        return new Domain(options, machine, manager);
     }
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);

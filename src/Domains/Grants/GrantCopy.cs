@@ -10,8 +10,8 @@ internal static unsafe class GrantCopy
     /// <summary>One end of a copy (struct gnttab_copy_buf).</summary>
     private struct End
     {
-        /// <summary>Whether its domain was found, and the id that the guest gave for it.</summary>
-        public bool HasDomain;
+        /// <summary>Its domain's table, kept in place, or null; and the id that the guest gave for it.</summary>
+        public GrantTable? Table;
         public ushort Domain;
 
         /// <summary>Whether <see cref="Page"/> is held: by a reference or as a frame, of that number; the destination writable.</summary>
@@ -63,8 +63,8 @@ internal static unsafe class GrantCopy
             }
         }
 
-        Release(vcpu, ref source);
-        Release(vcpu, ref destination);
+        Leave(vcpu, ref source);
+        Leave(vcpu, ref destination);
         return result;
     }
 
@@ -72,17 +72,17 @@ internal static unsafe class GrantCopy
     {
         bool fromReference = (op.Flags & CopyFlags.SourceReference) != 0;
         bool toReference = (op.Flags & CopyFlags.DestinationReference) != 0;
-        if (!source.HasDomain || op.Source.Domain != source.Domain || !destination.HasDomain || op.Destination.Domain != destination.Domain)
+        if (source.Table == null || op.Source.Domain != source.Domain || destination.Table == null || op.Destination.Domain != destination.Domain)
         {
-            Release(vcpu, ref source);
-            Release(vcpu, ref destination);
-            source.HasDomain = destination.HasDomain = false;
-            GrantStatus found = FindDomain(vcpu, op.Source.Domain, fromReference, ref source);
+            Leave(vcpu, ref source);
+            Leave(vcpu, ref destination);
+            GrantStatus found = EnterDomain(vcpu, op.Source.Domain, fromReference, ref source);
             if (found == GrantStatus.Okay)
-                found = FindDomain(vcpu, op.Destination.Domain, toReference, ref destination);
+                found = EnterDomain(vcpu, op.Destination.Domain, toReference, ref destination);
             if (found != GrantStatus.Okay)
             {
-                source.HasDomain = destination.HasDomain = false;
+                Leave(vcpu, ref source);
+                Leave(vcpu, ref destination);
                 return found;
             }
         }
@@ -96,10 +96,8 @@ internal static unsafe class GrantCopy
             return GrantStatus.BadCopyArgument;
         if (!IsWithin(op.Source.Offset, op.Length, source.Page) || !IsWithin(op.Destination.Offset, op.Length, destination.Page))
             return GrantStatus.GeneralError;
-        MachineMemory memory = vcpu.Context->Domain->Memory;
-        Buffer.MemoryCopy(
-            memory.Page(source.Page.Frame) + op.Source.Offset, memory.Page(destination.Page.Frame) + op.Destination.Offset, op.Length, op.Length);
-        if (op.Length != 0)
+        Buffer.MemoryCopy(source.Page.Host + op.Source.Offset, destination.Page.Host + op.Destination.Offset, op.Length, op.Length);
+        if (op.Length != 0 && destination.Page.Table == vcpu.Domain.Grants)
             GuestAccess.Written(vcpu.Context, destination.Page.Frame, op.Destination.Offset, op.Length);
         return GrantStatus.Okay;
     }
@@ -108,19 +106,20 @@ internal static unsafe class GrantCopy
         => offset >= page.Start && offset + length <= page.Start + page.Length;
 
     /// <summary>Only one's own pages can be named by frame, and only by DOMID_SELF.</summary>
-    private static GrantStatus FindDomain(Vcpu vcpu, ushort domain, bool isReference, ref End end)
+    private static GrantStatus EnterDomain(Vcpu vcpu, ushort domain, bool isReference, ref End end)
     {
-        if (FindTable(vcpu, domain) == null)
-            return GrantStatus.BadDomain;
-        if (domain != DomainId.Self.Value && !isReference)
-            return GrantStatus.PermissionDenied;
-        end.HasDomain = true;
+        end.Table = domain == DomainId.Self.Value ? vcpu.Domain.Grants : vcpu.Domain.EnterGrants(domain);
         end.Domain = domain;
-        return GrantStatus.Okay;
+        GrantStatus status = end.Table == null ? vcpu.Domain.WhyNotEntered(domain) : GrantStatus.Okay;
+        return status != GrantStatus.BadDomain && domain != DomainId.Self.Value && !isReference ? GrantStatus.PermissionDenied : status;
     }
 
-    private static GrantTable? FindTable(Vcpu vcpu, ushort domain)
-        => domain == DomainId.Self.Value ? vcpu.Domain.Grants : vcpu.Domain.FindGrants(domain);
+    private static void Leave(Vcpu vcpu, ref End end)
+    {
+        Release(vcpu, ref end);
+        vcpu.Domain.LeaveGrants(end.Table);
+        end.Table = null;
+    }
 
     private static GrantStatus Take(Vcpu vcpu, in CopyPointer pointer, bool isReference, ref End end)
     {
@@ -128,7 +127,7 @@ internal static unsafe class GrantCopy
         if (end.IsTaken && end.IsReference == isReference && end.Name == name)
             return GrantStatus.Okay;
         Release(vcpu, ref end);
-        GrantTable table = FindTable(vcpu, end.Domain)!;
+        GrantTable table = end.Table!;
         if (isReference)
         {
             GrantStatus status = table.AcquireForCopy(pointer.Reference, vcpu.Domain.Id.Value, !end.IsDestination, vcpu.Domain, out end.Page);
@@ -137,7 +136,7 @@ internal static unsafe class GrantCopy
         }
         else
         {
-            end.Page = new GrantedPage { Frame = new Mfn(name), Info = table.GetPage(new Mfn(name)), Length = (ushort)Paging.PageSize };
+            end.Page = new GrantedPage { Table = table, Frame = new Mfn(name), Info = table.GetPage(new Mfn(name)), Length = (ushort)Paging.PageSize };
             if (end.Page.Info == null)
                 return GrantStatus.BadPage;
         }
@@ -146,10 +145,12 @@ internal static unsafe class GrantCopy
         end.Name = name;
         if (end.IsDestination)
         {
-            Errno error = PageTables.GetType(vcpu.Context, end.Page.Frame, end.Page.Info, PageType.Writable);
+            Errno error = end.Page.Table == vcpu.Domain.Grants
+                ? PageTables.GetType(vcpu.Context, end.Page.Frame, end.Page.Info, PageType.Writable)
+                : end.Page.Table.GetWritable(end.Page.Frame);
             if (error != Errno.None)
             {
-                LetGo(table, end);
+                LetGo(vcpu, end);
                 return error == Errno.ERESTART ? GrantStatus.Restart : GrantStatus.GeneralError;
             }
         }
@@ -164,14 +165,15 @@ internal static unsafe class GrantCopy
             return;
         end.IsTaken = false;
         if (end.IsDestination)
-            _ = PageTables.PutType(vcpu.Context, end.Page.Frame, end.Page.Info);
-        LetGo(FindTable(vcpu, end.Domain)!, end);
+            end.Page.Table.PutWritable(end.Page.Frame);
+        LetGo(vcpu, end);
     }
 
-    private static void LetGo(GrantTable table, in End end)
+    private static void LetGo(Vcpu vcpu, in End end)
     {
         if (end.IsReference)
-            table.Release((uint)end.Name, end.IsDestination ? GrantPin.HostWrite : GrantPin.HostRead, !end.IsDestination);
-        table.PutPage(end.Page.Info);
+            end.Table!.ReleaseCopy((uint)end.Name, !end.IsDestination, end.Page, vcpu.Domain);
+        else
+            end.Table!.PutPage(end.Page.Info);
     }
 }

@@ -19,7 +19,9 @@ internal struct GrantMappingInfo
 
     /// <summary>The vCPU whose list it goes to.</summary>
     public ushort Vcpu;
-    private uint _padding;
+
+    /// <summary>The frame of the window that is mapped, counted from 1; 0 where the page is the domain's own.</summary>
+    public uint Window;
 }
 
 /// <summary>

@@ -4,8 +4,8 @@ using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Grants;
 
-/// <summary>GNTST_*: what becomes of one request.</summary>
-internal enum GrantStatus : short
+/// <summary>GNTST_* of public grant_table.h: what becomes of one request.</summary>
+public enum GrantStatus : short
 {
     Okay = 0,
     GeneralError = -1,

@@ -36,6 +36,10 @@ internal struct ActiveGrant
     public ushort Start;
     public ushort Length;
     public bool IsSubPage;
+
+    /// <summary>Of a transitive entry: the one that it stands for.</summary>
+    public ushort TransitiveDomain;
+    public uint TransitiveReference;
     public ulong Frame;
 
     public readonly bool IsWritten => (Pin & GrantPin.Writers) != 0;
@@ -52,6 +56,15 @@ internal unsafe struct GrantedPage
     /// <summary>First byte that may be copied, and how many.</summary>
     public ushort Start;
     public ushort Length;
+
+    /// <summary>The table of the page's domain, which is another than the one that was asked where the entry was transitive.</summary>
+    public GrantTable Table;
+
+    /// <summary>The entry of <see cref="Table"/>.</summary>
+    public uint Reference;
+
+    /// <summary>Host address of the page.</summary>
+    public readonly byte* Host => Table.Owner!.Context->Memory.Page(Frame);
 }
 
 /// <summary>
@@ -91,10 +104,11 @@ internal sealed unsafe class GrantTable : IDisposable
     private readonly byte* _ownPage;
 
     /// <summary>A table without frames, for a domain.</summary>
-    public GrantTable(DomainContext* domain, int vcpus)
+    public GrantTable(Domain owner, int vcpus)
     {
-        _domain = domain;
-        Id = domain->State->Id;
+        Owner = owner;
+        _domain = owner.Context;
+        Id = owner.Id.Value;
         Handles = new GrantHandles(vcpus, MaxHandlePages);
         _active = (ActiveGrant*)NativeMemory.AllocZeroed(MaxFrames * Entries1PerFrame, (nuint)sizeof(ActiveGrant));
         _frames = (ulong*)NativeMemory.AllocZeroed(MaxFrames, sizeof(ulong));
@@ -116,6 +130,9 @@ internal sealed unsafe class GrantTable : IDisposable
 
     /// <summary>The domain's id.</summary>
     public ushort Id { get; }
+
+    /// <summary>The domain; null for the manager.</summary>
+    public Domain? Owner { get; }
 
     /// <summary>Held while the table changes, and while an entry is taken into use or let go.</summary>
     public Lock Lock { get; } = new();
@@ -151,6 +168,12 @@ internal sealed unsafe class GrantTable : IDisposable
 
     /// <summary>Drops what <see cref="GetPage"/> took.</summary>
     public void PutPage(FrameInfo* info) => FrameTable.Of(_domain)->PutPage(info);
+
+    /// <summary>Makes a page of <see cref="GetPage"/>'s writable to one that is not its domain (<see cref="OutsideAccess.GetWritable"/>).</summary>
+    public Errno GetWritable(Mfn frame) => OutsideAccess.GetWritable(_domain, Owner!.Outside.Machine, frame);
+
+    /// <summary>Ends <see cref="GetWritable"/>, or a use as writable of the domain's own.</summary>
+    public void PutWritable(Mfn frame) => OutsideAccess.PutWritable(_domain, frame);
 
     /// <summary>Adds frames until there are as many (gnttab_grow_table), and the frames of states that go with them.</summary>
     /// <param name="vcpu">A vCPU of the domain, on whose thread this is.</param>
@@ -276,47 +299,98 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <param name="domain">Who copies.</param>
     /// <param name="readOnly">From it, not to it.</param>
     /// <param name="directory">Knows the tables of others, for an entry that refers to one; null where that is not allowed any more.</param>
-    /// <param name="page">What may be copied.</param>
+    /// <param name="page">What may be copied, to be given back by <see cref="ReleaseCopy"/>.</param>
     public GrantStatus AcquireForCopy(uint reference, ushort domain, bool readOnly, Domain? directory, out GrantedPage page)
     {
-        page = default;
+        page = new GrantedPage { Table = this, Reference = reference };
         uint increment = readOnly ? GrantPin.HostRead : GrantPin.HostWrite;
+        uint pin;
+        ushort transitiveDomain;
+        uint transitiveReference;
         lock (Lock)
         {
             if (reference >= EntryCount)
                 return GrantStatus.BadReference;
             ref ActiveGrant active = ref _active[reference];
-            if (active.Pin != 0 && (active.Domain != domain || GrantPin.IsFull(active.Pin, increment)))
+            pin = active.Pin;
+            if (pin != 0 && (active.Domain != domain || GrantPin.IsFull(pin, increment)))
                 return GrantStatus.GeneralError;
             bool transitive = Version == 2 && ReadHeader(reference).Type == GrantFlags.Transitive;
-            if (active.Pin == 0 || (!readOnly && !active.IsWritten))
+            bool isNew = pin == 0 || (!readOnly && !active.IsWritten);
+            if (isNew && SetStatus(reference, readOnly, mapping: false, domain) is var refusal && refusal != GrantStatus.Okay)
+                return refusal;
+            if (!transitive)
             {
-                GrantStatus status = SetStatus(reference, readOnly, mapping: false, domain);
-                if (status != GrantStatus.Okay)
-                    return status;
-                status = transitive ? RefuseTransitive(reference, readOnly, directory) : Open(reference, domain, ref active, ref page);
+                GrantStatus status = isNew ? Open(reference, domain, ref active, ref page) : OpenAgain(active, ref page);
                 if (status != GrantStatus.Okay)
                 {
                     ReduceStatus(reference, readOnly);
                     return status;
                 }
-            }
-            else
-            {
-                page.Info = GetPage(new Mfn(active.Frame));
-                if (page.Info == null)
-                {
-                    ReduceStatus(reference, readOnly);
-                    return GrantStatus.BadDomain;
-                }
+
+                active.Pin += increment;
+                page.Frame = new Mfn(active.Frame);
+                page.Start = active.Start;
+                page.Length = active.Length;
+                return GrantStatus.Okay;
             }
 
-            active.Pin += increment;
-            page.Frame = new Mfn(active.Frame);
-            page.Start = active.Start;
-            page.Length = active.Length;
-            return GrantStatus.Okay;
+            GrantEntry2* entry = Entry2(reference);
+            transitiveDomain = Volatile.Read(ref entry->TransitiveDomain);
+            transitiveReference = Volatile.Read(ref entry->TransitiveReference);
         }
+
+        // The other table has a lock of its own, of which no two are held.
+        GrantTable? other = transitiveDomain == Id ? null : directory?.EnterGrants(transitiveDomain);
+        GrantStatus found = GrantStatus.GeneralError;
+        if (other != null)
+            found = other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page);
+        lock (Lock)
+        {
+            ref ActiveGrant active = ref _active[reference];
+            if (found == GrantStatus.Okay && (Version != 2 || active.Pin != pin || (pin != 0 && !IsSame(active, domain, transitiveDomain, page))))
+                found = GrantStatus.Restart;
+            if (found == GrantStatus.Okay)
+            {
+                // Whatever the other entry allows, this one cannot be mapped, as those of parts of pages.
+                if (pin == 0)
+                {
+                    active = new ActiveGrant
+                    {
+                        Domain = domain,
+                        Start = page.Start,
+                        Length = page.Length,
+                        IsSubPage = true,
+                        TransitiveDomain = transitiveDomain,
+                        TransitiveReference = page.Reference,
+                        Frame = page.Frame.Value,
+                    };
+                }
+
+                active.Pin += increment;
+                return GrantStatus.Okay;
+            }
+
+            ReduceStatus(reference, readOnly);
+        }
+
+        if (found == GrantStatus.Restart)
+            other!.ReleaseCopy(transitiveReference, readOnly, page, null);
+        directory?.LeaveGrants(other);
+        return found;
+    }
+
+    /// <summary>Ends what <see cref="AcquireForCopy"/> began, with the same arguments.</summary>
+    public void ReleaseCopy(uint reference, bool readOnly, in GrantedPage page, Domain? directory)
+    {
+        uint decrement = readOnly ? GrantPin.HostRead : GrantPin.HostWrite;
+        Release(reference, decrement, readOnly);
+        GrantTable table = page.Table;
+        if (table != this)
+            table.Release(page.Reference, decrement, readOnly);
+        table.PutPage(page.Info);
+        if (table != this)
+            directory!.LeaveGrants(table);
     }
 
     /// <summary>Ends a use of an entry.</summary>
@@ -408,8 +482,10 @@ internal sealed unsafe class GrantTable : IDisposable
         for (uint handle = 0; handle < Handles.Limit; handle++)
         {
             ref GrantMappingInfo mapping = ref Handles[handle];
-            if ((mapping.Flags & GrantMapFlags.Device) != 0)
-                ((mapping.Flags & GrantMapFlags.ReadOnly) != 0 ? referenced : writable).Add(_active[mapping.Reference].Frame);
+            if ((mapping.Flags & GrantMapFlags.Device) == 0)
+                continue;
+            ulong frame = mapping.Window != 0 ? _domain->Window.FirstFrame.Value + mapping.Window - 1 : _active[mapping.Reference].Frame;
+            ((mapping.Flags & GrantMapFlags.ReadOnly) != 0 ? referenced : writable).Add(frame);
         }
     }
 
@@ -600,16 +676,14 @@ internal sealed unsafe class GrantTable : IDisposable
         return GrantStatus.Okay;
     }
 
-    /// <summary>
-    /// An entry that refers to one of another domain, which has to permit it in turn. Nobody but the manager is another here, and it
-    /// grants nothing.
-    /// </summary>
-    private GrantStatus RefuseTransitive(uint reference, bool readOnly, Domain? directory)
+    /// <summary>An entry that is in use already, and is to be so once more.</summary>
+    private GrantStatus OpenAgain(in ActiveGrant active, ref GrantedPage page)
     {
-        GrantEntry2* entry = Entry2(reference);
-        ushort domain = Volatile.Read(ref entry->TransitiveDomain);
-        if (directory == null || domain == Id || directory.FindGrants(domain) is not { } table)
-            return GrantStatus.GeneralError;
-        return table.AcquireForCopy(Volatile.Read(ref entry->TransitiveReference), Id, readOnly, null, out _);
+        page.Info = GetPage(new Mfn(active.Frame));
+        return page.Info == null ? GrantStatus.BadDomain : GrantStatus.Okay;
     }
+
+    private static bool IsSame(in ActiveGrant active, ushort domain, ushort transitiveDomain, in GrantedPage page)
+        => active.IsSubPage && active.Domain == domain && active.Frame == page.Frame.Value && active.Start == page.Start
+            && active.Length == page.Length && active.TransitiveDomain == transitiveDomain && active.TransitiveReference == page.Reference;
 }

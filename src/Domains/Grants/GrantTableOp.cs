@@ -92,9 +92,9 @@ internal static unsafe class GrantTableOp
     /// </summary>
     private static GrantTable? FindOwn(Vcpu vcpu, ushort domain, out GrantStatus status)
     {
-        GrantTable? table = domain == DomainId.Self.Value ? vcpu.Domain.Grants : vcpu.Domain.FindGrants(domain);
-        status = table == null ? GrantStatus.BadDomain : table != vcpu.Domain.Grants ? GrantStatus.PermissionDenied : GrantStatus.Okay;
-        return status == GrantStatus.Okay ? table : null;
+        bool isOwn = domain == DomainId.Self.Value || domain == vcpu.Domain.Id.Value;
+        status = isOwn ? GrantStatus.Okay : vcpu.Domain.Knows(domain) ? GrantStatus.PermissionDenied : GrantStatus.BadDomain;
+        return isOwn ? vcpu.Domain.Grants : null;
     }
 
     private static long Setup(Vcpu vcpu, in HypercallArguments arguments)
@@ -235,13 +235,22 @@ internal static unsafe class GrantTableOp
         if (op.Length == 0 || op.Operation == 0)
             return isContinued ? Errno.EILSEQ : Errno.None;
         var frame = new Mfn(op.DeviceBusAddress >> Paging.PageShift);
-        if (!vcpu.Context->Domain->Memory.Contains(frame))
+        DomainContext* domain = vcpu.Context->Domain;
+        if (domain->PageOf(frame) == null)
             return Errno.EINVAL;
-        FrameTable* frames = FrameTable.Of(vcpu.Context->Domain);
-        FrameInfo* info = frames->GetPage(frame, vcpu.Domain.Id.Value);
-        if (info == null)
+        if (!domain->Window.Contains(frame))
+        {
+            FrameTable* frames = FrameTable.Of(domain);
+            FrameInfo* info = frames->GetPage(frame, vcpu.Domain.Id.Value);
+            if (info == null)
+                return Errno.EPERM;
+            frames->PutPage(info);
+        }
+        else if (ForeignFrames.Mappings(domain, frame) == 0)
+        {
             return Errno.EPERM;
-        frames->PutPage(info);
+        }
+
         return op.Operation == CacheFlush.Invalidate ? Errno.EOPNOTSUPP : Errno.None;
     }
 }

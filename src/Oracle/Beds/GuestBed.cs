@@ -18,6 +18,12 @@ public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
     /// <summary>vCPUs, at least 1. XenSharp's domains have one so far, whatever is asked for: a guest finds the others absent.</summary>
     public int Vcpus { get; init; } = 1;
 
+    /// <summary>
+    /// Whether it is the first of a pair: the next guest's domain is made right after this one's, has the next number, and both start
+    /// together. A domain of a pair that has ended is destroyed at once, while the other may run on.
+    /// </summary>
+    public bool WithNext { get; init; }
+
     /// <summary>How long it may run, by the clock of the wall, before it is taken for hung and destroyed.</summary>
     public TimeSpan Timeout { get; init; } = TimeSpan.FromSeconds(20);
 }
@@ -51,7 +57,9 @@ public interface IGuestBed
     /// <summary>What it is, for headings: "Xen 4.17.7 (domU)".</summary>
     string Name { get; }
 
-    /// <summary>Runs guests, one after another, each in a domain of its own, in as few boots of the hypervisor as it can.</summary>
+    /// <summary>
+    /// Runs guests, one after another but for pairs, each in a domain of its own, in as few boots of the hypervisor as it can.
+    /// </summary>
     /// <returns>One result per guest, in the same order, each as soon as it is there.</returns>
     /// <exception cref="ArgumentException">A guest is not as <see cref="BedGuest"/> says; the message names it.</exception>
     /// <exception cref="OracleException">The bed cannot be set up, or broke down; the message says what to do.</exception>

@@ -34,6 +34,7 @@ public sealed class XenDom0Bed(GuestCache cache, IProgress<FetchProgress>? progr
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
         BedGuests.Check(guests);
+        BedGuests.CheckAlone(guests, Name);
         if (guests.Count == 0)
             yield break;
         (QemuProgram qemu, string xen) = await GetPartsAsync(cancellation).ConfigureAwait(false);

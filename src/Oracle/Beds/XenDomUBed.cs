@@ -84,7 +84,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
 
         // dom0 holds each guest's files twice while it unpacks its initramfs; a domain can still be on its way out when the next is made.
         int dom0MiB = Dom0MiB + (int)(2 * guestBytes / Mebibyte);
-        int domainMiB = guests.Max(guest => guest.MemoryMiB) + DomainOverheadMiB;
+        int domainMiB = (guests.Max(guest => guest.MemoryMiB) + DomainOverheadMiB) * (guests.Any(static guest => guest.WithNext) ? 2 : 1);
         QemuOptions options = new(xen)
         {
             CommandLine = $"console=com1 loglvl=info guest_loglvl=all conring_size=1M bootscrub=0 dom0_mem={dom0MiB}M,max:{dom0MiB}M",
@@ -167,7 +167,7 @@ public sealed class XenDomUBed(GuestCache cache, IProgress<FetchProgress>? progr
                 if (!guest.Ramdisk.IsEmpty)
                     cpio.AddFile($"guests/{i}.ramdisk", guest.Ramdisk.Span);
                 cpio.AddFile($"guests/{i}.cfg", Encoding.UTF8.GetBytes(Configuration(guest, i)));
-                list.Append(null, $"{i} {guest.Name} {Math.Ceiling(guest.Timeout.TotalMilliseconds / 10):0}\n");
+                list.Append(null, $"{i} {guest.Name} {Math.Ceiling(guest.Timeout.TotalMilliseconds / 10):0} {(guest.WithNext ? "pair" : "alone")}\n");
             }
             cpio.AddFile("guests/list", Encoding.ASCII.GetBytes(list.ToString()));
         }

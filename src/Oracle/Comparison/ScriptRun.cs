@@ -8,8 +8,8 @@ namespace XenSharp.Oracle.Comparison;
 /// <summary>A script and what came of it on a bed.</summary>
 /// <param name="Script">The script.</param>
 /// <param name="Transcript">Its transcript.</param>
-/// <param name="Run">The run behind it.</param>
-public sealed record ScriptRun(AbiScript Script, Transcript Transcript, GuestRun Run)
+/// <param name="Runs">The runs behind it: one, or those of the two domains of a pair.</param>
+public sealed record ScriptRun(AbiScript Script, Transcript Transcript, IReadOnlyList<GuestRun> Runs)
 {
     /// <summary>Memory of a script's domain in MiB.</summary>
     private const int MemoryMiB = 32;
@@ -17,7 +17,13 @@ public sealed record ScriptRun(AbiScript Script, Transcript Transcript, GuestRun
     /// <summary>What a script may take where nothing slows it down.</summary>
     private static readonly TimeSpan DefaultTimeout = TimeSpan.FromSeconds(30);
 
-    /// <summary>Runs scripts, each in a domain of its own.</summary>
+    /// <summary>Whether a domain ran too long and was destroyed.</summary>
+    public bool TimedOut => Runs.Any(static run => run.Ending == GuestEnding.TimedOut);
+
+    /// <summary>What the hypervisor had to say of the domains' ends, for people; empty if nothing.</summary>
+    public string Report => string.Concat(Runs.Select(static run => run.Report));
+
+    /// <summary>Runs scripts, each in a domain or a pair of domains of its own.</summary>
     /// <param name="bed">Where.</param>
     /// <param name="scripts">Fresh ones.</param>
     /// <param name="timeout">What a script may take; null for what it needs on a bed that is not emulated.</param>
@@ -32,20 +38,29 @@ public sealed record ScriptRun(AbiScript Script, Transcript Transcript, GuestRun
         ArgumentNullException.ThrowIfNull(scripts);
         BedGuest[] guests =
         [
-            .. scripts.Select(script => new BedGuest(script.Name, script.Build())
+            .. scripts.SelectMany(script => script.BuildAll().Select((kernel, side) => new BedGuest(NameOf(script, side), kernel)
             {
                 MemoryMiB = MemoryMiB,
                 Vcpus = script.Vcpus,
                 Timeout = timeout ?? DefaultTimeout,
-            }),
+                WithNext = script.IsPair && side == 0,
+            })),
         ];
         int index = 0;
+        List<GuestRun> runs = [];
         await foreach (GuestRun run in bed.RunAsync(guests, cancellation).ConfigureAwait(false))
         {
-            AbiScript script = scripts[index++];
-            yield return new ScriptRun(script, script.Read(run.Console, Words(run.Ending)), run);
+            AbiScript script = scripts[index];
+            runs.Add(run);
+            if (script.IsPair && runs.Count == 1)
+                continue;
+            yield return new ScriptRun(script, script.Read([.. runs.Select(static run => (run.Console, Words(run.Ending)))]), runs);
+            runs = [];
+            index++;
         }
     }
+
+    private static string NameOf(AbiScript script, int side) => script.IsPair ? $"{script.Name}-{"ab"[side]}" : script.Name;
 
     private static string Words(GuestEnding ending) => ending switch
     {

@@ -2,7 +2,8 @@
 # Process 1 of the dom0 that runs guests for XenDomUBed: makes each guest of /guests a domain, waits for its end, and sends the
 # host what it printed and how it ended. It ends with the machine.
 #
-# /guests/list has a line for each guest: INDEX NAME HUNDREDTHS-OF-A-SECOND-TO-RUN; /guests/INDEX.cfg is its xl configuration.
+# /guests/list has a line for each guest: INDEX NAME HUNDREDTHS-OF-A-SECOND-TO-RUN KIND; KIND is "alone", or "pair" if it runs together
+# with the next one. /guests/INDEX.cfg is its xl configuration.
 #
 # The host reads from a virtio serial port that nothing else writes to:
 #   ready
@@ -53,8 +54,8 @@ nap() { read -r -t "$1" _ <&3; } # SECONDS: sleeps without a process of its own;
 
 size() { set -- $(wc -c "$1") && size=$1; } # FILE: its size in bytes, in $size.
 
-start() { # INDEX NAME: makes the domain; its number in $id, the process that waits for its end in $monitor.
-    tool xl create -q "/guests/$1.cfg"
+start() { # INDEX NAME [-p]: makes the domain; its number in $id, the process that waits for its end in $monitor.
+    tool xl create -q $3 "/guests/$1.cfg"
     id=
     tries=0
     # "Waiting for domain NAME (domid ID) to die [pid MONITOR]"
@@ -83,6 +84,10 @@ wait_for_end() { # NAME HUNDREDTHS: waits for the end of the domain; its letter 
             return
         fi
     done
+    read_ending "$1"
+}
+
+read_ending() { # NAME: the letter of the end that xl has noted, in $ending.
     ending=
     while read -r line; do
         # "Domain ID has shut down, reason code 3 0x3"
@@ -115,7 +120,40 @@ settle() { # NAME
     done
 }
 
-send() { # INDEX NAME ENDING ID: sends the result and lets the domain go.
+is_over() { # NAME ID MONITOR LATE: whether a domain of a pair has ended, or is stopped as LATE; then $ending, and the domain is gone.
+    if [ ! -d "/proc/$3" ]; then
+        read_ending "$1"
+    elif [ -n "$4" ]; then
+        tool xl pause "$2"
+        ending=T
+    else
+        return 1
+    fi
+    settle "$1"
+    [ "$ending" = "?" ] || tool xl destroy "$2"
+}
+
+run_pair() { # INDEX NAME INDEX NAME HUNDREDTHS: runs two guests at once; their letters in $ending_a and $ending_b.
+    start "$1" "$2" -p
+    id_a=$id monitor_a=$monitor
+    start "$3" "$4" -p
+    [ "$id" -eq $((id_a + 1)) ] || fail "Guest $4 is domain $id, not the next after guest $2, which is domain $id_a:"
+    tool xl unpause "$id_a"
+    tool xl unpause "$id"
+    now
+    # Settling has a deadline of its own.
+    last=$((now + $5))
+    ending_a= ending_b= late=
+    until [ -n "$ending_a" ] && [ -n "$ending_b" ]; do
+        nap 0.03
+        now
+        [ "$now" -lt "$last" ] || late=1
+        if [ -z "$ending_a" ] && is_over "$2" "$id_a" "$monitor_a" "$late"; then ending_a=$ending; fi
+        if [ -z "$ending_b" ] && is_over "$4" "$id" "$monitor" "$late"; then ending_b=$ending; fi
+    done
+}
+
+send() { # INDEX NAME ENDING ID: sends the result and lets the domain go; no ID if it has gone.
     log=/var/log/xen/console/guest-$2.log
     size "$log"; console_size=$size
     size "/tmp/report.$1"
@@ -126,7 +164,7 @@ send() { # INDEX NAME ENDING ID: sends the result and lets the domain go.
     } >"$channel"
     rm -f "$log" "/tmp/report.$1" "/var/log/xen/xl-$2.log"
     # xl has already destroyed what gave no known reason.
-    [ "$3" = "?" ] || tool xl destroy "$4"
+    [ "$3" = "?" ] || [ -z "$4" ] || tool xl destroy "$4"
 }
 
 cd /modules
@@ -149,8 +187,21 @@ until [ -s "$hypervisor_log" ] && read -r consoled </run/xenconsoled.pid; do nap
 echo ready >"$channel"
 settle "before the first"
 size "$hypervisor_log"
-while read -r index name time <&4; do
+while read -r index name time kind <&4; do
     log_start=$((size + 1))
+    if [ "$kind" = pair ]; then
+        read -r second second_name _ <&4
+        run_pair "$index" "$name" "$second" "$second_name" "$time"
+
+        # What Xen said is about both; the first has it.
+        tail -c "+$log_start" "$hypervisor_log" >"/tmp/report.$index"
+        : >"/tmp/report.$second"
+        size "$hypervisor_log"
+        [ -z "$sender" ] || wait "$sender"
+        { send "$index" "$name" "$ending_a"; send "$second" "$second_name" "$ending_b"; } &
+        sender=$!
+        continue
+    fi
     start "$index" "$name"
     wait_for_end "$name" "$time"
     settle "$name"

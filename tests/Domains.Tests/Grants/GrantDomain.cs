@@ -16,8 +16,8 @@ internal sealed unsafe class GrantDomain : IDisposable
     /// <summary>First of the pages that are for anything: mapped, and not the builder's.</summary>
     public const ulong FirstPfn = 0x200;
 
-    public GrantDomain(ulong spareFrames = 96, Func<DomainOptions, DomainOptions>? change = null)
-        => Fake = new FakeDomain(change: change, spareFrames: spareFrames);
+    public GrantDomain(ulong spareFrames = 96, Func<DomainOptions, DomainOptions>? change = null, DomainManager? manager = null)
+        => Fake = new FakeDomain(change: change, spareFrames: spareFrames, manager: manager);
 
     public FakeDomain Fake { get; }
 
@@ -65,6 +65,13 @@ internal sealed unsafe class GrantDomain : IDisposable
         Fake.Write(Request, new CopyRequest { Source = source, Destination = destination, Length = length, Flags = flags });
         Assert.That(Op(5), Is.Zero);
         return Fake.Read<GrantStatus>(Request + CopyRequest.StatusOffset);
+    }
+
+    public GrantStatus Transfer(ulong frame, ushort domain, uint reference)
+    {
+        Fake.Write(Request, new TransferFrame { Frame = frame, Domain = domain, Reference = reference });
+        Assert.That(Op(4), Is.Zero);
+        return Fake.Read<GrantStatus>(Request + TransferFrame.StatusOffset);
     }
 
     public Errno SetVersion(uint version)

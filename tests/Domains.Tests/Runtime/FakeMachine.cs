@@ -10,20 +10,69 @@ namespace XenSharp.Domains.Tests.Runtime;
 internal sealed unsafe class FakeMachine : IVirtualMachine
 {
     public const ulong FirstFrame = 0x4000;
+    public const ulong FirstWindowFrame = 0x2000;
+    public const ulong WindowFrames = 24;
     private readonly ulong[] _slots = [.. Enumerable.Range(0, Paging.HypervisorSlots).Select(static i => 0xfee0_0000_0003UL | ((ulong)i << 12))];
-    private byte* _memory;
+    private readonly FakeMemory _memory;
+    private readonly FakeMemory _window = new(WindowFrames << 12);
     private ulong* _machineToPhys;
+    private bool _disposed;
 
     public FakeMachine(ulong frames, TimeStampCounter counter)
     {
-        _memory = (byte*)NativeMemory.AlignedAlloc((nuint)(frames << 12), 4096);
-        _machineToPhys = (ulong*)NativeMemory.Alloc((nuint)(frames * 8));
+        _memory = new FakeMemory(frames << 12);
+        _machineToPhys = (ulong*)NativeMemory.Alloc((nuint)((frames + WindowFrames) * 8));
+        Memory = new MachineMemory(_memory.Address, new Mfn(FirstFrame), frames);
+        Window = new MachineMemory(_window.Address, new Mfn(FirstWindowFrame), WindowFrames);
+        WindowToPhys = _machineToPhys + frames;
+        for (ulong i = 0; i < WindowFrames; i++)
+        {
+            WindowToPhys[i] = Mfn.Invalid.Value;
+            Hide(Window.FirstFrame + i);
+        }
 
-        // As a memfd: nothing but zeroes, so that the builder may rely on that.
-        NativeMemory.Clear(_memory, (nuint)(frames << 12));
-        Memory = new MachineMemory(_memory, new Mfn(FirstFrame), frames);
         TimeStampCounter = counter;
     }
+
+    public MachineMemory Window { get; }
+
+    public ulong* WindowToPhys { get; }
+
+    /// <summary>Frames of the window that show something, and whether it can be written to.</summary>
+    public Dictionary<Mfn, bool> Shown { get; } = [];
+
+    /// <summary>What was asked to be forgotten, how often.</summary>
+    public int Forgotten { get; private set; }
+
+    /// <summary>The host has no room for more than this in the window.</summary>
+    public int MaxShown { get; set; } = int.MaxValue;
+
+    public bool TryShow(Mfn window, IVirtualMachine owner, Mfn frame, bool writable)
+    {
+        if (Shown.Count >= MaxShown)
+            return false;
+        var other = (FakeMachine)owner;
+        _window.Show(Window.IndexOf(window) << 12, other._memory, other.Memory.IndexOf(frame) << 12, writable);
+        Shown[window] = writable;
+        return true;
+    }
+
+    public bool TryProtect(Mfn window)
+    {
+        _window.Protect(Window.IndexOf(window) << 12);
+        Shown[window] = false;
+        return true;
+    }
+
+    public void Hide(Mfn window)
+    {
+        _window.Hide(Window.IndexOf(window) << 12);
+        _ = Shown.Remove(window);
+    }
+
+    public void ForgetTables() => Forgotten++;
+
+    public IDisposable HoldMemory() => _memory.Hold();
 
     public MachineMemory Memory { get; }
 
@@ -56,9 +105,12 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
 
     public void Dispose()
     {
-        NativeMemory.AlignedFree(_memory);
+        if (_disposed)
+            return;
+        _disposed = true;
+        _memory.Dispose();
+        _window.Dispose();
         NativeMemory.Free(_machineToPhys);
-        _memory = null;
         _machineToPhys = null;
     }
 }
@@ -268,7 +320,9 @@ internal sealed unsafe class FakeDomain : IDisposable
     /// <param name="memoryMiB">Memory.</param>
     /// <param name="change">Changes the options.</param>
     /// <param name="spareFrames">Frames of the machine that are not the domain's.</param>
-    public FakeDomain(int memoryMiB = 8, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8)
+    /// <param name="manager">The domains that it is one of; null for none.</param>
+    public FakeDomain(
+        int memoryMiB = 8, Func<DomainOptions, DomainOptions>? change = null, ulong spareFrames = 8, DomainManager? manager = null)
     {
         var options = new DomainOptions
         {
@@ -282,7 +336,7 @@ internal sealed unsafe class FakeDomain : IDisposable
         Machine = new FakeMachine(((ulong)options.MemoryMiB << 8) + spareFrames, new TimeStampCounter(1_000_000, 0));
         try
         {
-            Domain = new Domain(options, Machine);
+            Domain = new Domain(options, Machine, manager);
         }
         catch
         {

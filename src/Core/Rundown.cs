@@ -1,9 +1,9 @@
-namespace XenSharp.EventChannels;
+namespace XenSharp.Core;
 
 /// <summary>
 /// Keeps a domain's unmanaged memory and processors in place for threads that come from outside of it: back ends, other domains.
 /// </summary>
-internal struct Rundown
+public struct Rundown
 {
     private const int Closed = 1;
     private const int User = 2;
@@ -12,7 +12,7 @@ internal struct Rundown
 
     /// <summary>Starts a use.</summary>
     /// <returns>False when there is nothing left to use; then no <see cref="Exit"/> is due.</returns>
-    internal bool TryEnter()
+    public bool TryEnter()
     {
         if ((Interlocked.Add(ref _state, User) & Closed) == 0)
             return true;
@@ -20,10 +20,11 @@ internal struct Rundown
         return false;
     }
 
-    internal void Exit() => Interlocked.Add(ref _state, -User);
+    /// <summary>Ends a use.</summary>
+    public void Exit() => Interlocked.Add(ref _state, -User);
 
     /// <summary>Lets nobody in any more and waits until the last has left.</summary>
-    internal void Close()
+    public void Close()
     {
         _ = Interlocked.Or(ref _state, Closed);
         SpinWait wait = default;

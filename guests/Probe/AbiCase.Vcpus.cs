@@ -91,7 +91,7 @@ public sealed partial class AbiCase
         Put(context[ContextEs], 2, selectors.Es);
         Put(context[ContextFs], 2, selectors.Fs);
         Put(context[ContextGs], 2, selectors.Gs);
-        Put(context[ContextFailsafeCallback], 8, Value.Load(_script.Variables.SecondaryEntry));
+        Put(context[ContextFailsafeCallback], 8, Value.Load(_guest.Variables.SecondaryEntry));
         Hypercall((ulong)GuestHypercall.VcpuOp, $"vcpu_op(initialise, {vcpu}, {name})", AnswerFormat.Result, Initialise, vcpu, context);
         Hypercall((ulong)GuestHypercall.VcpuOp, $"vcpu_op(up, {vcpu})", AnswerFormat.Result, Up, vcpu, 0);
     }

@@ -53,7 +53,7 @@ internal static unsafe class TlbFlush
     public static void FromOutside(DomainContext* domain)
     {
         for (int i = 0; i < domain->State->VcpuCount; i++)
-            OnOtherVcpu(null, domain->Vcpus + i);
+            OnOtherVcpu(null, domain->Vcpus + i, everything: true, default);
     }
 
     /// <summary>

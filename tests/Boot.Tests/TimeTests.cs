@@ -25,9 +25,7 @@ public sealed class TimeTests : KvmFixture
     /// <summary>What both clocks and a counter can be read in, if nothing comes between.</summary>
     private const long TightestBracket = 2_000;
 
-    private static int Seconds => Environment.GetEnvironmentVariable(Variable) is { Length: > 0 } text
-        ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
-        : DefaultSeconds;
+    private static int Seconds => Durations.Seconds(Variable, DefaultSeconds);
 
     /// <summary>
     /// What a guest makes of its vcpu_time_info and the counter, within a microsecond of CLOCK_MONOTONIC: while it runs, and as soon as it

@@ -78,8 +78,9 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default, string? architecture = null)
     {
         const string Package = "busybox-static";
-        Recipe recipe = new(architecture is null ? Package : $"{Package}-{architecture}", (apt, token) => ResolveAloneAsync(apt, [Package], token), folder => FindBusybox(folder) is not null,
-            "an executable bin/busybox", ByHand) { Architecture = architecture };
+        Recipe recipe = new(
+            architecture is null ? Package : $"{Package}-{architecture}", (apt, token) => ResolveAloneAsync(apt, [Package], token),
+            folder => FindBusybox(folder) is not null, "an executable bin/busybox", ByHand) { Architecture = architecture };
         string folder = await GetAsync(recipe, progress, cancellation).ConfigureAwait(false);
         return FindBusybox(folder) ?? throw Damaged(folder);
     }

@@ -420,7 +420,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _segments->Ss = FlatSelectors.Ring3Data;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetSregs, &sregs), "KVM_SET_SREGS failed");
 
-        Span<ulong> values = [((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry, _machine.CompatibilitySyscallEntry, SyscallMask];
+        Span<ulong> values =
+        [
+            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry,
+            _machine.CompatibilitySyscallEntry, SyscallMask,
+        ];
         Span<uint> indexes = [Msr.Star, Msr.Lstar, Msr.Cstar, Msr.SfMask];
         byte* buffer = stackalloc byte[8 + (sizeof(KvmMsrEntry) * 4)];
         *(ulong*)buffer = 4;

@@ -396,7 +396,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
         CompatibilityInstruction? instruction = null;
         if (Capabilities.InterpretsCompatibilityMode)
-            instruction = new CompatibilityInstruction(TakeMapped(1, SupervisorCode | PageFlags.User, out ulong instructionPage), Host(instructionPage));
+        {
+            ulong instructionStart = TakeMapped(1, SupervisorCode | PageFlags.User, out ulong instructionPage);
+            instruction = new CompatibilityInstruction(instructionStart, Host(instructionPage));
+        }
 
         byte* tss = Host(taskStatePage);
         new Span<byte>(tss, (int)Paging.PageSize).Fill(0xff);

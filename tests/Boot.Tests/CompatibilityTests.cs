@@ -66,7 +66,10 @@ public sealed class CompatibilityTests : KvmFixture
             Assert.That(
                 Regex.Matches(end.Output, @"\[(\w+: \d+)\]").Select(static match => match.Groups[1].Value),
                 Is.EqualTo((string[])
-                    ["echo: 0", "signal: 0", "segfault: 139", "child: 0", "float: 0", "vectors: 0", "errno: 1", "switched: 7", "switched: 7", "switched: 7", "switched: 7"]),
+                [
+                    "echo: 0", "signal: 0", "segfault: 139", "child: 0", "float: 0", "vectors: 0", "errno: 1",
+                    .. Enumerable.Repeat("switched: 7", 4),
+                ]),
                 end.Output);
             foreach (string line in (string[])["hello\r\n", "trapped\r\nafter\r\n", "5\r\n", "3.3750\r\n", "ec87a838931d4d5d2e94a04644788a55  -\r\n"])
                 Assert.That(end.Output, Does.Contain(line));
@@ -74,7 +77,7 @@ public sealed class CompatibilityTests : KvmFixture
             // The overflow of the stack is reported, and nothing else.
             string log = KernelLog.Section(end.Output, "[dmesg]", "[end]");
             Assert.That(Regex.Matches(log, "segfault at"), Has.Count.EqualTo(1));
-            Assert.That(KernelLog.TroubleIn(string.Join('\n', log.Split('\n').Where(static line => !line.Contains("segfault at") && !line.Contains("Code: ")))), Is.Empty);
+            Assert.That(KernelLog.TroubleIn(log), Is.Empty);
         }
         finally
         {

@@ -112,13 +112,24 @@ public sealed class UpcallModelTests
     private static (bool Lost, int States) ExploreMask(Fault fault)
         => Explore(
             new Masked { Sections = 2 },
-            state => [.. Send(state, state.Sender0, 1, (s, pc) => s with { Sender0 = pc }), .. Send(state, state.Sender1, 2, (s, pc) => s with { Sender1 = pc }), .. Vcpu(state, fault)],
+            state =>
+            [
+                .. Send(state, state.Sender0, 1, (s, pc) => s with { Sender0 = pc }),
+                .. Send(state, state.Sender1, 2, (s, pc) => s with { Sender1 = pc }),
+                .. Vcpu(state, fault),
+            ],
             static end => end.Pending != 0 || end.Delivered != 3);
 
     private static (bool Lost, int States) ExploreMove(Fault fault)
         => Explore(
             new Moving { Sends = 2 },
-            state => [.. Send(state, fault), .. Move(state, fault), .. Vcpu(state, 1, state.First, (s, pc) => s with { First = pc }), .. Vcpu(state, 2, state.Second, (s, pc) => s with { Second = pc })],
+            state =>
+            [
+                .. Send(state, fault),
+                .. Move(state, fault),
+                .. Vcpu(state, 1, state.First, (s, pc) => s with { First = pc }),
+                .. Vcpu(state, 2, state.Second, (s, pc) => s with { Second = pc }),
+            ],
             static end => end.Pending || end.Taken == 0);
 
     private static (bool Lost, int States) Explore<T>(T start, Func<T, List<T>> steps, Func<T, bool> isLost)

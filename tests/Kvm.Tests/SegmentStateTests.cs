@@ -292,7 +292,8 @@ public sealed unsafe class SegmentStateTests : KvmTest
             code.db(0x65, 0xa1, 0x10, 0, 0, 0);
             code.ud2();
         });
-        (Segments->Cs, Segments->Ss, Segments->Gs, Segments->GsBase) = (GuestCode32, GuestData, (ushort)(Capabilities.HostDescriptorTable ? 0 : GuestBasedData), BasedDataBase);
+        (Segments->Cs, Segments->Ss) = (GuestCode32, GuestData);
+        (Segments->Gs, Segments->GsBase) = ((ushort)(Capabilities.HostDescriptorTable ? 0 : GuestBasedData), BasedDataBase);
         VcpuExit exit = RunWatched(_guest);
         Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), exit.Failure);
         Assert.That((Registers->Rax, Segments->Gs), Is.EqualTo((0x7777, GuestBasedData)));

@@ -96,7 +96,7 @@ public sealed unsafe partial class PrivilegedEmulator
             case Code.Int_imm8:
                 return Interrupt();
 
-            // Of the two, each vendor's processors have one outside 64-bit code, and that is how they are emulated where the host has neither.
+            // Outside 64-bit code each vendor's processors have one of the two: so it is here, where the host has neither.
             case Code.Syscall when _bitness != 64 && _machine.Cpuid.Vendor == CpuVendor.Amd:
                 return SystemCall();
             case Code.Sysenter when _machine.Cpuid.Vendor == CpuVendor.Intel:

@@ -54,8 +54,12 @@ public sealed unsafe class EmulatorFuzzTests
 
             outcomes[(int)result.Outcome]++;
             string what = $"seed {seed}, round {round}: {Convert.ToHexString(bytes)} at {registers.Rip:x} gives {result}";
-            if (result.Outcome is EmulationOutcome.Done or EmulationOutcome.SystemCall or EmulationOutcome.SystemEnter || result is { Outcome: EmulationOutcome.Exception, Vector: ExceptionVector.Debug })
+            if (result.Outcome is EmulationOutcome.Done or EmulationOutcome.SystemCall or EmulationOutcome.SystemEnter
+                || result is { Outcome: EmulationOutcome.Exception, Vector: ExceptionVector.Debug })
+            {
                 continue;
+            }
+
 
             // A software interrupt has moved RIP; a string instruction that faults has done its first part.
             bool isString = result.Outcome == EmulationOutcome.Exception && IsString(bytes, guest.Segments->Cs);

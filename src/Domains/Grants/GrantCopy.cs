@@ -108,11 +108,11 @@ internal static unsafe class GrantCopy
     /// <summary>Only one's own pages can be named by frame, and only by DOMID_SELF.</summary>
     private static GrantStatus EnterDomain(Vcpu vcpu, ushort domain, bool isReference, ref End end)
     {
-        if (domain != DomainId.Self.Value && !isReference)
-            return GrantStatus.PermissionDenied;
         end.Table = domain == DomainId.Self.Value ? vcpu.Domain.Grants : vcpu.Domain.EnterGrants(domain);
         end.Domain = domain;
-        return end.Table == null ? GrantStatus.BadDomain : GrantStatus.Okay;
+        return end.Table == null ? GrantStatus.BadDomain
+            : domain != DomainId.Self.Value && !isReference ? GrantStatus.PermissionDenied
+            : GrantStatus.Okay;
     }
 
     private static void Leave(Vcpu vcpu, ref End end)

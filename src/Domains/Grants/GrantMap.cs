@@ -21,7 +21,7 @@ internal static unsafe class GrantMap
         public Mfn Frame;
         public uint Reference;
 
-        /// <summary>The handle, where it is gone with the last of the mapping.</summary>
+        /// <summary>The handle, where it is gone with the last of the mapping; else <see cref="GrantHandles.Invalid"/>.</summary>
         public uint Handle;
 
         /// <summary>The ways that are gone, and whether they were read-only; none for a request that did nothing.</summary>
@@ -61,7 +61,7 @@ internal static unsafe class GrantMap
             for (; begun < batch && !fault; begun++)
             {
                 ulong pointer = arguments.A1 + ((done + begun) * (ulong)sizeof(UnmapGrantRef));
-                unmapped[begun] = default;
+                unmapped[begun] = new Unmapped { Handle = GrantHandles.Invalid };
                 fault = !GuestAccess.Read(vcpu.Context, pointer, out UnmapGrantRef op)
                     || !GuestAccess.Write(vcpu.Context, pointer + UnmapGrantRef.StatusOffset, Unmap(vcpu, op, replace, ref unmapped[begun]));
             }
@@ -215,7 +215,6 @@ internal static unsafe class GrantMap
     {
         GrantTable own = vcpu.Domain.Grants;
         GrantHandles handles = own.Handles;
-        unmapped.Handle = GrantHandles.Invalid;
         if (op.Handle >= handles.Limit)
             return GrantStatus.BadHandle;
         ref GrantMappingInfo mapping = ref handles[op.Handle];

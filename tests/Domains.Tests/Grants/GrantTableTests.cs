@@ -73,6 +73,19 @@ public sealed unsafe class GrantTableTests
     }
 
     [Test]
+    public void An_unmap_that_cannot_be_read_does_nothing()
+    {
+        _guest.PutEntry(Reference, GrantFlags.PermitAccess, FrameOf(0));
+        Assert.That(_guest.Map(Reference, GrantMapFlags.Host, AddressOf(1), out uint handle), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_guest.Op(1, requests: 0x1000), Is.EqualTo(-(long)Errno.EFAULT));
+        _guest.Audit();
+        Assert.That(_guest.Unmap(handle, AddressOf(1)), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_guest.Op(1, requests: 0x1000), Is.EqualTo(-(long)Errno.EFAULT));
+        Assert.That(_guest.Map(Reference, GrantMapFlags.Host, AddressOf(1), out _), Is.EqualTo(GrantStatus.Okay));
+        _guest.Audit();
+    }
+
+    [Test]
     public void A_mapping_for_a_device_holds_its_page()
     {
         _guest.PutEntry(Reference, GrantFlags.PermitAccess, FrameOf(0));

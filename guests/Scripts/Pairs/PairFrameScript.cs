@@ -132,6 +132,15 @@ internal static class PairFrameScript
             b.Show(Value.Pfn(frame).Named("pfn of a's frame"));
             a.Show(Value.Pfn(frame).Named("the same in a"));
         });
+        script.Case("the machine-to-physical table of a page that was mapped", (a, b) =>
+        {
+            const int first = 36;
+            (Granted page, Value handle) = Mapped(a, b, table, first);
+            Value granted = b.FrameAt(page.Window);
+            b.Show(Value.Pfn(granted).Named("pfn of the granted frame"));
+            b.MmuUpdate(new MmuRequest(((granted << 12) | MmuCommand.MachphysUpdate).Named("m2p of the granted frame"), 5));
+            b.Unmap("as it was mapped", handle, page.Window.At);
+        });
         script.Case("mmuext_op on the other's frames", (a, b) =>
         {
             Value frame = a.FarFrame();

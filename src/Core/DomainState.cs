@@ -222,6 +222,18 @@ public unsafe struct VcpuContext
     public bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue || Budget.IsSpent();
 }
 
+/// <summary>The machine's RAM: a range in which each domain has frames of its own.</summary>
+public struct MachineFrames
+{
+    /// <summary>Number of the first frame.</summary>
+    public ulong First;
+
+    /// <summary>One past the last that a domain has, or had.</summary>
+    public ulong End;
+
+    public readonly bool Contains(Mfn frame) => frame.Value >= First && frame.Value < Volatile.Read(in End);
+}
+
 /// <summary>Where a domain's state lies for code that runs here.</summary>
 public unsafe struct DomainContext
 {
@@ -269,6 +281,9 @@ public unsafe struct DomainContext
 
     /// <summary>One bit a domain that there is beside this one, up to <see cref="DomainId.FirstReserved"/>; null where there can be none.</summary>
     public ulong* KnownDomains;
+
+    /// <summary>The machine frames that domains have, this one and others; null where there can be no others.</summary>
+    public MachineFrames* MachineFrames;
     public byte* SharedInfo;
 
     /// <summary>The pseudo-physical memory map, with room for <see cref="E820Entry.MaxEntries"/>.</summary>

@@ -64,6 +64,7 @@ public sealed unsafe class Domain : IDisposable
             machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
             DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
         Context->KnownDomains = _manager.Known;
+        Context->MachineFrames = _manager.MachineFrames;
         Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
         Window = new GrantWindow(Context, machine, _manager);
         Granted = new BackendGrants(this);
@@ -273,6 +274,12 @@ public sealed unsafe class Domain : IDisposable
     internal GrantTable? EnterGrants(ushort id)
         => id == Id.Value ? Grants : id == 0 ? _managersGrants
             : _manager.Find(id) is { } other && other.Outside.TryEnter() ? other.Grants : null;
+
+    /// <summary>
+    /// What a request comes to whose domain <see cref="EnterGrants"/> does not find: where there still is one, because others have its
+    /// memory mapped, it has no pages.
+    /// </summary>
+    internal GrantStatus WhyNotEntered(ushort id) => Knows(id) ? GrantStatus.BadPage : GrantStatus.BadDomain;
 
     /// <summary>Ends <see cref="EnterGrants"/>.</summary>
     internal void LeaveGrants(GrantTable? table)

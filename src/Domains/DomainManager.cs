@@ -1,4 +1,5 @@
 using System.Collections.Concurrent;
+using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Builder;
 
@@ -20,6 +21,10 @@ public sealed unsafe class DomainManager
     /// </summary>
     private const int MaxWindowFrames = 16384;
 
+    /// <summary>RAM starts at 4 GiB, past all that a VM has of its own; a domain's is mapped by large pages.</summary>
+    private const ulong FirstFrame = 1UL << (32 - Paging.PageShift);
+    private const ulong FrameAlignment = Paging.EntriesPerTable;
+
     private readonly Lock _lock = new();
     private readonly ConcurrentDictionary<ushort, Domain> _domains = new();
 
@@ -28,14 +33,51 @@ public sealed unsafe class DomainManager
 
     /// <summary>One bit a number that a guest may learn to be a domain's, where code without a runtime looks; pinned, so that it stays.</summary>
     private readonly ulong[] _known = GC.AllocateArray<ulong>((DomainId.FirstReserved + BitsPerWord - 1) / BitsPerWord, pinned: true);
+    private readonly MachineFrames[] _machineFrames = GC.AllocateArray<MachineFrames>(1, pinned: true);
+    private readonly SortedList<ulong, ulong> _frames = [];
     private ushort _last;
     private int _windowFrames;
 
     /// <summary>The domains that there are, those included that have been destroyed and have memory which others still use.</summary>
     public IReadOnlyCollection<Domain> Domains => [.. _domains.Values];
 
+    /// <summary>The machine's RAM, in place as long as this is.</summary>
+    internal MachineFrames* MachineFrames => (MachineFrames*)Marshal.UnsafeAddrOfPinnedArrayElement(_machineFrames, 0);
+
     /// <summary>A bit for each number below <see cref="DomainId.FirstReserved"/>, set where there is a domain; in place as long as this is.</summary>
-    internal ulong* Known => (ulong*)System.Runtime.InteropServices.Marshal.UnsafeAddrOfPinnedArrayElement(_known, 0);
+    internal ulong* Known => (ulong*)Marshal.UnsafeAddrOfPinnedArrayElement(_known, 0);
+
+    /// <summary>
+    /// Takes machine frames that no other domain has, for the VM of one that is about to be built: as on one machine, a frame's number then
+    /// says whose it is.
+    /// </summary>
+    /// <param name="count">How many.</param>
+    /// <returns>The first; its number is a multiple of 512.</returns>
+    public Mfn TakeFrames(ulong count)
+    {
+        lock (_lock)
+        {
+            ulong first = FirstFrame;
+            foreach ((ulong start, ulong frames) in _frames)
+            {
+                if (first + count <= start)
+                    break;
+                first = (start + frames + FrameAlignment - 1) & ~(FrameAlignment - 1);
+            }
+
+            _frames.Add(first, count);
+            _machineFrames[0].First = FirstFrame;
+            Volatile.Write(ref _machineFrames[0].End, Math.Max(_machineFrames[0].End, first + count));
+            return new Mfn(first);
+        }
+    }
+
+    /// <summary>Ends <see cref="TakeFrames"/>: their VM is gone.</summary>
+    public void ReturnFrames(Mfn first)
+    {
+        lock (_lock)
+            _ = _frames.Remove(first.Value);
+    }
 
     /// <summary>Counts a frame that a domain shows of another's.</summary>
     /// <returns>False where there are as many as there may be.</returns>

@@ -320,7 +320,7 @@ public sealed unsafe partial class EventChannelDomain
         EventChannelDomain? other = Find(domain);
         if (other == null || !other._rundown.TryEnter())
         {
-            return domain != s_domainZero ? -(long)Errno.ESRCH
+            return other == null && domain != s_domainZero ? -(long)Errno.ESRCH
                 : port < EventChannelPort.TwoLevelCount ? -(long)Errno.EPERM : -(long)Errno.EINVAL;
         }
 

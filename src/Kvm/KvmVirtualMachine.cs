@@ -34,20 +34,28 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     /// <param name="capabilities">What the probes found.</param>
     /// <param name="ramSize">RAM in bytes, a multiple of the page size.</param>
     /// <param name="windowFrames">Frames of <see cref="Window"/>: 0 for none, and whole pages of the M2P table, which 512 make.</param>
+    /// <param name="ramAddress">Where RAM starts in the VM: a multiple of 2 MiB, from 4 GiB on.</param>
     /// <exception cref="KvmException">The host refuses; nothing is left behind.</exception>
-    public KvmVirtualMachine(KvmSystem system, HostCapabilities capabilities, ulong ramSize, ulong windowFrames = 0)
+    public KvmVirtualMachine(
+        KvmSystem system, HostCapabilities capabilities, ulong ramSize, ulong windowFrames = 0, ulong ramAddress = MonitorLayout.RamAddress)
     {
         ArgumentOutOfRangeException.ThrowIfZero(ramSize);
         ArgumentOutOfRangeException.ThrowIfNotEqual(ramSize & Paging.PageOffsetMask, 0UL);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(windowFrames, MonitorLayout.MaxWindow >> Paging.PageShift);
         ArgumentOutOfRangeException.ThrowIfNotEqual(windowFrames % Paging.EntriesPerTable, 0UL);
-        if (ramSize > MonitorLayout.MaxRam)
-            throw new KvmException($"A domain can have {MonitorLayout.MaxRam >> 30} GiB of memory at most; give it less");
+        ArgumentOutOfRangeException.ThrowIfLessThan(ramAddress, MonitorLayout.RamAddress);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(ramAddress % LargePageSize, 0UL);
+        if (ramAddress > MonitorLayout.EndOfRam || ramSize > MonitorLayout.EndOfRam - ramAddress)
+        {
+            throw new KvmException(
+                $"Domains can have {(MonitorLayout.EndOfRam - MonitorLayout.RamAddress) >> 30} GiB of memory together at most; give this one less");
+        }
+
         _system = system;
         Capabilities = capabilities;
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
-        ulong tables = 64 + ((MonitorLayout.RamAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
+        ulong tables = 64 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
         ulong regionPages = tables + 16 + (MaxVcpus * (2 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
             + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
@@ -56,7 +64,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             _ram = HostMemory.Create("xensharp-ram\0"u8, ramSize);
             _region = HostMemory.Create("xensharp-monitor\0"u8, regionPages << Paging.PageShift);
             _window = HostWindow.Create(windowFrames << Paging.PageShift);
-            Memory = new MachineMemory(_ram.Address, new MachineAddress(MonitorLayout.RamAddress).Frame, frames);
+            Memory = new MachineMemory(_ram.Address, new MachineAddress(ramAddress).Frame, frames);
             Window = new MachineMemory(_window.Address, new MachineAddress(MonitorLayout.WindowAddress).Frame, windowFrames);
             _file = LibC.ioctl(system.File, KvmRequest.CreateVm, 0);
             if (_file < 0)
@@ -67,7 +75,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ulong identityMap = MonitorLayout.IdentityMapAddress;
             Check(LibC.ioctl(_file, KvmRequest.SetIdentityMapAddress, &identityMap), "KVM_SET_IDENTITY_MAP_ADDR failed");
             SetSlot(0, MonitorLayout.RegionAddress, _region.Address, _region.Size);
-            SetSlot(1, MonitorLayout.RamAddress, _ram.Address, _ram.Size);
+            SetSlot(1, ramAddress, _ram.Address, _ram.Size);
             SetSlot(2, MonitorLayout.DropSlotAddress, _ram.Address, Paging.PageSize);
             if (windowFrames != 0)
                 SetSlot(3, MonitorLayout.WindowAddress, _window.Address, _window.Size);
@@ -289,7 +297,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         BuildMachineToPhys(machineToPhysSize);
         for (ulong address = MonitorLayout.RegionAddress & ~(LargePageSize - 1); address < MonitorLayout.RegionAddress + _region.Size; address += LargePageSize)
             MapLarge(address);
-        for (ulong address = MonitorLayout.RamAddress; address < MonitorLayout.RamAddress + _ram.Size; address += LargePageSize)
+        for (ulong address = Memory.FirstFrame.Address.Value; address < Memory.EndFrame.Address.Value; address += LargePageSize)
             MapLarge(address);
 
         // All windows' tables now, so that the L4 entries never change once guests hold copies of them.

@@ -9,7 +9,7 @@ internal static class MonitorLayout
     /// <summary>Guest-physical start of the monitor's own memory, which also holds the M2P table.</summary>
     public const ulong RegionAddress = 0x10_0000;
 
-    /// <summary>Guest-physical start of the domain's RAM, and so its first machine frame: past every legacy hole.</summary>
+    /// <summary>Lowest guest-physical start of a domain's RAM, and so its first machine frame: past every legacy hole.</summary>
     public const ulong RamAddress = 0x1_0000_0000;
 
     /// <summary>Three pages that VMX wants for real mode; no memory slot may cover them.</summary>
@@ -27,8 +27,8 @@ internal static class MonitorLayout
     /// <summary>Largest window: a frame for each of the mappings that Xen lets a domain have (256 in each of 1024 maptrack frames).</summary>
     public const ulong MaxWindow = 256 * 1024 * Paging.PageSize;
 
-    /// <summary>Most RAM of a domain: what <see cref="DirectMapStart"/>'s slot can show.</summary>
-    public const ulong MaxRam = SlotSize - RamAddress;
+    /// <summary>Guest-physical end of all RAM: what <see cref="DirectMapStart"/>'s slot can show.</summary>
+    public const ulong EndOfRam = SlotSize;
 
     private const ulong SlotSize = 1UL << 39;
 

@@ -254,7 +254,7 @@ public static unsafe class MemoryOp
     internal static bool IsOwn(VcpuContext* vcpu, ushort domain, out Errno error)
     {
         error = domain == DomainId.Self.Value || domain == vcpu->Domain->State->Id ? Errno.None
-            : domain == 0 ? Errno.EPERM : Errno.ESRCH;
+            : ForeignDomain.Exists(vcpu->Domain, domain) ? Errno.EPERM : Errno.ESRCH;
         return error == Errno.None;
     }
 
@@ -284,7 +284,7 @@ public static unsafe class MemoryOp
 
         // DOMID_SELF names nobody here.
         bool valid = claim.ExtentStart == 0 && claim.ExtentOrder == 0 && claim.Flags == 0
-            && (claim.Domain == 0 || claim.Domain == vcpu->Domain->State->Id);
+            && ForeignDomain.Exists(vcpu->Domain, claim.Domain);
         return valid ? Errno.EPERM : Errno.EINVAL;
     }
 
@@ -360,9 +360,9 @@ public static unsafe class MemoryOp
         return error == Errno.None ? Errno.EPERM : error;
     }
 
-    /// <summary>Another domain by number: domain 0 is there, the caller's own number is refused (rcu_lock_remote_domain_by_id).</summary>
+    /// <summary>Another domain by number: the caller's own is refused (rcu_lock_remote_domain_by_id).</summary>
     private static Errno RefuseRemote(VcpuContext* vcpu, ushort domain)
-        => domain == vcpu->Domain->State->Id ? Errno.EPERM : domain == 0 ? Errno.None : Errno.ESRCH;
+        => domain == vcpu->Domain->State->Id ? Errno.EPERM : ForeignDomain.Exists(vcpu->Domain, domain) ? Errno.None : Errno.ESRCH;
 
     /// <summary>
     /// The frames that the M2P table lies in: of each 2 MiB of it the first. Where there is no table, below the first frame of

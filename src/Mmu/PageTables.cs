@@ -355,9 +355,12 @@ public static unsafe class PageTables
 
     /// <summary>A domain without devices maps no I/O memory, and what is memory is not DOMID_IO's.</summary>
     private static Errno RefuseIoMemory(VcpuContext* vcpu, Mfn frame)
-        => vcpu->Domain->PageOf(frame) != null || IsMachineToPhys(vcpu->Domain, frame) ? Errno.EBUSY
+        => vcpu->Domain->PageOf(frame) != null || IsMachineToPhys(vcpu->Domain, frame) || IsOthers(vcpu->Domain, frame) ? Errno.EBUSY
             : frame.Value == PageTableEntry.FrameMask >> Paging.PageShift ? Errno.EINVAL
             : Errno.EPERM;
+
+    /// <summary>Whether a frame is RAM that another domain has, or nobody.</summary>
+    private static bool IsOthers(DomainContext* domain, Mfn frame) => domain->MachineFrames != null && domain->MachineFrames->Contains(frame);
 
     /// <summary>Whether a frame is one of those that hold the M2P table, which a domain can learn of and may not map.</summary>
     private static bool IsMachineToPhys(DomainContext* domain, Mfn frame)

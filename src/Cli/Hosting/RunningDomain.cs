@@ -19,6 +19,8 @@ namespace XenSharp.Cli.Hosting;
 /// </remarks>
 public sealed class RunningDomain : IAsyncDisposable
 {
+    private readonly DomainManager _manager;
+    private readonly Mfn _frames;
     private readonly KvmVirtualMachine _machine;
     private readonly IConsoleSink? _sink;
     private readonly IConsoleSink? _emergencySink;
@@ -42,11 +44,14 @@ public sealed class RunningDomain : IAsyncDisposable
         _sink = sink;
         _emergencySink = emergencySink;
         Specification = specification;
-        _machine = new KvmVirtualMachine(
-            host.Kvm, host.Capabilities, DomainOptions.MachineFrames(specification.MaxMemoryMiB) << Paging.PageShift, DomainOptions.WindowFrames);
+        _manager = manager ?? new DomainManager();
+        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
+        _frames = _manager.TakeFrames(frames);
         try
         {
-            Domain = Build(host, specification, _machine, manager);
+            _machine = new KvmVirtualMachine(
+                host.Kvm, host.Capabilities, frames << Paging.PageShift, DomainOptions.WindowFrames, _frames.Address.Value);
+            Domain = Build(host, specification, _machine, _manager);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
             Store = new XenstoreServer();
@@ -54,7 +59,8 @@ public sealed class RunningDomain : IAsyncDisposable
         catch
         {
             Domain?.Dispose();
-            _machine.Dispose();
+            _machine?.Dispose();
+            _manager.ReturnFrames(_frames);
             throw;
         }
     }
@@ -221,6 +227,7 @@ public sealed class RunningDomain : IAsyncDisposable
         await Store.DisposeAsync().ConfigureAwait(false);
         Domain.Dispose();
         _machine.Dispose();
+        _manager.ReturnFrames(_frames);
         _abandon.Dispose();
         _stop.Dispose();
     }
@@ -233,7 +240,7 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager? manager)
+    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager manager)
     {
         (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
         var options = new DomainOptions

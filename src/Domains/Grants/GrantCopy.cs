@@ -110,9 +110,8 @@ internal static unsafe class GrantCopy
     {
         end.Table = domain == DomainId.Self.Value ? vcpu.Domain.Grants : vcpu.Domain.EnterGrants(domain);
         end.Domain = domain;
-        return end.Table == null ? GrantStatus.BadDomain
-            : domain != DomainId.Self.Value && !isReference ? GrantStatus.PermissionDenied
-            : GrantStatus.Okay;
+        GrantStatus status = end.Table == null ? vcpu.Domain.WhyNotEntered(domain) : GrantStatus.Okay;
+        return status != GrantStatus.BadDomain && domain != DomainId.Self.Value && !isReference ? GrantStatus.PermissionDenied : status;
     }
 
     private static void Leave(Vcpu vcpu, ref End end)

@@ -102,7 +102,7 @@ internal static unsafe class GrantMap
         if (increment == 0)
             return GrantStatus.BadReference;
         if (vcpu.Domain.EnterGrants(op.Domain) is not { } granter)
-            return GrantStatus.BadDomain;
+            return vcpu.Domain.WhyNotEntered(op.Domain);
         GrantStatus status = Map(vcpu, ref op, granter, increment, readOnly);
         vcpu.Domain.LeaveGrants(granter);
         return status;

@@ -49,7 +49,7 @@ internal static unsafe class GrantTransfer
             if (accepted)
                 domain->MachineToPhys[domain->Memory.IndexOf(frame)] = own.CompleteTransfer(op.Reference, frame).Value;
             GrantMapping.Flush(vcpu.Context);
-            return accepted ? GrantStatus.Okay : receiver == null ? GrantStatus.BadDomain : GrantStatus.GeneralError;
+            return accepted ? GrantStatus.Okay : vcpu.Domain.Knows(op.Domain) ? GrantStatus.GeneralError : GrantStatus.BadDomain;
         }
     }
 

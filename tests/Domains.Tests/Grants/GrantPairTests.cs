@@ -331,12 +331,13 @@ public sealed unsafe class GrantPairTests
         Assert.That(_manager.Domains.Select(static domain => domain.Id.Value), Is.EquivalentTo(new[] { GranterId, MapperId }), "not gone yet");
         Assert.That(ReadBy(_mapper, AddressOf(1)), Is.EqualTo(0xdd));
         Assert.That(GuestAccess.Write(_mapper.Context, AddressOf(1), 0xeeUL), Is.True);
-        Assert.That(Map(GrantMapFlags.Host, AddressOf(4), out _), Is.EqualTo(GrantStatus.BadDomain));
+        Assert.That(Map(GrantMapFlags.Host, AddressOf(4), out _), Is.EqualTo(GrantStatus.BadPage));
         _mapper.Audit();
         Assert.That(_mapper.Unmap(writer, AddressOf(1)), Is.EqualTo(GrantStatus.Okay));
         Assert.That(ReadBy(_mapper, AddressOf(2)), Is.EqualTo(0xee));
         Assert.That(_mapper.Unmap(reader, AddressOf(2)), Is.EqualTo(GrantStatus.Okay));
         Assert.That(_manager.Domains.Select(static domain => domain.Id.Value), Is.EquivalentTo(new[] { MapperId }));
+        Assert.That(Map(GrantMapFlags.Host, AddressOf(4), out _), Is.EqualTo(GrantStatus.BadDomain));
         _mapper.Audit();
 
         // The guest overwrote an entry, and wants to unmap what is not there.

@@ -46,6 +46,28 @@ public sealed unsafe class DomainManagerTests
     }
 
     [Test]
+    public void Each_domain_has_machine_frames_of_its_own()
+    {
+        const ulong first = 0x10_0000;
+        Mfn[] taken = [_manager.TakeFrames(0x401), _manager.TakeFrames(0x200), _manager.TakeFrames(1)];
+        Assert.That(taken, Is.EqualTo(new Mfn[] { new(first), new(first + 0x600), new(first + 0x800) }));
+        Assert.That((_manager.MachineFrames->First, _manager.MachineFrames->End), Is.EqualTo((first, first + 0x801)));
+        _manager.ReturnFrames(taken[1]);
+        Assert.That(_manager.TakeFrames(0x201), Is.EqualTo(new Mfn(first + 0xa00)), "too large for what is free between others");
+        Assert.That(_manager.TakeFrames(0x200), Is.EqualTo(taken[1]));
+    }
+
+    [Test]
+    public void A_frame_that_another_domain_has_is_not_ones_own_to_map()
+    {
+        using FakeDomain one = Create();
+        Mfn others = _manager.TakeFrames(1);
+        const ulong writable = 0x63;
+        Assert.That(one.Call(HypercallNumber.UpdateVaMapping, FakeDomain.Data, others.Address.Value | writable), Is.EqualTo(-(long)Errno.EBUSY));
+        Assert.That(one.Call(HypercallNumber.UpdateVaMapping, FakeDomain.Data, (others + 1).Address.Value | writable), Is.EqualTo(-(long)Errno.EPERM));
+    }
+
+    [Test]
     public void A_domain_learns_which_others_there_are_and_may_do_nothing_to_them()
     {
         using FakeDomain one = Create();

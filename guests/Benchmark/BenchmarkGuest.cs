@@ -30,6 +30,9 @@ public enum BenchmarkFigure
     /// <summary>mmu_update of 32 entries a call that were never used: present and not present in turn; for one entry.</summary>
     MmuUpdateUnused32,
 
+    /// <summary>XCHG with an entry of an L1 table, which is mapped read-only: writable and read-only in turn, marked as accessed.</summary>
+    PageTableExchange,
+
     /// <summary>An event sent to the own vCPU: EVTCHNOP_send, the upcall, HYPERVISOR_iret back.</summary>
     EventToSelf,
 
@@ -85,6 +88,7 @@ public static class BenchmarkGuest
     private const uint BindVirq = 1;
     private const uint SetPeriodicTimer = 6;
     private const uint StopPeriodicTimer = 7;
+    private const uint WritablePageTables = 2;
     private const byte PageFaultVector = 14;
     private const ulong UnmappedAddress = 0x1000;
 
@@ -192,6 +196,7 @@ public static class BenchmarkGuest
             MeasureUserSystemCall();
             MeasurePageFault();
             MeasureMmuUpdates();
+            MeasurePageTableExchange();
             MeasureEventToSelf();
             MeasureTickDuringLongBatch();
             _console.EmitWrite(_guest.Define(System.Text.Encoding.ASCII.GetBytes(Marker)), Marker.Length);
@@ -368,6 +373,24 @@ public static class BenchmarkGuest
             MeasureMmuUpdate(BenchmarkFigure.MmuUpdateUnused32, absent, unused, 32);
         }
 
+        private void MeasurePageTableExchange()
+        {
+            _code.mov(r14, _victims);
+            WalkToEntry();
+            _code.lea(rbx, __[rbx + (rcx * 8)]);
+            _code.xor(edi, edi);
+            _code.mov(esi, WritablePageTables);
+            _guest.Hypercall(GuestHypercall.VmAssist);
+            Measure(BenchmarkFigure.PageTableExchange, Even(_iterations) / 2, () =>
+            {
+                foreach (ulong requests in new[] { _readOnly, _writable })
+                {
+                    _code.mov(rax, __qword_ptr[requests + sizeof(ulong)]);
+                    _code.xchg(__qword_ptr[rbx], rax);
+                }
+            });
+        }
+
         /// <summary>For every victim page: the machine address of its L1 entry, with four values to write there.</summary>
         private void FillRequests(ulong writable, ulong readOnly, ulong unused, ulong absent)
         {
@@ -391,7 +414,7 @@ public static class BenchmarkGuest
             _code.jb(loop);
         }
 
-        /// <summary>RAX: machine address of the L1 entry of the address in R14; RBP: the frame address that it holds.</summary>
+        /// <summary>RAX: machine address of the L1 entry of the address in R14, RBX + 8 * RCX its virtual one; RBP: the frame address that it holds.</summary>
         private void WalkToEntry()
         {
             _code.mov(rbx, __qword_ptr[_console.StartInfoVariable]);

@@ -219,7 +219,10 @@ public unsafe struct VcpuContext
         => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
 
     /// <summary>True where a long operation must stop between two elements (hypercall_preempt_check).</summary>
-    public bool PreemptionDue => Volatile.Read(ref *KickPending) != 0 || UpcallDue || Budget.IsSpent();
+    public bool PreemptionDue => IsInterrupted || Budget.IsSpent();
+
+    /// <summary>The part of <see cref="PreemptionDue"/> that comes from outside, and for which no clock has to be read.</summary>
+    public bool IsInterrupted => Volatile.Read(ref *KickPending) != 0 || UpcallDue;
 }
 
 /// <summary>The machine's RAM: a range in which each domain has frames of its own.</summary>

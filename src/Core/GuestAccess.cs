@@ -10,6 +10,29 @@ namespace XenSharp.Core;
 /// </summary>
 public static unsafe class GuestAccess
 {
+    /// <summary>The page of the domain's own memory that an operation read from last: a translation that it remembers, as a processor would.</summary>
+    public struct ReadWindow
+    {
+        private ulong _page;
+        private byte* _host;
+
+        /// <summary>Remembers nothing, or no more.</summary>
+        public void Clear() => _host = null;
+
+        /// <summary>Host address of what is at a linear address, in the page that is remembered; null where that is another.</summary>
+        public readonly byte* Find(ulong address, int size)
+        {
+            ulong offset = address - _page;
+            return _host != null && offset <= Paging.PageSize - (ulong)size ? _host + offset : null;
+        }
+
+        internal void Remember(ulong page, byte* host)
+        {
+            _page = page;
+            _host = host;
+        }
+    }
+
     /// <summary>Copies from the guest.</summary>
     /// <returns>False (the caller's -EFAULT) when any byte cannot be read; part may have been copied.</returns>
     public static bool CopyFrom(VcpuContext* vcpu, ulong address, void* destination, ulong length)
@@ -67,6 +90,21 @@ public static unsafe class GuestAccess
         Unsafe.SkipInit(out value);
         fixed (T* to = &value)
             return CopyFrom(vcpu, address, to, (ulong)sizeof(T));
+    }
+
+    /// <summary>Copies one value from the guest, and remembers where it was.</summary>
+    public static bool Read<T>(VcpuContext* vcpu, ref ReadWindow window, ulong address, out T value)
+        where T : unmanaged
+    {
+        window.Clear();
+        if (!Read(vcpu, address, out value))
+            return false;
+
+        // What is another domain's may be taken away while it is not being looked at.
+        byte* found = Translate(vcpu, address, write: false, out Mfn frame);
+        if (found != null && vcpu->Domain->Memory.Contains(frame))
+            window.Remember(address & ~Paging.PageOffsetMask, vcpu->Domain->Memory.Page(frame));
+        return true;
     }
 
     /// <summary>Copies one value to the guest.</summary>

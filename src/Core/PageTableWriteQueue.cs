@@ -20,6 +20,9 @@ public unsafe struct PageTableWriteQueue
     /// <summary>Most runs that are kept apart; past that, every shadow page is dropped instead (<see cref="Overflowed"/>).</summary>
     public const int Capacity = 1024;
 
+    /// <summary>Most pages whose translations are dropped one by one; past that, all are.</summary>
+    public const int MaxInvalidations = 8;
+
     /// <summary>A run of neighbouring entries.</summary>
     public struct Run
     {
@@ -39,6 +42,9 @@ public unsafe struct PageTableWriteQueue
     /// <summary>Set when a translation may be cached that the guest must no longer use; the next entry drops them all.</summary>
     public int FlushPending;
 
+    /// <summary>Pages whose translations the next entry drops (<see cref="Invalidated"/>), where it does not drop all.</summary>
+    public int InvalidationCount;
+
     /// <summary>
     /// Not 0 while the processor may be executing guest code: from before it looks at <see cref="FlushRequested"/> until it has come
     /// back. Written by its own thread only.
@@ -47,6 +53,12 @@ public unsafe struct PageTableWriteQueue
 
     /// <summary>Set by other vCPUs that want <see cref="Flush"/> done; taken at the next entry.</summary>
     public int FlushRequested;
+
+    /// <summary>
+    /// The page, its lowest bit set, that another vCPU wants <see cref="Invalidate"/> done for; 0 for none. Who finds it taken asks for
+    /// all to be dropped.
+    /// </summary>
+    public ulong InvalidationRequested;
 
     /// <summary>Set when the operation under way can only go on once the queued stores have been repeated: the next entry comes first.</summary>
     public int EntryFirst;
@@ -58,11 +70,18 @@ public unsafe struct PageTableWriteQueue
     public int Overflowed;
 
     private RunArray _runs;
+    private InvalidationArray _invalidations;
 
     [InlineArray(Capacity)]
     private struct RunArray
     {
         private Run _element;
+    }
+
+    [InlineArray(MaxInvalidations)]
+    private struct InvalidationArray
+    {
+        private ulong _element;
     }
 
     [UnscopedRef]
@@ -111,6 +130,61 @@ public unsafe struct PageTableWriteQueue
 
     /// <summary>Asks for all translations of this processor to be dropped before the guest runs on.</summary>
     public void Flush() => FlushPending = 1;
+
+    /// <summary>Asks for the translations of one page to be dropped on this processor before the guest runs on.</summary>
+    public void Invalidate(VirtualAddress address)
+    {
+        ulong page = address.Value & ~(Paging.PageSize - 1);
+        for (int i = 0; i < InvalidationCount; i++)
+        {
+            if (_invalidations[i] == page)
+                return;
+        }
+
+        if (InvalidationCount == MaxInvalidations)
+        {
+            Flush();
+            return;
+        }
+
+        _invalidations[InvalidationCount] = page;
+        InvalidationCount++;
+    }
+
+    /// <summary>The page of a request to drop translations.</summary>
+    /// <param name="index">Below <see cref="InvalidationCount"/>.</param>
+    public readonly ulong Invalidated(int index) => _invalidations[index];
+
+    /// <summary>Another vCPU wants the translations of one page dropped: before this one's next entry they are.</summary>
+    public void RequestInvalidation(VirtualAddress address)
+    {
+        ulong request = (address.Value & ~(Paging.PageSize - 1)) | 1;
+        ulong found = Interlocked.CompareExchange(ref InvalidationRequested, request, 0);
+        if (found != 0 && found != request)
+            _ = Interlocked.Exchange(ref FlushRequested, 1);
+    }
+
+    /// <summary>Takes over what other vCPUs asked for, before an entry.</summary>
+    public void TakeRequests()
+    {
+        if (Volatile.Read(ref FlushRequested) != 0 && Interlocked.Exchange(ref FlushRequested, 0) != 0)
+            Flush();
+        if (Volatile.Read(ref InvalidationRequested) != 0)
+            Invalidate(new VirtualAddress(Interlocked.Exchange(ref InvalidationRequested, 0)));
+    }
+
+    /// <summary>Whether a request of another vCPU has not been taken over.</summary>
+    public bool IsRequested => Volatile.Read(ref FlushRequested) != 0 || Volatile.Read(ref InvalidationRequested) != 0;
+
+    /// <summary>Nothing of this is due any more: the guest has been entered, or KVM has forgotten all that it made from the tables.</summary>
+    public void Clear()
+    {
+        Count = 0;
+        Overflowed = 0;
+        FlushPending = 0;
+        InvalidationCount = 0;
+        EntryFirst = 0;
+    }
 
     /// <summary>Has the entry at a machine address, which the manager stored, stored again inside the VM.</summary>
     public void Repeat(MachineAddress address)

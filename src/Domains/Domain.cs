@@ -75,7 +75,7 @@ public sealed unsafe class Domain : IDisposable
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
             Events = new EventChannelDomain(
-                Context, Id.Value, id => _manager.Find(id)?.Events, new WritableFrames(), FifoAbi.PortCount - 1);
+                Context, Id.Value, id => _manager.Find(id)?.Events, new WritableFrames(), options.MaxEventChannels);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
             StoreChannel = Events.AllocateBackend(out EventChannelPort storePort);
             ConsolePort = consolePort.Value;

@@ -11,6 +11,7 @@ namespace XenSharp.Domains;
 internal sealed unsafe class DomainMemory : IDisposable
 {
     private const nuint Alignment = 4096;
+    private readonly nuint _size;
     private byte* _block;
 
     /// <param name="machine">The VM.</param>
@@ -43,9 +44,10 @@ internal sealed unsafe class DomainMemory : IDisposable
         ulong windowWords = (machine.Window.FrameCount + 63) / 64;
         nuint releasesAt = Take((nuint)(windowWords * sizeof(ulong)));
         nuint scrubAt = Take(ScrubMap.SizeOf(frames));
+        nuint usesAt = Take((nuint)machine.Window.FrameCount * sizeof(ulong));
         nuint framesAt = Take((nuint)frames * (nuint)sizeof(FrameInfo));
-        _block = (byte*)NativeMemory.AlignedAlloc(offset, Alignment);
-        NativeMemory.Clear(_block, offset);
+        _size = offset;
+        _block = (byte*)HostPages.Allocate(_size);
 
         Context = (DomainContext*)(_block + contextAt);
         VcpuContexts = (VcpuContext*)(_block + vcpuContextsAt);
@@ -62,9 +64,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context->Window = machine.Window;
         Context->WindowToPhys = machine.WindowToPhys;
         Context->WindowReleases = (ulong*)(_block + releasesAt);
-
-        // By itself, so that it takes no memory before it is used.
-        Context->WindowUses = (ulong*)NativeMemory.AllocZeroed((nuint)machine.Window.FrameCount, sizeof(ulong));
+        Context->WindowUses = (ulong*)(_block + usesAt);
         Context->HypervisorSlots = (ulong*)(_block + slotsAt);
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
         Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
@@ -89,8 +89,7 @@ internal sealed unsafe class DomainMemory : IDisposable
 
     public void Dispose()
     {
-        NativeMemory.Free(Context->WindowUses);
-        NativeMemory.AlignedFree(_block);
+        HostPages.Free(_block, _size);
         _block = null;
     }
 }

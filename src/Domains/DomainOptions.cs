@@ -47,6 +47,9 @@ public sealed record DomainOptions
     /// <summary>vCPUs that the guest may bring up, from 1 to what the VM can have; the first is up from the start.</summary>
     public int Vcpus { get; init; } = 1;
 
+    /// <summary>The highest event-channel port that the guest may have, 1 to 131071 (xl's max_event_channels, and its default).</summary>
+    public uint MaxEventChannels { get; init; } = 1023;
+
     /// <summary>Kernel command line, at most 1023 bytes in UTF-8.</summary>
     public string CommandLine { get; init; } = string.Empty;
 

@@ -58,8 +58,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         _context = (EventChannelContext*)NativeMemory.AllocZeroed((nuint)sizeof(EventChannelContext));
         _context->Domain = domain;
         _context->State = (EventChannelState*)NativeMemory.AllocZeroed((nuint)sizeof(EventChannelState));
-        _context->Ports = (EventChannelPortState*)NativeMemory.AllocZeroed(
-            PortTableSize(maxPort), (nuint)sizeof(EventChannelPortState));
+        _context->Ports = (EventChannelPortState*)HostPages.Allocate(PortTableBytes);
         _context->Vcpus = (EventChannelVcpuState*)NativeMemory.AllocZeroed(
             EventChannelState.MaxVcpus, (nuint)sizeof(EventChannelVcpuState));
         _context->VcpuContexts = (VcpuContext**)NativeMemory.AllocZeroed(EventChannelState.MaxVcpus, (nuint)sizeof(VcpuContext*));
@@ -202,7 +201,7 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         foreach (EventChannelBackend backend in _backends.Values)
             backend.Complete();
         NativeMemory.Free(_context->State);
-        NativeMemory.Free(_context->Ports);
+        HostPages.Free(_context->Ports, PortTableBytes);
         NativeMemory.Free(_context->Vcpus);
         NativeMemory.Free(_context->VcpuContexts);
         NativeMemory.Free(_context->Fifo);
@@ -257,6 +256,8 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
     }
 
     /// <summary>Entries of the port table: whole buckets.</summary>
+    private nuint PortTableBytes => PortTableSize(_maxPort) * (nuint)sizeof(EventChannelPortState);
+
     private static uint PortTableSize(uint maxPort) => (maxPort / EventChannelState.PortsPerBucket + 1) * EventChannelState.PortsPerBucket;
 
     private void DeliverFromOutside(VcpuMask wake)

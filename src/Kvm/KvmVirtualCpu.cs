@@ -307,8 +307,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return new VcpuExit(VcpuExitKind.Kicked);
         }
 
-        if (Volatile.Read(ref _writes->FlushRequested) != 0 && Interlocked.Exchange(ref _writes->FlushRequested, 0) != 0)
-            _writes->Flush();
+        _writes->TakeRequests();
         _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
         *_intended = _run->Regs;
         if (!PrepareEntry(out VcpuExit refusal))
@@ -496,6 +495,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         sregs.Ss = new KvmSegment { Limit = uint.MaxValue, Selector = MonitorLayout.MonitorSs, Type = 3, Present = 1, Dpl = 0, Db = 1, S = 1, G = 1 };
     }
 
+    /// <summary>Whether the way back into the guest is through CPL 0.</summary>
+    private bool NeedsChain => _writes->Count != 0 || _writes->FlushPending != 0 || _writes->InvalidationCount != 0;
+
     /// <summary>Turns the intended guest state into what KVM_RUN starts from.</summary>
     /// <param name="refusal">The exception of a CS or SS that IRET would not load.</param>
     /// <returns>False for a refusal: the guest is not to be entered.</returns>
@@ -514,12 +516,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
 
         // A KVM that interprets IRETQ may not do so for segments of the local table: they are entered without a chain, in the rare case.
-        if ((_writes->Count != 0 || _writes->FlushPending != 0) && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
+        if (NeedsChain && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
         {
             _machine.DropShadowPages();
-            _writes->Count = 0;
-            _writes->Overflowed = 0;
-            _writes->FlushPending = 0;
+            _writes->Clear();
         }
 
         if (_writes->Count != 0 && (_writes->Overflowed != 0 || _interruptions > MaxInterruptions || QueuedEntries() > MaxEntries))
@@ -538,7 +538,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
             _writes->Flush();
-        if (_writes->Count != 0 || _writes->FlushPending != 0)
+        if (NeedsChain)
         {
             // At CPL 0: stores, flush, then IRETQ.
             if (!atMonitor)
@@ -618,7 +618,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     }
 
     /// <summary>
-    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root, stores of few neighbours, runs. The root is loaded
+    /// Writes the chain of gadgets, from its end: IRET frame, RCX, root or pages, stores of few neighbours, runs. The root is loaded
     /// after the stores, because that is what flushes what was derived from the entries before them.
     /// </summary>
     private void BuildChain()
@@ -631,6 +631,13 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             *--top = gadget;
             *--top = _root;
             gadget = _code.LoadRoot;
+        }
+
+        for (int i = 0; _writes->FlushPending == 0 && i < _writes->InvalidationCount; i++)
+        {
+            *--top = gadget;
+            *--top = _writes->Invalidated(i);
+            gadget = _code.InvalidatePage;
         }
 
         gadget = PushStores(ref top, gadget);
@@ -727,10 +734,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private void EntryDone()
     {
         _interruptions = 0;
-        _writes->Count = 0;
-        _writes->FlushPending = 0;
-        _writes->Overflowed = 0;
-        _writes->EntryFirst = 0;
+        _writes->Clear();
     }
 
     private VcpuExit TakeIoExit()

@@ -39,6 +39,9 @@ internal sealed class MonitorCode
     /// <summary>Pops a page-table root, loads CR3 with it, goes on.</summary>
     public ulong LoadRoot { get; private init; }
 
+    /// <summary>Pops an address, drops the translations of its page, goes on.</summary>
+    public ulong InvalidatePage { get; private init; }
+
     /// <summary>Pops the address for <see cref="LockedRun"/>, goes on.</summary>
     public ulong PopAddress { get; private init; }
 
@@ -102,6 +105,11 @@ internal sealed class MonitorCode
         code.mov(cr3, rcx);
         code.ret();
 
+        Label invalidatePage = Here();
+        code.pop(rcx);
+        code.invlpg(__[rcx]);
+        code.ret();
+
         Label stores = Here();
         UnrollStores(code);
         Label storesEnd = Here();
@@ -145,6 +153,7 @@ internal sealed class MonitorCode
         {
             ExceptionStubs = result.GetLabelRIP(stubs),
             LoadRoot = result.GetLabelRIP(loadRoot),
+            InvalidatePage = result.GetLabelRIP(invalidatePage),
             RestoreAndIret = result.GetLabelRIP(restoreAndIret),
             PopAddress = result.GetLabelRIP(popAddress),
             LockedRunEnd = lockedRunEndAt,

@@ -1,4 +1,5 @@
 // mmu_update (1), update_va_mapping (14) and update_va_mapping_otherdomain (22).
+using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 
@@ -15,11 +16,53 @@ public static unsafe class MmuUpdate
     private const ulong NoTranslate = 3;
     private const ulong CommandMask = 7;
 
+    /// <summary>Updates of L1 entries between two looks at the clock: together they take less than a microsecond.</summary>
+    public const uint RequestsALook = 16;
+
     [StructLayout(LayoutKind.Sequential)]
     private struct Request
     {
         public ulong Pointer;
         public ulong Value;
+    }
+
+    /// <summary>A page table that is held from one request to the next: most name the neighbour of the one before.</summary>
+    private struct HeldTable
+    {
+        private Mfn _frame;
+        private FrameInfo* _info;
+
+        public int Level { get; private set; }
+
+        /// <summary>Holds nothing, from the start.</summary>
+        public void Clear()
+        {
+            _info = null;
+            Level = 0;
+        }
+
+        /// <summary>Holds the table in a frame that the caller has a reference to, which becomes this one's.</summary>
+        /// <returns>False where there is no table: the reference stays the caller's.</returns>
+        public bool TryTake(Mfn frame, FrameInfo* info)
+        {
+            if (!PageTables.TryHold(info, out int level))
+                return false;
+            _frame = frame;
+            _info = info;
+            Level = level;
+            return true;
+        }
+
+        public readonly bool Is(Mfn frame) => _info != null && _frame == frame;
+
+        public void LetGo(VcpuContext* vcpu)
+        {
+            if (_info == null)
+                return;
+            PageTables.Release(vcpu, _frame, _info);
+            FrameTable.Of(vcpu->Domain)->PutPage(_info);
+            _info = null;
+        }
     }
 
     /// <summary>mmu_update(requests, count, done count, foreign domid | page-table domid + 1 &lt;&lt; 16).</summary>
@@ -62,15 +105,22 @@ public static unsafe class MmuUpdate
         // A domain that is known but not the caller's to change is refused request by request.
         if (!tableIsOwn)
             refusal = Errno.EPERM;
+        Unsafe.SkipInit(out HeldTable table);
+        Unsafe.SkipInit(out GuestAccess.ReadWindow window);
+        table.Clear();
+        window.Clear();
+        uint nextLook = RequestsALook;
         for (; i < count; i++)
         {
-            if (PageTables.FinishDeferred(vcpu) != Errno.None || (i != 0 && vcpu->PreemptionDue))
+            if (PageTables.FinishDeferred(vcpu) != Errno.None || (i != 0 && vcpu->IsInterrupted) || (i >= nextLook && vcpu->Budget.IsSpent()))
             {
                 error = Errno.ERESTART;
                 break;
             }
 
-            if (!GuestAccess.Read(vcpu, requests + (i * (ulong)sizeof(Request)), out Request request))
+            if (i >= nextLook)
+                nextLook = i + RequestsALook;
+            if (!TryRead(vcpu, ref window, requests + (i * (ulong)sizeof(Request)), out Request request))
             {
                 error = Errno.EFAULT;
                 break;
@@ -82,14 +132,20 @@ public static unsafe class MmuUpdate
                 > NoTranslate => Errno.ENOSYS,
                 _ when refusal != Errno.None => refusal,
                 NormalPageTableUpdate or PreserveAccessedDirty or NoTranslate => UpdateEntry(
-                    vcpu, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value), command == PreserveAccessedDirty, ioMemory),
+                    vcpu, ref table, new MachineAddress(request.Pointer - command), new PageTableEntry(request.Value),
+                    command == PreserveAccessedDirty, ioMemory),
                 _ when ioMemory => Errno.EINVAL,
                 _ => UpdateMachineToPhys(vcpu, new MachineAddress(request.Pointer).Frame, request.Value),
             };
             if (error != Errno.None)
                 break;
+
+            // Above L1 a single entry can take all the time that there is.
+            if (table.Level > 1)
+                nextLook = i + 1;
         }
 
+        table.LetGo(vcpu);
         return EndBatch(vcpu, arguments, i, done, (ulong)sizeof(Request), error);
     }
 
@@ -156,7 +212,7 @@ public static unsafe class MmuUpdate
         PageTables.LetGoL1(vcpu, entryAddress.Frame, table);
         return error switch
         {
-            Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, arguments.A2),
+            Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, linear, arguments.A2),
             Errno.ERESTART => Continuation.Create(vcpu, arguments),
             _ => -(long)error,
         };
@@ -168,30 +224,47 @@ public static unsafe class MmuUpdate
             _ = GuestAccess.Write(vcpu, pointer, done);
     }
 
-    private static Errno UpdateEntry(VcpuContext* vcpu, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty, bool ioMemory)
+    private static bool TryRead(VcpuContext* vcpu, ref GuestAccess.ReadWindow window, ulong address, out Request request)
     {
-        FrameTable* frames = FrameTable.Of(vcpu->Domain);
-        FrameInfo* info = frames->GetPage(address.Frame, vcpu->Domain->State->Id);
-        if (info == null)
+        var near = (Request*)window.Find(address, sizeof(Request));
+        if (near == null)
+            return GuestAccess.Read(vcpu, ref window, address, out request);
+        request.Pointer = near->Pointer;
+        request.Value = near->Value;
+        return true;
+    }
+
+    private static Errno UpdateEntry(
+        VcpuContext* vcpu, ref HeldTable table, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty, bool ioMemory)
+    {
+        if (!table.Is(address.Frame))
+        {
+            table.LetGo(vcpu);
+            FrameInfo* info = FrameTable.Of(vcpu->Domain)->GetPage(address.Frame, vcpu->Domain->State->Id);
+            if (info == null)
+                return Errno.EINVAL;
+            if (!table.TryTake(address.Frame, info))
+                return StoreToPage(vcpu, address, info, value);
+        }
+
+        if (ioMemory && table.Level != 1)
             return Errno.EINVAL;
         PageTableEntry* entry = (PageTableEntry*)(vcpu->Domain->Memory.Page(address.Frame) + address.Offset);
-        Errno error;
-        if (PageTables.TryHold(info, out int level))
+        return PageTables.ModifyEntry(vcpu, table.Level, entry, address, value, preserveAccessedDirty, ioMemory);
+    }
+
+    /// <summary>An ordinary store into the guest's own page, which is not in use as a table.</summary>
+    private static Errno StoreToPage(VcpuContext* vcpu, MachineAddress address, FrameInfo* info, PageTableEntry value)
+    {
+        Errno error = PageTables.GetType(vcpu, address.Frame, info, PageType.Writable);
+        if (error == Errno.None)
         {
-            error = ioMemory && level != 1
-                ? Errno.EINVAL
-                : PageTables.ModifyEntry(vcpu, level, entry, address, value, preserveAccessedDirty, ioMemory);
-            PageTables.Release(vcpu, address.Frame, info);
-        }
-        else if ((error = PageTables.GetType(vcpu, address.Frame, info, PageType.Writable)) == Errno.None)
-        {
-            // Not in use as a table: an ordinary store into the guest's own page.
-            Volatile.Write(ref *(ulong*)entry, value.Value);
+            Volatile.Write(ref *(ulong*)(vcpu->Domain->Memory.Page(address.Frame) + address.Offset), value.Value);
             GuestAccess.Written(vcpu, address.Frame, (ulong)address.Offset, sizeof(ulong));
             _ = PageTables.PutType(vcpu, address.Frame, info);
         }
 
-        frames->PutPage(info);
+        FrameTable.Of(vcpu->Domain)->PutPage(info);
         return error;
     }
 

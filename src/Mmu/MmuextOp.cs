@@ -141,16 +141,23 @@ public static unsafe class MmuextOp
             case Command.NewUserBaseptr:
                 return NewUserBaseptr(vcpu, frame);
             case Command.TlbFlushLocal:
-            case Command.InvlpgLocal:
                 TlbFlush.OnThisVcpu(vcpu);
                 return Errno.None;
+            case Command.InvlpgLocal:
+                TlbFlush.OnThisVcpu(vcpu, new VirtualAddress(request.Argument1));
+                return Errno.None;
             case Command.TlbFlushAll:
-            case Command.InvlpgAll:
                 TlbFlush.OnAllVcpus(vcpu);
                 return Errno.None;
+            case Command.InvlpgAll:
+                TlbFlush.OnAllVcpus(vcpu, new VirtualAddress(request.Argument1));
+                return Errno.None;
             case Command.TlbFlushMulti:
-            case Command.InvlpgMulti:
                 return TlbFlush.OnVcpus(vcpu, request.Argument2) == Errno.None ? Errno.None : Errno.EINVAL;
+            case Command.InvlpgMulti:
+                return TlbFlush.OnVcpus(vcpu, request.Argument2, new VirtualAddress(request.Argument1)) == Errno.None
+                    ? Errno.None
+                    : Errno.EINVAL;
             case Command.FlushCache:
                 return Errno.EACCES;
             case Command.FlushCacheGlobal:

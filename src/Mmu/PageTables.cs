@@ -225,6 +225,8 @@ public static unsafe class PageTables
                 old = found;
             }
 
+            if (level == 1 && !ioMemory && !preserveAccessedDirty && TryNarrow(vcpu, entry, address, ref old, value))
+                return Errno.None;
             Errno error = ioMemory ? RefuseIoMemory(vcpu, value.Frame) : Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
@@ -244,6 +246,32 @@ public static unsafe class PageTables
         if (level > 1)
             TlbFlush.AfterUnlink(vcpu);
         return Errno.None;
+    }
+
+    /// <summary>
+    /// Replaces an L1 entry of one of the domain's pages by one of the same page that cannot be written through: its reference stays, and
+    /// only a use as writable goes.
+    /// </summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="entry">Host address of the entry.</param>
+    /// <param name="address">Its machine address.</param>
+    /// <param name="old">What the caller saw there; what is there now, where another vCPU was faster.</param>
+    /// <param name="value">The new entry, present.</param>
+    /// <returns>False when it is another page, can be written through, or was not stored.</returns>
+    private static bool TryNarrow(VcpuContext* vcpu, PageTableEntry* entry, MachineAddress address, ref PageTableEntry old, PageTableEntry value)
+    {
+        if (!old.IsPresent || old.Frame != value.Frame || value.IsWritable)
+            return false;
+        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(value.Frame);
+        if (info == null || info->Owner != vcpu->Domain->State->Id)
+            return false;
+        PageTableEntry seen = old;
+        old = vcpu->PageTableWrites->CompareExchange(entry, address, value, seen);
+        if (old != seen)
+            return false;
+        if (seen.IsWritable)
+            _ = PutType(vcpu, value.Frame, info);
+        return true;
     }
 
     /// <summary>

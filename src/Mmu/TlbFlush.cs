@@ -28,25 +28,43 @@ internal static unsafe class TlbFlush
             vcpu->PageTableWrites->Flush();
     }
 
+    /// <summary>Drops the calling vCPU's translations of one page.</summary>
+    public static void OnThisVcpu(VcpuContext* vcpu, VirtualAddress page)
+    {
+        if (vcpu->PageTableWrites->InGuest == 0)
+            vcpu->PageTableWrites->Invalidate(page);
+    }
+
     /// <summary>Drops the translations of all vCPUs.</summary>
     public static void OnAllVcpus(VcpuContext* vcpu)
     {
         OnThisVcpu(vcpu);
-        for (int i = 0; vcpu->Domain->State->StartedVcpus > 1 && i < vcpu->Domain->State->VcpuCount; i++)
-            OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + i);
+        OnOtherVcpus(vcpu, everything: true, default);
+    }
+
+    /// <summary>Drops the translations of one page on all vCPUs.</summary>
+    public static void OnAllVcpus(VcpuContext* vcpu, VirtualAddress page)
+    {
+        OnThisVcpu(vcpu, page);
+        OnOtherVcpus(vcpu, everything: false, page);
     }
 
     /// <summary>Drops the translations of all vCPUs of a domain, on a thread that is none of them.</summary>
     public static void FromOutside(DomainContext* domain)
     {
         for (int i = 0; i < domain->State->VcpuCount; i++)
-            OnOtherVcpu(null, domain->Vcpus + i);
+            OnOtherVcpu(null, domain->Vcpus + i, everything: true, default);
     }
 
     /// <summary>
     /// Drops translations on the vCPUs of a bitmap in guest memory: one bit a vCPU, read in words of 64.
     /// </summary>
-    public static Errno OnVcpus(VcpuContext* vcpu, ulong bitmap)
+    public static Errno OnVcpus(VcpuContext* vcpu, ulong bitmap) => OnVcpus(vcpu, bitmap, everything: true, default);
+
+    /// <summary>As <see cref="OnVcpus(VcpuContext*, ulong)"/>, for those of one page.</summary>
+    public static Errno OnVcpus(VcpuContext* vcpu, ulong bitmap, VirtualAddress page) => OnVcpus(vcpu, bitmap, everything: false, page);
+
+    private static Errno OnVcpus(VcpuContext* vcpu, ulong bitmap, bool everything, VirtualAddress page)
     {
         int count = vcpu->Domain->State->VcpuCount;
         for (int first = 0; first < count; first += 64)
@@ -57,33 +75,34 @@ internal static unsafe class TlbFlush
             {
                 if ((bits & 1) == 0)
                     continue;
-                if (first + i == vcpu->State->Id)
+                if (first + i != vcpu->State->Id)
+                    OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + first + i, everything, page);
+                else if (everything)
                     OnThisVcpu(vcpu);
                 else
-                    OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + first + i);
+                    OnThisVcpu(vcpu, page);
             }
         }
 
         return Errno.None;
     }
 
-    /// <summary>The UVMF_* flags of update_va_mapping.</summary>
-    public static long AfterUpdateVaMapping(VcpuContext* vcpu, ulong flags)
+    /// <summary>What the UVMF_* flags of update_va_mapping ask for.</summary>
+    public static long AfterUpdateVaMapping(VcpuContext* vcpu, VirtualAddress page, ulong flags)
     {
         if ((flags & FlushTypeMask) is not (FlushTlb or InvalidatePage))
             return 0;
+        bool everything = (flags & FlushTypeMask) == FlushTlb;
         ulong target = flags & ~FlushTypeMask;
-        switch (target)
-        {
-            case Local:
-                OnThisVcpu(vcpu);
-                return 0;
-            case All:
-                OnAllVcpus(vcpu);
-                return 0;
-            default:
-                return -(long)OnVcpus(vcpu, target);
-        }
+        if (target is not (Local or All))
+            return -(long)OnVcpus(vcpu, target, everything, page);
+        if (everything)
+            OnThisVcpu(vcpu);
+        else
+            OnThisVcpu(vcpu, page);
+        if (target == All)
+            OnOtherVcpus(vcpu, everything, page);
+        return 0;
     }
 
     /// <summary>An entry above L1 was replaced: parts of walks that went through it may be cached.</summary>
@@ -126,7 +145,7 @@ internal static unsafe class TlbFlush
             }
 
             if (own->InGuest == 0)
-                OnOtherVcpu(vcpu, other);
+                OnOtherVcpu(vcpu, other, everything: true, default);
             else if (Volatile.Read(ref other->PageTableWrites->Count) != 0)
                 return Hurry(other);
         }
@@ -145,16 +164,25 @@ internal static unsafe class TlbFlush
         return false;
     }
 
-    private static void OnOtherVcpu(VcpuContext* vcpu, VcpuContext* other)
+    private static void OnOtherVcpus(VcpuContext* vcpu, bool everything, VirtualAddress page)
+    {
+        for (int i = 0; vcpu->Domain->State->StartedVcpus > 1 && i < vcpu->Domain->State->VcpuCount; i++)
+            OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + i, everything, page);
+    }
+
+    private static void OnOtherVcpu(VcpuContext* vcpu, VcpuContext* other, bool everything, VirtualAddress page)
     {
         PageTableWriteQueue* queue = other->PageTableWrites;
         if (other == vcpu || Volatile.Read(ref other->State->Started) == 0 || queue->InGuest != 0)
             return;
-        _ = Interlocked.Exchange(ref queue->FlushRequested, 1);
+        if (everything)
+            _ = Interlocked.Exchange(ref queue->FlushRequested, 1);
+        else
+            queue->RequestInvalidation(page);
         if (Volatile.Read(ref queue->Running) == 0)
             return;
         other->Kick(other);
-        for (int spins = 0; Volatile.Read(ref queue->Running) != 0 && Volatile.Read(ref queue->FlushRequested) != 0; spins++)
+        for (int spins = 0; Volatile.Read(ref queue->Running) != 0 && queue->IsRequested; spins++)
         {
             if (spins > SpinsBeforeYield)
                 _ = Thread.Yield();

@@ -116,4 +116,37 @@ public sealed unsafe class PageTableWriteQueueTests
 
     private (ulong Address, ulong Count)[] Runs()
         => [.. Enumerable.Range(0, _queue->Count).Select(i => ((*_queue)[i].Address, (*_queue)[i].Count))];
+
+    [Test]
+    public void Pages_are_dropped_one_by_one_up_to_a_number()
+    {
+        for (ulong page = 0; page < PageTableWriteQueue.MaxInvalidations; page++)
+        {
+            _queue->Invalidate(new VirtualAddress((page << Paging.PageShift) + page));
+            _queue->Invalidate(new VirtualAddress(page << Paging.PageShift));
+            Assert.That((_queue->InvalidationCount, _queue->Invalidated((int)page)), Is.EqualTo(((int)page + 1, page << Paging.PageShift)));
+        }
+
+        Assert.That(_queue->FlushPending, Is.Zero);
+        _queue->Invalidate(new VirtualAddress(1 << 30));
+        Assert.That(_queue->FlushPending, Is.EqualTo(1));
+    }
+
+    /// <summary>Page 0 too can be asked for; two pages at once are all pages; what is taken over is asked for no more.</summary>
+    [TestCase(new ulong[] { 0x123 }, new ulong[] { 0 }, 0)]
+    [TestCase(new ulong[] { 0x7123, 0x7000 }, new ulong[] { 0x7000 }, 0)]
+    [TestCase(new ulong[] { 0x7123, 0x8000 }, new ulong[] { 0x7000 }, 1)]
+    public void Other_vcpus_ask_for_pages(ulong[] requests, ulong[] pages, int everything)
+    {
+        foreach (ulong request in requests)
+            _queue->RequestInvalidation(new VirtualAddress(request));
+        Assert.That(_queue->IsRequested, Is.True);
+        _queue->TakeRequests();
+        Assert.That(_queue->IsRequested, Is.False);
+        Assert.That(_queue->FlushPending, Is.EqualTo(everything));
+        Assert.That(Enumerable.Range(0, _queue->InvalidationCount).Select(i => _queue->Invalidated(i)), Is.EqualTo(pages));
+        _queue->Clear();
+        _queue->TakeRequests();
+        Assert.That((_queue->FlushPending, _queue->InvalidationCount), Is.EqualTo((0, 0)));
+    }
 }

@@ -37,6 +37,20 @@ public sealed unsafe class EntryChainTests : KvmTest
         ScanFromRandomRegisters(new Random(2));
     }
 
+    /// <summary>Pages one by one as far as they are kept apart, whatever they are; then all at once.</summary>
+    [Test]
+    public void RegistersTravelWithInvalidations([Values(1, 2, 8, 9)] int pages, [Values] bool stores)
+    {
+        if (stores)
+            ToggleRuns([1, 7]);
+        ulong[] addresses = [0, ScratchGuest.CodeAddress, ScratchGuest.DataAddress, 0x8000_0000_0000, ulong.MaxValue, 0xffff_8000_0000_0000, 1 << 30, 7, 3 << 20];
+        foreach (ulong address in addresses.Take(pages))
+            _guest.Vcpu.PageTableWrites->Invalidate(new VirtualAddress(address));
+        Assert.That(_guest.Vcpu.PageTableWrites->FlushPending, Is.Zero, "page 0 is there twice");
+        ScanFromRandomRegisters(new Random(pages));
+        Assert.That(_guest.Vcpu.PageTableWrites->InvalidationCount, Is.Zero);
+    }
+
     [Test]
     public void RunsOfOneLength(
         [Values(1, 2, 31, 32, 33, 64, 65, 127, 128, 129, 256, 257)] int runs,

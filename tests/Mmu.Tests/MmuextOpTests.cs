@@ -202,11 +202,15 @@ public sealed unsafe class MmuextOpTests
     {
         using var machine = new TestMachine(inGuest: inGuest);
         *(ulong*)(machine.Data + 256) = 1;
-        foreach ((uint command, ulong second) in ((uint, ulong)[])[(6, 0), (7, 0), (8, DataAddress + 256), (9, DataAddress + 256), (10, 0), (11, 0)])
+        foreach ((uint command, ulong second, bool everything) in ((uint, ulong, bool)[])
+            [(6, 0, true), (7, 0, false), (8, DataAddress + 256, true), (9, DataAddress + 256, false), (10, 0, true), (11, 0, false)])
         {
-            machine.Queue->FlushPending = 0;
-            Assert.That(machine.Extended(command, 0x1000, second), Is.Zero);
-            Assert.That(machine.Queue->FlushPending, Is.EqualTo(inGuest ? 0 : 1), $"command {command}");
+            machine.Queue->Clear();
+            Assert.That(machine.Extended(command, 0x1234, second), Is.Zero);
+            Assert.That(machine.Queue->FlushPending, Is.EqualTo(!inGuest && everything ? 1 : 0), $"command {command}");
+            Assert.That(machine.Queue->InvalidationCount, Is.EqualTo(!inGuest && !everything ? 1 : 0), $"command {command}");
+            if (machine.Queue->InvalidationCount != 0)
+                Assert.That(machine.Queue->Invalidated(0), Is.EqualTo(0x1000), "its page");
         }
     }
 

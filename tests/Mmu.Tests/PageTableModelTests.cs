@@ -451,9 +451,7 @@ public sealed unsafe class PageTableModelTests
                 VerifyWritable(after);
             else
                 _writable.Clear();
-            queue->Count = 0;
-            queue->Overflowed = 0;
-            queue->FlushPending = 0;
+            queue->Clear();
         }
 
         private void VerifyShadow(PageTableWriteQueue* queue, string after)

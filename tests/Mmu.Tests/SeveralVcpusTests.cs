@@ -152,9 +152,7 @@ public sealed unsafe class SeveralVcpusTests
             if (_call == null || _random.Next(50) == 0)
                 Begin();
             long result = _call(_vcpu, _arguments);
-            _vcpu->PageTableWrites->Count = 0;
-            _vcpu->PageTableWrites->Overflowed = 0;
-            _vcpu->PageTableWrites->FlushPending = 0;
+            _vcpu->PageTableWrites->Clear();
             if (_vcpu->Continuation.Pending != 0)
             {
                 _vcpu->Continuation.Pending = 0;

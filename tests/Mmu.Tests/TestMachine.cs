@@ -77,8 +77,7 @@ internal sealed unsafe class TestMachine : IDisposable
         Assert.That(MmuextOp.Pin(Vcpu, Frame(0), PageType.L4PageTable), Is.EqualTo(Errno.None));
         for (int i = 0; i < vcpus; i++)
             Assert.That(MmuextOp.NewBaseptr(Context->Vcpus + i, Frame(0)), Is.EqualTo(Errno.None));
-        Vcpu->PageTableWrites->Count = 0;
-        Vcpu->PageTableWrites->FlushPending = 0;
+        Vcpu->PageTableWrites->Clear();
     }
 
     public int FrameCount { get; }

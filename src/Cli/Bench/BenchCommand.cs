@@ -91,12 +91,23 @@ internal static class BenchCommand
         {
             times.AddColumn(new TableColumn($"{bed}, µs").RightAligned());
             times.AddColumn(new TableColumn("× Xen").RightAligned());
+            times.AddColumn(new TableColumn("× floor").RightAligned());
         }
 
+        times.AddRow(
+        [
+            "raw KVM exit from CPL 3 (the floor)",
+            string.Empty,
+            .. result.FloorNanoseconds.Skip(1).SelectMany(static floor => new[] { floor is { } time ? Microseconds(time) : string.Empty, string.Empty, "1" }),
+        ]);
         foreach (NestedBenchFigure figure in result.Figures)
         {
-            IEnumerable<string> others = figure.Nanoseconds.Skip(1)
-                .SelectMany(time => new[] { Microseconds(time), Ratio(time / figure.Nanoseconds[0]) });
+            IEnumerable<string> others = figure.Nanoseconds.Zip(result.FloorNanoseconds).Skip(1).SelectMany(bed => new[]
+            {
+                Microseconds(bed.First),
+                Ratio(bed.First / figure.Nanoseconds[0]),
+                bed.Second is { } floor ? Ratio(bed.First / floor) : string.Empty,
+            });
             times.AddRow([figure.Name, Microseconds(figure.Nanoseconds[0]), .. others]);
         }
 

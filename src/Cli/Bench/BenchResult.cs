@@ -40,8 +40,9 @@ public sealed record NestedBenchFigure(string Name, IReadOnlyList<double> Nanose
 
 /// <summary>A run on emulated machines.</summary>
 /// <param name="Beds">The hypervisors; the first is real Xen.</param>
+/// <param name="FloorNanoseconds">The lowest mean of a bare KVM exit on each; null for real Xen, which has none.</param>
 /// <param name="Figures">The times.</param>
-public sealed record NestedBenchResult(IReadOnlyList<string> Beds, IReadOnlyList<NestedBenchFigure> Figures);
+public sealed record NestedBenchResult(IReadOnlyList<string> Beds, IReadOnlyList<double?> FloorNanoseconds, IReadOnlyList<NestedBenchFigure> Figures);
 
 /// <summary>JSON without reflection.</summary>
 [JsonSerializable(typeof(BenchResult))]

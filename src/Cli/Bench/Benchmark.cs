@@ -84,6 +84,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         BenchmarkFigure.MmuUpdate32 => "mmu_update, batch of 32, an entry",
         BenchmarkFigure.MmuUpdate512 => "mmu_update, batch of 512, an entry",
         BenchmarkFigure.MmuUpdateUnused32 => "mmu_update, batch of 32, an unused entry",
+        BenchmarkFigure.PageTableExchange => "xchg with a page-table entry, emulated",
         BenchmarkFigure.EventToSelf => "event to self, upcall, and iret",
         BenchmarkFigure.TickDuringLongBatch => "timer tick's wait in an mmu_update of a million",
         _ => figure.ToString(),

@@ -1,5 +1,6 @@
 // What a domain has mapped of others' grants: a handle for each mapping (maptrack).
 using System.Runtime.InteropServices;
+using XenSharp.Core;
 using XenSharp.Mmu;
 
 namespace XenSharp.Domains.Grants;
@@ -51,8 +52,10 @@ internal sealed unsafe class GrantHandles : IDisposable
         _tails = new uint[vcpus];
         Array.Fill(_heads, End);
         Array.Fill(_tails, End);
-        _mappings = (GrantMappingInfo*)NativeMemory.AllocZeroed(_max, (nuint)sizeof(GrantMappingInfo));
+        _mappings = _max == 0 ? null : (GrantMappingInfo*)HostPages.Allocate(Size);
     }
+
+    private nuint Size => _max * (nuint)sizeof(GrantMappingInfo);
 
     /// <summary>Handles that there are, free ones included: all below this.</summary>
     public uint Limit { get; private set; }
@@ -101,7 +104,7 @@ internal sealed unsafe class GrantHandles : IDisposable
 
     public void Dispose()
     {
-        NativeMemory.Free(_mappings);
+        HostPages.Free(_mappings, Size);
         _mappings = null;
     }
 

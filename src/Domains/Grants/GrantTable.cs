@@ -101,6 +101,7 @@ internal sealed unsafe class GrantTable : IDisposable
     private readonly byte** _shared;
     private readonly ushort** _statuses;
     private readonly ActiveGrant* _active;
+    private readonly nuint _activeSize;
     private readonly byte* _ownPage;
 
     /// <summary>A table without frames, for a domain.</summary>
@@ -110,7 +111,8 @@ internal sealed unsafe class GrantTable : IDisposable
         _domain = owner.Context;
         Id = owner.Id.Value;
         Handles = new GrantHandles(vcpus, MaxHandlePages);
-        _active = (ActiveGrant*)NativeMemory.AllocZeroed(MaxFrames * Entries1PerFrame, (nuint)sizeof(ActiveGrant));
+        _activeSize = MaxFrames * Entries1PerFrame * (nuint)sizeof(ActiveGrant);
+        _active = (ActiveGrant*)HostPages.Allocate(_activeSize);
         _frames = (ulong*)NativeMemory.AllocZeroed(MaxFrames, sizeof(ulong));
         _statusFrames = (ulong*)NativeMemory.AllocZeroed(MaxStatusFrames, sizeof(ulong));
         _shared = (byte**)NativeMemory.AllocZeroed(MaxFrames, (nuint)sizeof(byte*));
@@ -121,7 +123,8 @@ internal sealed unsafe class GrantTable : IDisposable
     public GrantTable()
     {
         Handles = new GrantHandles(1, 0);
-        _active = (ActiveGrant*)NativeMemory.AllocZeroed(Entries1PerFrame, (nuint)sizeof(ActiveGrant));
+        _activeSize = Entries1PerFrame * (nuint)sizeof(ActiveGrant);
+        _active = (ActiveGrant*)HostPages.Allocate(_activeSize);
         _ownPage = (byte*)NativeMemory.AllocZeroed((nuint)Paging.PageSize);
         _shared = (byte**)NativeMemory.AllocZeroed(1, (nuint)sizeof(byte*));
         _shared[0] = _ownPage;
@@ -492,7 +495,7 @@ internal sealed unsafe class GrantTable : IDisposable
     public void Dispose()
     {
         Handles.Dispose();
-        NativeMemory.Free(_active);
+        HostPages.Free(_active, _activeSize);
         NativeMemory.Free(_frames);
         NativeMemory.Free(_statusFrames);
         NativeMemory.Free(_shared);

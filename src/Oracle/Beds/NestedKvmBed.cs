@@ -30,6 +30,8 @@ public sealed class NestedKvmBed : IGuestBed
 
     private const int MostReportBytes = 256 << 10;
     private const string InfoWord = "info";
+    private const string CommandWord = "command";
+    private const string CommandFile = "guests/command";
     private const string GuestWord = "guest";
 
     /// <summary>The boot of the machine, on a slow host.</summary>
@@ -68,6 +70,12 @@ public sealed class NestedKvmBed : IGuestBed
     /// <summary>What <c>xensharp info --json</c> said in the machine of the last run; null before there was one.</summary>
     public string? HostReport { get; private set; }
 
+    /// <summary>Arguments of one more xensharp command, which is run before the guests; null for none.</summary>
+    public string? Command { get; init; }
+
+    /// <summary>What <see cref="Command"/> printed in the machine of the last run.</summary>
+    public string? CommandOutput { get; private set; }
+
     public async IAsyncEnumerable<GuestRun> RunAsync(
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
@@ -78,13 +86,16 @@ public sealed class NestedKvmBed : IGuestBed
         int count = 0;
         TimeSpan timeout = guests.Aggregate(BootTime, static (sum, guest) => sum + guest.Timeout + TimeAroundGuest);
         int memory = guests.Max(static guest => guest.MemoryMiB);
-        await foreach (string line in _machine.RunAsync(Script, Files(guests), memory, timeout, cancellation).ConfigureAwait(false))
+        await foreach (string line in _machine.RunAsync(Script, Files(guests, Command), memory, timeout, cancellation).ConfigureAwait(false))
         {
             string[] words = line.Split(' ');
             switch (words)
             {
                 case [InfoWord, string report]:
                     HostReport = NestedText.Decode(report);
+                    break;
+                case [CommandWord, string output]:
+                    CommandOutput = NestedText.Decode(output);
                     break;
                 case [GuestWord, string name, string status, string console, string report]
                     when count < guests.Count && name == guests[count].Name && int.TryParse(status, CultureInfo.InvariantCulture, out int number):
@@ -120,8 +131,8 @@ public sealed class NestedKvmBed : IGuestBed
         return new GuestRun(name, console, ending, report);
     }
 
-    /// <summary>The guests' files. A kernel or ramdisk that several guests share is there once.</summary>
-    private static List<NestedFile> Files(IReadOnlyList<BedGuest> guests)
+    /// <summary>The command and the guests' files. A kernel or ramdisk that several guests share is there once.</summary>
+    private static List<NestedFile> Files(IReadOnlyList<BedGuest> guests, string? command)
     {
         List<NestedFile> files = [];
         Dictionary<ReadOnlyMemory<byte>, int> known = [];
@@ -133,6 +144,8 @@ public sealed class NestedKvmBed : IGuestBed
             list.Append(CultureInfo.InvariantCulture, $"{guest.Name} {Add(guest.Kernel)} {ramdisk} {guest.MemoryMiB} {guest.Vcpus} {seconds}\n");
             files.Add(new($"guests/{guest.Name}.cmdline") { Contents = Encoding.UTF8.GetBytes(guest.CommandLine) });
         }
+        if (command != null)
+            files.Add(new(CommandFile) { Contents = Encoding.UTF8.GetBytes(command) });
         files.Add(new("guests/list") { Contents = Encoding.UTF8.GetBytes(list.ToString()) });
         return files;
 
@@ -151,6 +164,12 @@ public sealed class NestedKvmBed : IGuestBed
         xensharp info --json >/tmp/info 2>/tmp/report ||
             fail "xensharp finds no KVM to its liking in the emulated machine: $(cat /tmp/report)"
         echo "{{InfoWord}} $(base64 -w 0 /tmp/info)" >&3
+
+        if [ -e /{{CommandFile}} ]; then
+            xensharp $(cat /{{CommandFile}}) >/tmp/command 2>/tmp/report 3>&- ||
+                fail "xensharp $(cat /{{CommandFile}}) failed in the emulated machine: $(cat /tmp/report)"
+            echo "{{CommandWord}} $(base64 -w 0 /tmp/command)" >&3
+        fi
 
         mkfifo /tmp/input.pipe /tmp/console.pipe /tmp/report.pipe
         # The end of its input would be typed to the guest, as a ^D with an event.

@@ -1,0 +1,103 @@
+// Debian with four vCPUs, of which some go and come while all work.
+
+using System.Diagnostics;
+using System.Globalization;
+using XenSharp.Cli.Hosting;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+
+namespace XenSharp.Boot.Tests;
+
+/// <summary>Needs the network at its first run, for some 70 MB. Takes half a minute, or as long as <see cref="Variable"/> says.</summary>
+[TestFixture]
+[Category("Debian")]
+[Category("Long")]
+public sealed class HotPlugTests : KvmFixture
+{
+    /// <summary>The environment variable with the time that vCPUs go and come, in seconds.</summary>
+    private const string Variable = "XENSHARP_HOTPLUG_SECONDS";
+
+    private const int DefaultSeconds = 20;
+    private const int Vcpus = 4;
+
+    /// <summary>What the guest's clock may differ from the host's over the whole time: its two readings come through a console.</summary>
+    private const double MaxClockDifference = 2.0;
+
+    private static int Seconds => Environment.GetEnvironmentVariable(Variable) is { Length: > 0 } text
+        ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
+        : DefaultSeconds;
+
+    [Test]
+    public async Task Vcpus_go_and_come_under_load()
+    {
+        using var end = new CancellationTokenSource(TimeSpan.FromSeconds((Seconds * 2) + 300));
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        byte[] kernel;
+        byte[] ramdisk;
+        try
+        {
+            kernel = await File.ReadAllBytesAsync((await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, end.Token)).Image, end.Token);
+
+            // The farm's shells fork; the sleeps need their timers wherever their vCPU has gone.
+            string script = $$"""
+                worker() { while [ ! -e /stop ]; do i=0; while [ $i -lt 20 ]; do ls /proc >/dev/null; i=$((i+1)); done; sleep 0.01; done; }
+                for j in 1 2 3 4 5 6; do worker & done
+                read start idle </proc/uptime
+                echo "@start $start"
+                now=${start%.*}; until=$((now+{{Seconds}})); changes=0
+                while [ $now -lt $until ]; do
+                    for c in 1 2 3; do echo 0 >/sys/devices/system/cpu/cpu$c/online && changes=$((changes+1)); done
+                    for c in 3 1 2; do echo 1 >/sys/devices/system/cpu/cpu$c/online && changes=$((changes+1)); done
+                    read now idle </proc/uptime; now=${now%.*}
+                done
+                read end idle </proc/uptime
+                echo "@end $end"
+                touch /stop; wait
+                echo "@changes $changes"
+                echo "@online $(nproc)"
+                echo "[dmesg]"; dmesg; echo "[end]"
+                """;
+            ramdisk = await BusyboxInitramfs.BuildAsync(
+                await cache.GetBusyboxAsync(null, end.Token),
+                new BusyboxInitramfsOptions { Banner = string.Empty, InitScript = script.ReplaceLineEndings("\n") },
+                end.Token);
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+            return;
+        }
+
+        var console = new ConsoleLines();
+        await using RunningDomain domain = RunningDomain.Create(
+            Host,
+            new DomainSpecification
+            {
+                Name = "hotplug",
+                Image = new DomainImage(KernelImage.Parse(kernel), ramdisk) { Reusable = false },
+                MemoryMiB = 512,
+                Vcpus = Vcpus,
+                CommandLine = "console=hvc0 quiet",
+            },
+            console);
+        domain.Start();
+        double started = Number(await console.WaitForAsync("@start ", domain.Stopped, end.Token));
+        long begin = Stopwatch.GetTimestamp();
+        double ended = Number(await console.WaitForAsync("@end ", domain.Stopped, end.Token));
+        double host = Stopwatch.GetElapsedTime(begin).TotalSeconds;
+        DomainExit exit = await domain.Completion.WaitAsync(end.Token);
+        Assert.That(exit.Reason, Is.EqualTo(ShutdownReason.PowerOff), exit.Report + console.Text);
+        int changes = (int)Number(await console.WaitForAsync("@changes ", domain.Stopped, end.Token));
+        TestContext.Out.WriteLine($"{changes} changes in {ended - started:F2} s by the guest's clock, {host:F2} s by the host's");
+        Assert.That(changes, Is.AtLeast(6).And.EqualTo(changes / 6 * 6), "every one was made");
+        Assert.That(Number(await console.WaitForAsync("@online ", domain.Stopped, end.Token)), Is.EqualTo(Vcpus));
+        Assert.That(ended - started, Is.EqualTo(host).Within(MaxClockDifference));
+        string log = KernelLog.Section(console.Text, "[dmesg]", "[end]");
+        Assert.That(KernelLog.TroubleIn(log), Is.Empty);
+        Assert.That(log, Does.Not.Contain("soft lockup").And.Not.Contain("rcu_sched").And.Not.Contain("rcu: INFO").And.Not.Contain("unstable"));
+    }
+
+    private static double Number(string text) => double.Parse(text, CultureInfo.InvariantCulture);
+}

@@ -1,0 +1,151 @@
+// Many domains at once: all answer, whatever others of them do.
+
+using System.Globalization;
+using System.Text;
+using XenSharp.Cli.Hosting;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+
+namespace XenSharp.Boot.Tests;
+
+/// <summary>Needs the network at its first run, for some 70 MB.</summary>
+[TestFixture]
+[Category("Debian")]
+[Category("Long")]
+public sealed class ManyDomainsTests : KvmFixture
+{
+    private const int TinyGuests = 64;
+    private const int DebianGuests = 8;
+    private const int DebianMemoryMiB = 128;
+
+    private static readonly TimeSpan s_shareInterval = TimeSpan.FromSeconds(3);
+
+    /// <summary>A guest that answers what is typed, and what it printed.</summary>
+    private sealed record Member(RunningDomain Domain, ConsoleLines Console, bool IsDebian) : IAsyncDisposable
+    {
+        public ValueTask DisposeAsync() => Domain.DisposeAsync();
+
+        /// <summary>Types something and waits for the answer, which is not what was typed.</summary>
+        public async Task AskAsync(int question, CancellationToken cancellation)
+        {
+            string typed = IsDebian ? $"echo =$(({question}+1))=" : $"q{question}=";
+            string answer = IsDebian ? $"={question + 1}=" : $"Q{question}=";
+            Assert.That(await Domain.WriteInputAsync(Encoding.ASCII.GetBytes(typed + "\n"), cancellation), Is.True, Domain.Specification.Name);
+            _ = await Console.WaitForAsync(answer, Domain.Stopped, cancellation);
+        }
+    }
+
+    [Test]
+    public async Task All_answer_while_others_crash_and_spin()
+    {
+        using var end = new CancellationTokenSource(TimeSpan.FromMinutes(5));
+        DomainImage debian = await DebianAsync(end.Token);
+        var manager = new DomainManager();
+        var all = new List<Member>();
+        Member Begin(DomainSpecification specification, bool isDebian = false)
+        {
+            var console = new ConsoleLines();
+            var member = new Member(RunningDomain.Create(Host, specification, console, manager: manager), console, isDebian);
+            all.Add(member);
+            member.Domain.Start();
+            return member;
+        }
+
+        try
+        {
+            Member[] members =
+            [
+                .. Enumerable.Range(0, DebianGuests).Select(i => Begin(
+                    new DomainSpecification { Name = $"debian-{i}", Image = debian, MemoryMiB = DebianMemoryMiB, CommandLine = $"console=hvc0 quiet {BusyboxInitramfs.PipedInputParameter}" },
+                    isDebian: true)),
+                .. Enumerable.Range(0, TinyGuests).Select(i => Begin(Tiny(TinyGuestBehaviour.EchoInput, message: "ready\n") with { Name = $"tiny-{i}" })),
+            ];
+            await AskAllAsync(members, 1, end.Token);
+
+            // One that ends badly, and as many that never give up a processor as there are processors here.
+            DomainExit exit = await Begin(Tiny(TinyGuestBehaviour.UndefinedInstruction)).Domain.Completion.WaitAsync(end.Token);
+            Assert.That(exit.Reason, Is.EqualTo(ShutdownReason.Crash));
+            string[] spinners = [.. Enumerable.Range(0, Environment.ProcessorCount).Select(i => $"spin-{i}")];
+            foreach (string spinner in spinners)
+                _ = Begin(Tiny(TinyGuestBehaviour.SpinForever) with { Name = spinner });
+            await AskAllAsync(members, 2, end.Token);
+            await ExpectFairShareAsync(members[0], spinners, end.Token);
+            foreach (Member member in members)
+                _ = await member.Domain.WriteInputAsync(member.IsDebian ? "poweroff -f\n"u8.ToArray() : new byte[] { 4 }, end.Token);
+            foreach (Member member in members)
+            {
+                exit = await member.Domain.Completion.WaitAsync(end.Token);
+                Assert.That(exit.Reason, Is.EqualTo(ShutdownReason.PowerOff), $"{member.Domain.Specification.Name}: {exit.Report}{member.Console.Text}");
+            }
+        }
+        finally
+        {
+            foreach (Member member in all)
+                await member.DisposeAsync();
+        }
+    }
+
+    private static Task AskAllAsync(IEnumerable<Member> members, int question, CancellationToken cancellation)
+        => Task.WhenAll(members.Select(member => member.AskAsync(question, cancellation)));
+
+    /// <summary>A guest that is busy gets as much of the processors as those that spin do, give or take a half.</summary>
+    private static async Task ExpectFairShareAsync(Member busy, string[] spinners, CancellationToken cancellation)
+    {
+        const string answer = "busy=";
+        _ = await busy.Domain.WriteInputAsync("while :; do :; done & echo bu''sy=\n"u8.ToArray(), cancellation);
+        _ = await busy.Console.WaitForAsync(answer, busy.Domain.Stopped, cancellation);
+        string[] names = [busy.Domain.Specification.Name, .. spinners];
+        long[] before = [.. names.Select(ProcessorTicks)];
+        await Task.Delay(s_shareInterval, cancellation);
+        long[] shares = [.. names.Select((name, i) => ProcessorTicks(name) - before[i])];
+        TestContext.Out.WriteLine($"ticks of {string.Join(", ", names.Zip(shares))}");
+        Assert.That(shares[0], Is.AtLeast(shares.Skip(1).Average() / 2));
+    }
+
+    /// <summary>User and system time of a domain's first vCPU, in the kernel's ticks.</summary>
+    private static long ProcessorTicks(string domain)
+    {
+        foreach (string task in Directory.GetDirectories("/proc/self/task"))
+        {
+            // Past the name, which may have spaces: state first, user time as the 12th field and system time as the 13th.
+            string stat;
+            try
+            {
+                stat = File.ReadAllText($"{task}/stat");
+            }
+            catch (IOException)
+            {
+                continue; // The thread has ended.
+            }
+
+            int name = stat.IndexOf('(', StringComparison.Ordinal) + 1;
+            int after = stat.LastIndexOf(')');
+            if (stat[name..after] != $"{domain} vcpu0")
+                continue;
+            string[] fields = stat[(after + 2)..].Split(' ');
+            return long.Parse(fields[11], CultureInfo.InvariantCulture) + long.Parse(fields[12], CultureInfo.InvariantCulture);
+        }
+
+        throw new InvalidOperationException($"The domain {domain} has no vCPU that runs.");
+    }
+
+    private static async Task<DomainImage> DebianAsync(CancellationToken cancellation)
+    {
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        try
+        {
+            DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64, null, cancellation);
+            byte[] ramdisk = await BusyboxInitramfs.BuildAsync(
+                await cache.GetBusyboxAsync(null, cancellation), new BusyboxInitramfsOptions { Banner = string.Empty }, cancellation);
+            return new DomainImage(KernelImage.Parse(await File.ReadAllBytesAsync(kernel.Image, cancellation)), ramdisk);
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+            throw;
+        }
+    }
+}

@@ -18,8 +18,8 @@ public class PairScriptTests
         }));
         Assert.That(script.BuildAll(), Has.Count.EqualTo(2));
 
-        // Steps 1, 4 and 6 are changes of turns, of which only what came with them is told.
-        Assert.That(script.Read([("@0 v=1\n@4 u=10001,1,8,\n@5 v=4\n.\n", "power off"), ("@1\n@2 v=2\n@3 v=3\n", "crash")]).ToText(), Is.EqualTo(
+        // Steps 0, 2, 5 and 7 are changes of turns, of which only what came with them is told; nothing is of the first, before all cases.
+        Assert.That(script.Read([("@0\n@1 v=1\n@5 u=10001,1,8,\n@6 v=4\n.\n", "power off"), ("@2\n@3 v=2\n@4 v=3\n", "crash")]).ToText(), Is.EqualTo(
             "== one\na: 1 = 1\nb: turn = done\nb: 2 = 2\nb: 3 = 3\na: turn = upcall{ports 3, selector 0x1, mask 0->1}\na: 4 = 4\n"
             + "-- ended: a: power off; b: crash, before the script's end\n"));
     }

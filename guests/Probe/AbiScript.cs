@@ -36,6 +36,15 @@ public sealed class AbiScript
         Subject = subject;
         _guests = guests;
         _turn = guests[0];
+        if (IsPair)
+        {
+            // "b" passes the first turn when it has mapped the page that both write turns to.
+            guests[0].EmitTurn(0, 1);
+            NumberTurn(guests[0]);
+            guests[1].EmitTurn(1, 2);
+            _turns = 1;
+        }
+
         cases(this);
     }
 
@@ -44,11 +53,7 @@ public sealed class AbiScript
     /// <param name="subject">Likewise.</param>
     /// <param name="cases">Writes the cases.</param>
     public static AbiScript OfPair(string name, string subject, Action<AbiScript> cases)
-    {
-        var second = new ScriptGuest(PairSide.B);
-        second.EmitTurn(0, 1);
-        return new AbiScript(name, subject, cases, [new ScriptGuest(PairSide.A), second]);
-    }
+        => new(name, subject, cases, [new ScriptGuest(PairSide.A), new ScriptGuest(PairSide.B)]);
 
     public string Name { get; }
 

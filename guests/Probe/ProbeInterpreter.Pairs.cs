@@ -13,8 +13,10 @@ internal sealed partial class ProbeInterpreter
     private const uint AllocUnbound = 6;
     private const uint MapGrantRef = 0;
     private const uint SetupTable = 2;
+    private const uint Copy = 5;
 
     private const int MapHost = 2;
+    private const ulong SourceIsReference = 1;
     private const int PermitAccess = 1;
 
     /// <summary>
@@ -22,6 +24,9 @@ internal sealed partial class ProbeInterpreter
     /// these are in use.
     /// </summary>
     private const int PairReference = 7;
+
+    /// <summary>Pseudo-physical frame of the page, in either domain's own memory.</summary>
+    private const int PairPageFrame = (int)((ProbeLayout.PairPage - PvAssembler.VirtBase) >> 12);
 
     /// <summary>
     /// Finds out the domains' numbers, and shares the page of turns: "a" grants it, "b" maps it as soon as it can. What that takes leaves
@@ -75,7 +80,7 @@ internal sealed partial class ProbeInterpreter
 
         // The frame and the domain before the flags, which make it valid.
         _code.mov(rdx, __qword_ptr[_variables.PhysToMachine]);
-        _code.mov(rax, __qword_ptr[rdx + (int)((ProbeLayout.PairPage - PvAssembler.VirtBase) >> 12) * 8]);
+        _code.mov(rax, __qword_ptr[rdx + PairPageFrame * 8]);
         _code.mov(rdi, ProbeLayout.GrantTablePage);
         _code.mov(__dword_ptr[rdi + Entry + 4], eax);
         _code.mov(rax, __qword_ptr[_variables.PeerDomain]);
@@ -85,26 +90,38 @@ internal sealed partial class ProbeInterpreter
 
     private void EmitMapPairPage()
     {
-        const int DomainOffset = 16;
-        const int StatusOffset = 18;
+        const int MapDomain = 16;
+        const int MapStatus = 18;
+        const int CopyDomain = 8;
+        const int CopyFrame = 16;
+        const int CopyStatus = 36;
+        const ulong EightBytesFromReference = 8 | (SourceIsReference << 16);
         Label again = _code.CreateLabel();
-        Label mapped = _code.CreateLabel();
+        ulong copy = _guest.Define(BitConverter.GetBytes((ulong)PairReference));
+        _ = _guest.Reserve(16);
+        _ = _guest.Define(BitConverter.GetBytes((ulong)DomidSelf));
+        _ = _guest.Define(BitConverter.GetBytes(EightBytesFromReference));
         ulong map = _guest.Define(BitConverter.GetBytes(ProbeLayout.PairPage));
         _ = _guest.Define(BitConverter.GetBytes(MapHost | ((ulong)PairReference << 32)));
         _ = _guest.Reserve(16);
-
-        // "a" may not have come so far.
-        _code.Label(ref again);
         _code.mov(rax, __qword_ptr[_variables.PeerDomain]);
-        _code.mov(__word_ptr[map + DomainOffset], ax);
+        _code.mov(__word_ptr[copy + CopyDomain], ax);
+        _code.mov(__word_ptr[map + MapDomain], ax);
+        _code.mov(rdx, __qword_ptr[_variables.PhysToMachine]);
+        _code.mov(rax, __qword_ptr[rdx + PairPageFrame * 8]);
+        _code.mov(__qword_ptr[copy + CopyFrame], rax);
+
+        // "a" may not have come so far. Unlike mappings, copies that fail use up no handles.
+        _code.Label(ref again);
+        EmitYield();
+        EmitGrantOperation(Copy, copy);
+        _code.or(r13, rax);
+        _code.cmp(__word_ptr[copy + CopyStatus], 0);
+        _code.jne(again);
         EmitGrantOperation(MapGrantRef, map);
         _code.or(r13, rax);
-        _code.cmp(__word_ptr[map + StatusOffset], 0);
-        _code.je(mapped);
-        EmitYield();
-        _code.jmp(again);
-        _code.Label(ref mapped);
-        _code.nop();
+        _code.movzx(eax, __word_ptr[map + MapStatus]);
+        _code.or(r13, rax);
     }
 
     private void EmitOperation(GuestHypercall hypercall, uint operation, ulong argument)

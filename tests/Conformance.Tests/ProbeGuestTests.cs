@@ -117,6 +117,27 @@ public sealed class ProbeGuestTests : KvmFixture
         Assert.That(answers, Is.EqualTo(new[] { "done", "positive" }));
     }
 
+    [Test]
+    public async Task Two_domains_take_turns_and_tell_each_other_what_they_find()
+    {
+        bool[] turns = [.. Enumerable.Repeat(true, 3), .. Gen.Bool.Array[100].Single(), false];
+        AbiScript script = AbiScript.OfPair("pair", "probe", s => s.Case("counting", (a, b) =>
+        {
+            Value count = a.Tell(0, "count");
+            foreach (bool first in turns)
+            {
+                AbiCase c = first ? a : b;
+                count = c.Tell(count + 1, "count");
+                c.Show(count);
+            }
+        }));
+        ScriptRun run = await ScriptRun.RunAsync(new XenSharpBed(Host), [script]).SingleAsync();
+        Assert.That(run.Transcript.Ending, Is.EqualTo("a: power off; b: power off"), run.Report);
+        Assert.That(
+            run.Transcript.Cases[0].Lines.Select(static line => line.ToString()),
+            Is.EqualTo(turns.Select(static (first, i) => $"{(first ? "a" : "b")}: count = {i + 1}")));
+    }
+
     private async Task<IReadOnlyList<string?>> RunAsync(Action<AbiCase> steps)
     {
         var script = new AbiScript("probe", "probe", s => s.Case("case", steps));

@@ -41,6 +41,7 @@ public sealed class HostTests
         yield return new TestCaseData(good with { Vcpus = 0 }, "vCPU");
         yield return new TestCaseData(good with { Timeout = TimeSpan.Zero }, "time");
         yield return new TestCaseData(good with { CommandLine = "a\nb" }, "command line");
+        yield return new TestCaseData(good with { WithNext = true }, "a pair");
     }
 
     [TestCaseSource(nameof(BadGuests))]
@@ -49,6 +50,26 @@ public sealed class HostTests
         foreach (IGuestBed bed in (IGuestBed[])[new XenDomUBed(BedTest.Cache), new XenDom0Bed(BedTest.Cache)])
             Assert.That(() => BedTest.RunAsync(bed, BedTest.Tiny("twice"), guest),
                 Throws.ArgumentException.With.Message.Contains($"\"{guest.Name}\"").And.Message.Contains(why));
+    }
+
+    [Test]
+    public void APairIsTwo()
+    {
+        BedGuest first = BedTest.Tiny("first") with { WithNext = true };
+        BedGuest second = BedTest.Tiny("second") with { WithNext = true };
+        Assert.That(() => BedTest.RunAsync(new XenDomUBed(BedTest.Cache), first, second, BedTest.Tiny("third")),
+            Throws.ArgumentException.With.Message.Contains("\"second\"").And.Message.Contains("a pair"));
+    }
+
+    [Test]
+    public void ABedOfOneDomainRefusesPairs()
+    {
+        BedGuest first = BedTest.Tiny("first") with { WithNext = true };
+        foreach (IGuestBed bed in (IGuestBed[])[new XenDom0Bed(BedTest.Cache), new NestedKvmBed(BedTest.Cache, "xensharp", nestedPaging: true)])
+        {
+            Assert.That(() => BedTest.RunAsync(bed, first, BedTest.Tiny("second")),
+                Throws.ArgumentException.With.Message.Contains("\"first\"").And.Message.Contains("one domain at a time"));
+        }
     }
 
     [TestCase("guest 1 - 0 0\n\n")]

@@ -25,6 +25,11 @@ public sealed class XenDomUBedTests
         BedTest.ShutDown("no-such-reason", 77),
         BedTest.Tiny("large") with { MemoryMiB = 200, Vcpus = 3, Ramdisk = new byte[5000] },
         BedTest.Repeat("repeat", CommandLine),
+        BedTest.Tiny("crash-of-two", TinyGuestBehaviour.Crash) with { Timeout = TimeSpan.FromSeconds(2), WithNext = true },
+        BedTest.Tiny("spin-of-two", TinyGuestBehaviour.SpinForever),
+        BedTest.ShutDown("no-such-reason-of-two", 77) with { WithNext = true },
+        BedTest.Tiny("reboot-of-two", TinyGuestBehaviour.Reboot),
+        BedTest.Tiny("after-two"),
     ];
 
     Dictionary<string, GuestRun> runs = [];
@@ -61,6 +66,11 @@ public sealed class XenDomUBedTests
     [TestCase("soft-reset", GuestEnding.SoftReset)]
     [TestCase("no-such-reason", GuestEnding.Crash)]
     [TestCase("large", GuestEnding.PowerOff)]
+    [TestCase("crash-of-two", GuestEnding.Crash)]
+    [TestCase("spin-of-two", GuestEnding.TimedOut)]
+    [TestCase("no-such-reason-of-two", GuestEnding.Crash)]
+    [TestCase("reboot-of-two", GuestEnding.Reboot)]
+    [TestCase("after-two", GuestEnding.PowerOff)]
     public void EveryWayToEndIsToldApart(string guest, GuestEnding ending) => Assert.That(runs[guest].Ending, Is.EqualTo(ending));
 
     [TestCase("power-off", "I am power-off\n")]
@@ -71,6 +81,10 @@ public sealed class XenDomUBedTests
     [TestCase("suspend", "reason 2\n")]
     [TestCase("large", "I am large\n")]
     [TestCase("repeat", CommandLine)]
+    [TestCase("crash-of-two", "I am crash-of-two\n")]
+    [TestCase("spin-of-two", "I am spin-of-two\n")]
+    [TestCase("reboot-of-two", "I am reboot-of-two\n")]
+    [TestCase("after-two", "I am after-two\n")]
     public void TheConsoleIsWhatThisGuestPrintedAndNoMore(string guest, string console) =>
         Assert.That(runs[guest].Console, Is.EqualTo(console));
 

@@ -103,11 +103,13 @@ internal static class PairEndScript
         Value[] handles = [];
         Value far = null!;
         Value near = null!;
+        Value farFrame = null!;
         script.LevelPortsOfBoth();
         script.Case("what they have together", (a, b) =>
         {
             table = a.MapTable()[0];
             (far, near) = PairSteps.Connect(a, b);
+            farFrame = a.FarFrame();
             pages = [.. Enumerable.Range(0, 3).Select(i => Granted.Make(a, b, table, First + i))];
             handles =
             [
@@ -144,7 +146,7 @@ internal static class PairEndScript
             b.Copy("from a reference that is mapped", Side.Reference(b.Peer, First), Side.Frame(own));
             b.Copy("from one that is not", Side.Reference(b.Peer, First + 2), Side.Frame(own));
             b.Copy("from a frame", Side.Frame(pages[0].Frame, b.Peer), Side.Frame(own));
-            b.Hypercall(GuestHypercall.UpdateVaMapping, own.At, ((pages[2].Frame << 12) | Pte.ReadWrite).Named("a frame of a's"), 2);
+            b.Hypercall(GuestHypercall.UpdateVaMapping, own.At, ((farFrame << 12) | Pte.ReadWrite).Named("a frame of a's"), 2);
             ScriptBuffer size = b.Structure("size", 24, (0, 2, b.Peer), (12, 2, 77));
             b.Op(GrantOperation.QuerySize, "a", size, 1);
             b.Load(size[12], 2);

@@ -42,8 +42,9 @@ internal static class PairFrameScript
         {
             const int first = 24;
             (Granted page, Value handle) = Mapped(a, b, table, first);
+            Value granted = b.FrameAt(page.Window);
             void Write(string text, ulong flags)
-                => b.Hypercall(GuestHypercall.UpdateVaMapping, page.Window.At, ((page.Frame << 12) | flags).Named(text), 2);
+                => b.Hypercall(GuestHypercall.UpdateVaMapping, page.Window.At, ((granted << 12) | flags).Named(text), 2);
 
             Write("the same", Pte.ReadWrite);
             Write("with a bit of software's", Pte.ReadWrite | Pte.Available0);
@@ -64,10 +65,11 @@ internal static class PairFrameScript
             const int first = 28;
             (Granted page, Value handle) = Mapped(a, b, table, first);
             ScratchPage other = b.Page();
-            b.Hypercall(GuestHypercall.UpdateVaMapping, other.At, ((page.Frame << 12) | Pte.ReadWrite).Named("the granted frame"), 2);
-            b.Hypercall(GuestHypercall.UpdateVaMapping, other.At, ((page.Frame << 12) | Pte.ReadOnly).Named("it, read-only"), 2);
-            b.MmuUpdate(new MmuRequest(other.EntryAddress, ((page.Frame << 12) | Pte.ReadWrite).Named("the granted frame")));
-            b.Store(MemoryCalls.EntryInBootMapping(other.At, 1), 8, ((page.Frame << 12) | Pte.ReadWrite).Named("the granted frame"));
+            Value granted = b.FrameAt(page.Window);
+            b.Hypercall(GuestHypercall.UpdateVaMapping, other.At, ((granted << 12) | Pte.ReadWrite).Named("the granted frame"), 2);
+            b.Hypercall(GuestHypercall.UpdateVaMapping, other.At, ((granted << 12) | Pte.ReadOnly).Named("it, read-only"), 2);
+            b.MmuUpdate(new MmuRequest(other.EntryAddress, ((granted << 12) | Pte.ReadWrite).Named("the granted frame")));
+            b.Store(MemoryCalls.EntryInBootMapping(other.At, 1), 8, ((granted << 12) | Pte.ReadWrite).Named("the granted frame"));
             b.Load(other.At);
             b.Unmap("as it was mapped", handle, page.Window.At);
             a.ShowFlags(table, first);
@@ -79,15 +81,13 @@ internal static class PairFrameScript
             b.Store(page.Window.At, 8, 3);
             b.MmuUpdate(new MmuRequest(
                 (page.Window.EntryAddress + MmuCommand.PtUpdatePreserveAd).Named("its entry|2"),
-                ((page.Frame << 12) | Pte.Present | Pte.Writable).Named("the same frame")));
+                ((b.FrameAt(page.Window) << 12) | Pte.Present | Pte.Writable).Named("the same frame")));
             b.Load(page.Window.At);
             b.Unmap("as it was mapped", handle, page.Window.At);
         });
         script.Case("frames that were never granted", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value frame = a.Tell(source.Mfn, "frame of a");
-            Value root = a.Tell(a.Root, "root of a");
+            Value frame = a.FarFrame();
             ScratchPage window = b.Page();
             foreach (ulong flags in (ulong[])[Pte.ReadWrite, Pte.ReadOnly])
             {
@@ -95,15 +95,13 @@ internal static class PairFrameScript
                 b.MmuUpdate(new MmuRequest(window.EntryAddress, ((frame << 12) | flags).Named($"frame of a|0x{flags:x}")));
             }
 
-            b.Hypercall(GuestHypercall.UpdateVaMapping, window.At, ((root << 12) | Pte.ReadOnly).Named("root of a, read-only"), 2);
             b.Store(MemoryCalls.EntryInBootMapping(window.At, 1), 8, ((frame << 12) | Pte.ReadWrite).Named("frame of a"));
             b.Load(window.At);
         });
         script.Case("requests on the other's tables", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value entry = a.Tell(source.EntryAddress, "entry of a's table");
-            Value frame = a.Tell(source.Mfn, "frame of a");
+            Value frame = a.FarFrame();
+            Value entry = (frame << 12).Named("an entry in a frame of a");
             ScratchPage own = b.Page();
             b.MmuUpdate(new MmuRequest(entry, 0));
             b.MmuUpdate(new MmuRequest(entry, own.Entry(Pte.ReadWrite)));
@@ -125,35 +123,37 @@ internal static class PairFrameScript
                 b.Hypercall(
                     GuestHypercall.UpdateVaMappingOtherdomain, own.At, own.Entry(Pte.ReadWrite), 2, domain);
             }
-
-            a.Load(source.At);
         });
         script.Case("the machine-to-physical table", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value frame = a.Tell(source.Mfn, "frame of a");
+            Value frame = a.FarFrame();
             ScratchPage own = b.Page();
             b.Show((own.Pfn ^ Value.Pfn(own.Mfn)).Named("own frame's pfn is another"));
             b.Show(Value.Pfn(frame).Named("pfn of a's frame"));
-            a.Show(Value.Pfn(source.Mfn).Named("the same in a"));
+            a.Show(Value.Pfn(frame).Named("the same in a"));
+        });
+        script.Case("the machine-to-physical table of a page that was mapped", (a, b) =>
+        {
+            const int first = 36;
+            (Granted page, Value handle) = Mapped(a, b, table, first);
+            Value granted = b.FrameAt(page.Window);
+            b.Show(Value.Pfn(granted).Named("pfn of the granted frame"));
+            b.MmuUpdate(new MmuRequest(((granted << 12) | MmuCommand.MachphysUpdate).Named("m2p of the granted frame"), 5));
+            b.Unmap("as it was mapped", handle, page.Window.At);
         });
         script.Case("mmuext_op on the other's frames", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value frame = a.Tell(source.Mfn, "frame of a");
-            Value root = a.Tell(a.Root, "root of a");
+            Value frame = a.FarFrame();
             ScratchPage own = b.Page();
             for (ulong level = Mmuext.PinL1Table; level <= Mmuext.PinL4Table; level++)
                 b.MmuextOp($"pin L{level + 1} frame of a", new MmuextRequest(level, frame));
-            b.MmuextOp("pin L4 root of a", new MmuextRequest(Mmuext.PinL4Table, root));
-            b.MmuextOp("unpin root of a", new MmuextRequest(Mmuext.UnpinTable, root));
-            b.MmuextOp("new_baseptr root of a", new MmuextRequest(Mmuext.NewBaseptr, root));
-            b.MmuextOp("new_user_baseptr root of a", new MmuextRequest(Mmuext.NewUserBaseptr, root));
+            b.MmuextOp("unpin frame of a", new MmuextRequest(Mmuext.UnpinTable, frame));
+            b.MmuextOp("new_baseptr frame of a", new MmuextRequest(Mmuext.NewBaseptr, frame));
+            b.MmuextOp("new_user_baseptr frame of a", new MmuextRequest(Mmuext.NewUserBaseptr, frame));
             b.MmuextOp("clear_page frame of a", new MmuextRequest(Mmuext.ClearPage, frame));
             b.MmuextOp("copy_page from frame of a", new MmuextRequest(Mmuext.CopyPage, own.Mfn, frame));
             b.MmuextOp("copy_page to frame of a", new MmuextRequest(Mmuext.CopyPage, frame, own.Mfn));
             b.MmuextOp("mark_super frame of a", new MmuextRequest(Mmuext.MarkSuper, frame));
-            a.Load(source.At);
         });
         script.Case("mmuext_op on behalf of the other", (_, b) =>
         {
@@ -175,8 +175,7 @@ internal static class PairFrameScript
         });
         script.Case("other hypercalls that take frames", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value frame = a.Tell(source.Mfn, "frame of a");
+            Value frame = a.FarFrame();
             ScriptBuffer gdt = b.Structure("gdt", 8, (0, 8, frame));
             b.Hypercall(GuestHypercall.SetGdt, gdt, 8);
             b.Hypercall(GuestHypercall.UpdateDescriptor, (frame << 12).Named("descriptor in a's frame"), 0);
@@ -184,12 +183,10 @@ internal static class PairFrameScript
             b.ExpandArray(frame);
             ScriptBuffer info = b.Structure("info", 16, (0, 8, frame));
             b.VcpuOp(VcpuOperation.RegisterVcpuInfo, 0, "frame of a", info);
-            a.Load(source.At);
         });
         script.Case("memory_op with the other's frames", (a, b) =>
         {
-            ScratchPage source = a.Page();
-            Value frame = a.Tell(source.Mfn, "frame of a");
+            Value frame = a.FarFrame();
             ScratchPage own = b.Page();
             ScriptBuffer frames = b.Structure("frames", 8, (0, 8, frame));
             ScriptBuffer Reservation(Value domain, ScriptBuffer extents)
@@ -211,20 +208,20 @@ internal static class PairFrameScript
             b.MemoryOp("exchange of a frame of a", Xenmem.Exchange, exchange);
             b.Load(exchange[64]);
             b.Load(own.At);
-            a.Load(source.At);
         });
         script.Case("a granted frame where one's own is wanted", (a, b) =>
         {
             const int first = 40;
             (Granted page, Value handle) = Mapped(a, b, table, first);
-            ScriptBuffer frames = b.Structure("frames", 8, (0, 8, page.Frame));
+            Value granted = b.FrameAt(page.Window);
+            ScriptBuffer frames = b.Structure("frames", 8, (0, 8, granted));
             ScriptBuffer reservation = b.Structure("reservation", 32, (0, 8, frames), (8, 8, 1), (24, 2, DomainIds.Self));
             b.MemoryOp("decrease_reservation, granted frame", Xenmem.DecreaseReservation, reservation);
-            b.MmuextOp("pin L1 granted frame", new MmuextRequest(Mmuext.PinL1Table, page.Frame));
-            b.MmuextOp("clear_page granted frame", new MmuextRequest(Mmuext.ClearPage, page.Frame));
-            b.MmuextOp("copy_page to the granted frame", new MmuextRequest(Mmuext.CopyPage, page.Frame, b.Page().Mfn));
+            b.MmuextOp("pin L1 granted frame", new MmuextRequest(Mmuext.PinL1Table, granted));
+            b.MmuextOp("clear_page granted frame", new MmuextRequest(Mmuext.ClearPage, granted));
+            b.MmuextOp("copy_page to the granted frame", new MmuextRequest(Mmuext.CopyPage, granted, b.Page().Mfn));
             b.Hypercall(GuestHypercall.SetGdt, frames, 8);
-            b.InitControl(page.Frame, 0, 0);
+            b.InitControl(granted, 0, 0);
             b.Load(page.Window.At);
             b.Unmap("as it was mapped", handle, page.Window.At);
             a.ShowFlags(table, first);

@@ -99,8 +99,9 @@ internal static class PairGrantCopyScript
 
             b.Copy("from a frame of a", Side.Frame(page.Frame, b.Peer), Side.Frame(own));
             b.Copy("to a frame of a", Side.Frame(own), Side.Frame(page.Frame, b.Peer));
-            b.Copy("from a frame of a in b's name", Side.Frame(page.Frame, DomainIds.Self), Side.Frame(own));
-            b.Copy("to a frame of a in b's name", Side.Frame(own), Side.Frame(page.Frame, DomainIds.Self));
+            Value far = a.FarFrame();
+            b.Copy("from a frame of a in b's name", Side.Frame(far, DomainIds.Self), Side.Frame(own));
+            b.Copy("to a frame of a in b's name", Side.Frame(own), Side.Frame(far, DomainIds.Self));
             b.Copy("between references of a and a frame of its own number", Side.Reference(b.Peer, first), Side.Frame(own.Mfn, b.Own));
             b.Load(own.At);
             a.Load(page.Source.At);
@@ -109,9 +110,7 @@ internal static class PairGrantCopyScript
         {
             const int first = 36;
             ScratchPage own = b.Page();
-            Value far = b.Tell(b.Page().Mfn, "frame of b");
-            foreach ((string text, Value frame) in ((string, Value)[])[
-                ("a frame of nobody", 0xffff_ffffU), ("a frame of b", far), ("the root table", a.Root)])
+            foreach ((string text, Value frame) in ((string, Value)[])[("a frame of nobody", 0xffff_ffffU), ("the root table", a.Root)])
             {
                 a.PutEntry(table, first, GrantFlag.PermitAccess, a.Peer, frame);
                 b.Copy($"from {text}", Side.Reference(b.Peer, first), Side.Frame(own), 0);
@@ -125,6 +124,17 @@ internal static class PairGrantCopyScript
             b.Copy("to a page table", Side.Frame(own), Side.Reference(b.Peer, first));
             a.Unpin(l1);
             b.Copy("to what was one", Side.Frame(own), Side.Reference(b.Peer, first));
+        });
+        script.Case("a frame of the domain that it is granted to", (a, b) =>
+        {
+            const int first = 37;
+            Value frame = a.FarFrame(1);
+            ScratchPage tableOfB = b.MapTable()[0];
+            ScratchPage own = a.Page();
+            b.PutEntry(tableOfB, first, GrantFlag.PermitAccess, b.Peer, frame);
+            a.Copy("from it", Side.Reference(a.Peer, first), Side.Frame(own));
+            a.Copy("to it", Side.Frame(own), Side.Reference(a.Peer, first));
+            b.ShowFlags(tableOfB, first);
         });
         script.Case("own pages that cannot be copied to", (a, b) =>
         {
@@ -148,7 +158,7 @@ internal static class PairGrantCopyScript
             b.Copy("to the reference", Side.Frame(own), Side.Reference(b.Peer, first));
             a.ShowFlags(table, first);
             b.Load(page.Window.At);
-            b.Copy("from the frame that is mapped", Side.Frame(page.Frame, DomainIds.Self), Side.Frame(own));
+            b.Copy("from the frame that is mapped", Side.Frame(b.FrameAt(page.Window), DomainIds.Self), Side.Frame(own));
             a.Put(table[first * PairSteps.EntrySize], 2, 0);
             b.Copy("when access has ended", Side.Reference(b.Peer, first), Side.Frame(own));
             b.Unmap("as it was mapped", handle, page.Window.At);
@@ -265,11 +275,13 @@ internal static class PairGrantCopyScript
         {
             const int first = 28;
             b.PutEntry(table, first, GrantFlag.AcceptTransfer, b.Peer, 0);
-            Value far = b.Tell(b.Page().Mfn, "frame of b");
-            a.Transfer("a page of the other", far, a.Peer, first);
             a.Transfer("the root table", a.Root, a.Peer, first);
             a.Transfer("a frame of nobody", 0xff_ffff_ffffUL, a.Peer, first);
             b.ShowFlags(table, first);
+            ScratchPage tableOfA = a.MapTable()[0];
+            a.PutEntry(tableOfA, first, GrantFlag.AcceptTransfer, a.Peer, 0);
+            b.Transfer("a page of the other", a.FarFrame(), b.Peer, first);
+            a.ShowFlags(tableOfA, first);
         });
         script.Case("a page that the other has mapped by a grant", (a, b) =>
         {

@@ -69,18 +69,17 @@ internal static class PairGrantMapScript
             const int first = 32;
             Granted page = Grant(a, b, table, first);
             Value entry = Value.EntryAddress(page.Window.At);
-            Value far = a.Tell(page.Source.EntryAddress, "entry of a's table");
+            Value far = ((a.FarFrame() << 12) + 8).Named("an entry in a frame of a");
             const int flags = GrantMap.Host | GrantMap.ContainsPte;
             b.Map("not aligned", b.Peer, first, flags, (entry + 4).Named("within an entry"));
-            b.Map("the page itself", b.Peer, first, flags, (page.Frame << 12).Named("the granted page"));
-            b.Map("in the other's table", b.Peer, first, flags, far);
+            b.Map("in a page of the other", b.Peer, first, flags, far);
             b.Map("of nobody", b.Peer, first, flags, 0xff_ffff_ffff_f000UL);
             Value handle = b.Handle(b.Map("an entry", b.Peer, first, flags, entry));
             b.Load(page.Window.At);
             b.Store(page.Window[8], 8, 5);
             a.Load(page.Source[8]);
             b.Unmap("by its address", handle, page.Window.At);
-            b.Unmap("by an entry of the other", handle, far);
+            b.Unmap("in a page of the other", handle, far);
             b.Replace("with a page of one's own", handle, entry, b.Page().At);
             b.Unmap("by its entry", handle, entry);
             a.ShowFlags(table, first);
@@ -90,10 +89,9 @@ internal static class PairGrantMapScript
         {
             const int first = 40;
             Granted page = Grant(a, b, table, first);
-            Value bus = (page.Frame << 12).Named("bus address");
             ScriptBuffer map = b.Map("a device alone", b.Peer, first, GrantMap.Device, 0);
             Value handle = b.Handle(map);
-            b.ShowOther(Value.Load(map[24]).Named("bus address told"), bus);
+            Value bus = b.Keep(Value.Load(map[24]), "bus address");
             a.ShowFlags(table, first);
             b.Unmap("as host", handle, page.Window.At);
             b.Unmap("another bus address", handle, 0, 0x1000);
@@ -148,7 +146,6 @@ internal static class PairGrantMapScript
             ScriptBuffer list = a.Buffer("frames", 8);
             a.Op(
                 GrantOperation.SetupTable, "1", a.Structure("setup", 24, (0, 2, DomainIds.Self), (4, 4, 1), (8, 2, 77), (16, 8, list)), 1);
-            Value own = b.Tell(b.Page().Mfn, "frame of b");
             Value shared = (Value.Load(a.StartInfo + StartInfoOffset.SharedInfo) >> 12).Named("shared_info");
             void Try(string text, Value frame)
             {
@@ -162,12 +159,21 @@ internal static class PairGrantMapScript
             }
 
             Try("a frame of nobody", 0xffff_ffffU);
-            Try("a frame of the mapper", own);
             Try("the root table", a.Root);
             Try("the shared info page", shared);
             Try("the grant table", Value.Load(list).Named("table"));
             Try("frame 0", 0);
             a.ShowFlags(table, first);
+        });
+        script.Case("a frame of the domain that it is granted to", (a, b) =>
+        {
+            const int first = 53;
+            Value frame = a.FarFrame(1);
+            ScratchPage tableOfB = b.MapTable()[0];
+            b.PutEntry(tableOfB, first, GrantFlag.PermitAccess, b.Peer, frame);
+            a.Map("writable", a.Peer, first, GrantMap.Host, a.Page().At);
+            a.Map("read-only", a.Peer, first, GrantMap.Host | GrantMap.ReadOnly, a.Page().At);
+            b.ShowFlags(tableOfB, first);
         });
         script.Case("who is named as the granter", (a, b) =>
         {
@@ -421,7 +427,7 @@ internal static class PairGrantMapScript
             Granted page = Grant(a, b, table, first);
             ScratchPage tableOfB = b.MapTable()[0];
             Value handle = b.Handle(b.Map("of a", b.Peer, first, GrantMap.Host, page.Window.At));
-            b.PutEntry(tableOfB, first, GrantFlag.PermitAccess, b.Peer, page.Frame);
+            b.PutEntry(tableOfB, first, GrantFlag.PermitAccess, b.Peer, b.FrameAt(page.Window));
             a.Map("its own, from b", a.Peer, first, GrantMap.Host, page.Window.At);
             b.ShowFlags(tableOfB, first);
             b.PutEntry(tableOfB, first, 0, b.Peer, 0);

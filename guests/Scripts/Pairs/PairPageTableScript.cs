@@ -29,7 +29,6 @@ internal static class PairPageTableScript
             {
                 ScriptBuffer map = b.Map(text, b.Peer, first, flags, page.Window.At);
                 b.Show((b.Get(entry) & ~Pte.Frame).Named($"flags of the entry, {text}"));
-                b.ShowOther(((b.Get(entry) & Pte.Frame) >> 12).Named("frame of the entry"), page.Frame);
                 b.Unmap(text, EventSteps.Field32(map[20], "handle"), page.Window.At);
                 b.Load(entry);
             }
@@ -96,25 +95,27 @@ internal static class PairPageTableScript
         {
             const int first = 36;
             Granted page = Granted.Make(a, b, table, first);
-            ScratchPage far = a.PinnedTable(1, "far l1");
-            a.PutEntry(table, first + 1, GrantFlag.PermitAccess, a.Peer, far.Mfn);
-            Value farFrame = a.Tell(far.Mfn, "far l1");
+            Value far = a.FarFrame();
+            a.MmuextOp("pin L1 a frame that is all zero", new MmuextRequest(Mmuext.PinL1Table, far));
+            a.PutEntry(table, first + 1, GrantFlag.PermitAccess, a.Peer, far);
             ScratchPage window = b.Page();
             Value handle = b.Handle(b.Map("the page", b.Peer, first, GrantMap.Host, page.Window.At));
             Value read = b.Handle(b.Map("the table", b.Peer, first + 1, GrantMap.Host | GrantMap.ReadOnly, window.At), "read");
             ScratchPage l1 = b.Page("l1");
-            b.Put(l1.At, 8, (page.Frame << 12) | Pte.ReadOnly);
+            Value granted = b.FrameAt(page.Window);
+            b.Put(l1.At, 8, (granted << 12) | Pte.ReadOnly);
             b.ReadOnly(l1);
             b.MmuextOp("pin L1 that names the page", new MmuextRequest(Mmuext.PinL1Table, l1.Mfn));
             ScratchPage l2 = b.PinnedTable(2, "l2");
-            b.MmuUpdate(MmuRequest.Normal(l2, 0, ((farFrame << 12) | Pte.Table).Named("far l1|0x67")));
-            b.MmuUpdate(MmuRequest.Normal(l2, 0, ((page.Frame << 12) | Pte.Table).Named("the page|0x67")));
+            b.MmuUpdate(MmuRequest.Normal(l2, 0, ((far << 12) | Pte.Table).Named("the table, by its number|0x67")));
+            b.MmuUpdate(MmuRequest.Normal(l2, 0, ((b.FrameAt(window) << 12) | Pte.Table).Named("the table, as it is mapped|0x67")));
+            b.MmuUpdate(MmuRequest.Normal(l2, 0, ((granted << 12) | Pte.Table).Named("the page|0x67")));
             b.Map("the page, into an L2", b.Peer, first, flagsOfPte, ((l2.Mfn << 12) + 8).Named("l2[1]"));
             b.Unmap("the table", read, window.At);
             b.Unmap("the page", handle, page.Window.At);
             a.ShowFlags(table, first);
             a.ShowFlags(table, first + 1);
-            a.Unpin(far);
+            a.MmuextOp("unpin", new MmuextRequest(Mmuext.UnpinTable, far));
             b.Unpin(l2);
         });
         script.Case("a page that becomes a table after it was mapped and let go", (a, b) =>

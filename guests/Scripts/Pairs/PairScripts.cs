@@ -15,6 +15,7 @@ internal static class PairScripts
         PairGrantCopyScript.CreateCopy(),
         PairGrantCopyScript.CreateTransfer(),
         PairGrantVersionScript.Create(),
+        PairGrantCountScript.Create(),
         PairFrameScript.Create(),
         PairPageTableScript.Create(),
         PairEndScript.CreateMapper(),

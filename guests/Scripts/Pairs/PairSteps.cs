@@ -3,6 +3,7 @@ using Iced.Intel;
 using XenSharp.Guests.Assembly;
 using XenSharp.Guests.Probe;
 using XenSharp.Guests.Scripts.Events;
+using XenSharp.Guests.Scripts.Memory;
 using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Guests.Scripts.Pairs;
@@ -12,6 +13,12 @@ internal static class PairSteps
 {
     /// <summary>EVTCHNSTAT_* of public event_channel.h.</summary>
     private const int Unbound = 1;
+
+    /// <summary>
+    /// Pseudo-physical frames that "a" has and "b", which has half as much memory, has not: their machine frames are no numbers of b's,
+    /// even where each domain's are counted from the same start.
+    /// </summary>
+    private const ulong FirstFarPfn = 40UL << (20 - 12);
 
     /// <summary>Bytes of an entry of a grant table of version 1.</summary>
     public const int EntrySize = 8;
@@ -46,6 +53,16 @@ internal static class PairSteps
         c.ShowOther((Value.Load(status[StatusField.Detail]) & 0xffff).Named("domain of the far end"), c.Peer);
         c.Show(EventSteps.Field32(status[StatusField.RemotePort], "far port"));
     }
+
+    /// <summary>A frame of "a" that "b" can tell from all of its own.</summary>
+    /// <param name="c">The case of "a".</param>
+    /// <param name="index">Which; the script's business.</param>
+    /// <returns>Its machine frame, for either.</returns>
+    public static Value FarFrame(this AbiCase c, int index = 0) => c.Tell(Value.Mfn(FirstFarPfn + (ulong)index), "frame of a");
+
+    /// <summary>The frame that an L1 entry leads to, as the domain's own table has it.</summary>
+    public static Value FrameAt(this AbiCase c, ScratchPage page)
+        => c.Keep((c.Get(MemoryCalls.EntryInBootMapping(page.At, 1)) & Pte.Frame) >> 12, "the granted frame");
 
     /// <summary>Shows whether a number, which is another in each run, is not the one that it should be.</summary>
     public static void ShowOther(this AbiCase c, Value number, Value expected)

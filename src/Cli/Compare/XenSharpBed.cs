@@ -49,6 +49,7 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             throw;
         }
 
+        second = second with { Timeout = first.Timeout };
         return await Task.WhenAll(RunAsync(first, domain, sinkOfFirst, cancellation), RunAsync(second, next, sinkOfSecond, cancellation))
             .ConfigureAwait(false);
     }

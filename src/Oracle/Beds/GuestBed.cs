@@ -20,7 +20,8 @@ public sealed record BedGuest(string Name, ReadOnlyMemory<byte> Kernel)
 
     /// <summary>
     /// Whether it is the first of a pair: the next guest's domain is made right after this one's, has the next number, and both start
-    /// together. A domain of a pair that has ended is destroyed at once, while the other may run on.
+    /// together. A domain of a pair that has ended is destroyed at once, while the other may run on; the first's <see cref="Timeout"/> is that
+    /// of both. Not every bed can.
     /// </summary>
     public bool WithNext { get; init; }
 

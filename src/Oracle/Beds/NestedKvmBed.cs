@@ -80,6 +80,7 @@ public sealed class NestedKvmBed : IGuestBed
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
         BedGuests.Check(guests);
+        BedGuests.CheckAlone(guests, Name);
         if (guests.Count == 0)
             yield break;
         int count = 0;

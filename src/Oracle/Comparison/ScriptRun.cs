@@ -11,7 +11,7 @@ namespace XenSharp.Oracle.Comparison;
 /// <param name="Runs">The runs behind it: one, or those of the two domains of a pair.</param>
 public sealed record ScriptRun(AbiScript Script, Transcript Transcript, IReadOnlyList<GuestRun> Runs)
 {
-    /// <summary>Memory of a script's domain in MiB.</summary>
+    /// <summary>Memory of a script's domain in MiB; the first of a pair has twice as much.</summary>
     private const int MemoryMiB = 32;
 
     /// <summary>What a script may take where nothing slows it down.</summary>
@@ -40,7 +40,7 @@ public sealed record ScriptRun(AbiScript Script, Transcript Transcript, IReadOnl
         [
             .. scripts.SelectMany(script => script.BuildAll().Select((kernel, side) => new BedGuest(NameOf(script, side), kernel)
             {
-                MemoryMiB = MemoryMiB,
+                MemoryMiB = script.IsPair && side == 0 ? 2 * MemoryMiB : MemoryMiB,
                 Vcpus = script.Vcpus,
                 Timeout = timeout ?? DefaultTimeout,
                 WithNext = script.IsPair && side == 0,

@@ -46,5 +46,6 @@ public sealed record KnownDifference(string Script, string Case, string? Step, s
 /// <summary>All of them.</summary>
 public static class KnownDifferences
 {
-    public static IReadOnlyList<KnownDifference> All { get; } = [.. MemoryDifferences.All, .. EventDifferences.All, .. ProcessorDifferences.All];
+    public static IReadOnlyList<KnownDifference> All { get; } =
+        [.. MemoryDifferences.All, .. EventDifferences.All, .. ProcessorDifferences.All, .. PairDifferences.All];
 }

@@ -353,10 +353,11 @@ internal sealed unsafe class GrantTable : IDisposable
         {
             ref ActiveGrant active = ref _active[reference];
             bool acquired = found == GrantStatus.Okay;
-            if (acquired && (Version != 2 || active.Pin != pin))
-                found = GrantStatus.Restart;
+            bool changed = Version != 2 || active.Pin != pin;
 
-            // Xen would have the caller try again here too, and again, for as long as the entry is in use as something else.
+            // Xen would have the caller try again in the second case too, and again, for as long as the entry is in use as something else.
+            if (acquired && changed)
+                found = GrantStatus.Restart;
             else if (acquired && pin != 0 && !IsSame(active, domain, transitiveDomain, page))
                 found = GrantStatus.GeneralError;
             if (found == GrantStatus.Okay)

@@ -24,21 +24,22 @@ public static class FuzzGuest
     /// <param name="seed">Of the random numbers; not 0.</param>
     /// <param name="calls">Calls to make, up to a batch more for each vCPU.</param>
     /// <param name="vcpus">vCPUs that make them, all on the same tables; with several a seed does not repeat itself.</param>
-    public static byte[] Build(ulong seed, ulong calls, int vcpus = 1)
+    /// <param name="hasPeer">Whether it also makes calls about another domain; the two are to have the numbers 1 and 2.</param>
+    public static byte[] Build(ulong seed, ulong calls, int vcpus = 1, bool hasPeer = false)
     {
         ArgumentOutOfRangeException.ThrowIfZero(seed);
         ArgumentOutOfRangeException.ThrowIfLessThan(vcpus, 1);
-        return new Builder(seed, calls, vcpus).Build();
+        return new Builder(seed, calls, vcpus, hasPeer).Build();
     }
 
     /// <summary>vCPUs that the domain needs for some that make calls: there are others that those play with.</summary>
     public static int DomainVcpus(int vcpus) => vcpus + FuzzMemory.BystandersOf(vcpus);
 
     /// <summary>Reads the last whole set of figures that a run of so many vCPUs printed; null if there is none.</summary>
-    public static FuzzFigures? Read(ReadOnlySpan<byte> console, int vcpus = 1)
+    public static FuzzFigures? Read(ReadOnlySpan<byte> console, int vcpus = 1, bool hasPeer = false)
     {
         var guest = new PvAssembler();
-        var operations = new FuzzOperations(guest, new FuzzMemory(guest, vcpus));
+        var operations = new FuzzOperations(guest, new FuzzMemory(guest, vcpus, hasPeer));
         string[] names = [.. operations.Calls.Concat(operations.Stores).Select(static operation => operation.Name)];
         return FuzzFigures.Read(console, names);
     }
@@ -86,13 +87,13 @@ public static class FuzzGuest
         private Label _account;
         private Label _print;
 
-        public Builder(ulong seed, ulong calls, int vcpus)
+        public Builder(ulong seed, ulong calls, int vcpus, bool hasPeer)
         {
             _seed = seed;
             _target = calls / (ulong)vcpus;
             _console = new PvConsole(_guest);
             _code = _guest.Code;
-            _memory = new FuzzMemory(_guest, vcpus);
+            _memory = new FuzzMemory(_guest, vcpus, hasPeer);
             _own = _memory.Vcpus[0];
             _operations = new FuzzOperations(_guest, _memory);
             _machphys = _guest.Reserve(24);
@@ -324,6 +325,32 @@ public static class FuzzGuest
             foreach (FuzzVcpu vcpu in _memory.Vcpus)
                 UpdateVa(vcpu.Guard, null);
             UpdateVa(_memory.ReadOnlyPage, Present);
+            if (_memory.HasPeer)
+                EmitGrantPage();
+        }
+
+        /// <summary>Maps the first frame of the grant table.</summary>
+        private void EmitGrantPage()
+        {
+            const int setupTable = 2;
+            const int invalidatePage = 2;
+            const int writable = 0x63;
+            ulong request = _guest.Reserve(24);
+            ulong frame = _guest.Reserve(8);
+            _code.mov(rax, (1UL << 32) | FuzzOperations.Self);
+            _code.mov(__qword_ptr[request], rax);
+            _code.mov(rax, frame);
+            _code.mov(__qword_ptr[request + 16], rax);
+            _code.mov(edi, setupTable);
+            _code.mov(rsi, request);
+            _code.mov(edx, 1);
+            _guest.Hypercall(GuestHypercall.GrantTableOp);
+            _code.mov(rsi, __qword_ptr[frame]);
+            _code.shl(rsi, 12);
+            _code.or(rsi, writable);
+            _code.mov(rdi, _memory.GrantPage);
+            _code.mov(edx, invalidatePage);
+            _guest.Hypercall(GuestHypercall.UpdateVaMapping);
         }
 
         private void UpdateVa(ulong address, int? flags)

@@ -30,7 +30,7 @@ internal sealed class FuzzMemory
     /// <summary>Classes of results: 0 for success, 1 to 126 for an errno, <see cref="NothingDone"/> for a count of 0.</summary>
     public const int ResultClasses = 128;
     public const int NothingDone = 127;
-    private const int MaxOperations = 112;
+    private const int MaxOperations = 160;
 
     // Indexes into the frame pool behind the scratch pages.
     public const int FirstRootFrame = ScratchPages;
@@ -65,8 +65,11 @@ internal sealed class FuzzMemory
 
     /// <param name="guest">To reserve it from.</param>
     /// <param name="vcpus">vCPUs that make calls.</param>
-    public FuzzMemory(PvAssembler guest, int vcpus)
+    /// <param name="hasPeer">Whether there is another domain to play with.</param>
+    public FuzzMemory(PvAssembler guest, int vcpus, bool hasPeer)
     {
+        HasPeer = hasPeer;
+        GrantPage = hasPeer ? guest.Reserve(PageSize, PageSize) : 0;
         Vcpus = [.. Enumerable.Range(0, vcpus).Select(_ => new FuzzVcpu(guest))];
         ReadOnlyPage = guest.Reserve(PageSize, PageSize);
         RootsStart = guest.Reserve(RootPages * PageSize, PageSize);
@@ -96,6 +99,12 @@ internal sealed class FuzzMemory
 
     /// <summary>vCPUs of the domain.</summary>
     public int VcpuCount => Vcpus.Count + Bystanders.Count;
+
+    /// <summary>Whether there is another domain, with the number 1 or 2 as this one has.</summary>
+    public bool HasPeer { get; }
+
+    /// <summary>Where the first frame of the grant table is mapped, if there is a peer.</summary>
+    public ulong GrantPage { get; }
 
     /// <summary>Behind a buffer.</summary>
     public ulong UnmappedPage => Vcpus[0].Guard;

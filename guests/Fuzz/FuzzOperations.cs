@@ -22,7 +22,8 @@ internal sealed partial class FuzzOperations
     private const int Frames = 384;
     private const int Done = 504;
 
-    private const ulong Self = 0x7ff0;
+    /// <summary>DOMID_SELF.</summary>
+    public const ulong Self = 0x7ff0;
     private const ulong Preempted = 1UL << 31;
 
     private readonly FuzzMemory _memory;
@@ -71,6 +72,8 @@ internal sealed partial class FuzzOperations
         AddAssists();
         if (memory.VcpuCount > 1)
             AddVcpuOps(guest);
+        if (memory.HasPeer)
+            AddPeerOps(guest);
         AddStores();
     }
 

@@ -164,6 +164,9 @@ public sealed unsafe class Domain : IDisposable
         set => Volatile.Write(ref Context->State->MaxPages, value);
     }
 
+    /// <summary>Frames of other domains that the domain has mapped by their grants; changes while it runs.</summary>
+    public int ForeignPages => Window.ShownCount;
+
     internal DomainContext* Context => _memory.Context;
 
     /// <summary>How often the domain's books were checked (<see cref="DomainOptions.AuditInterval"/>).</summary>

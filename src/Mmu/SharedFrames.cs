@@ -15,10 +15,15 @@ public static unsafe class SharedFrames
         FrameTable* frames = FrameTable.Of(vcpu->Domain);
         if (!frames->TryReserve(FrameFlags.Special, 0, ulong.MaxValue, out frame))
             return Errno.ENOMEM;
-        frames->Clear(frame);
-        GuestAccess.Written(vcpu, frame, 0, Paging.PageSize);
+        bool isClear = !new ReadOnlySpan<byte>(vcpu->Domain->Memory.Page(frame), (int)Paging.PageSize).ContainsAnyExcept((byte)0);
+        if (!isClear)
+            frames->Clear(frame);
         frames->Assign(FrameFlags.Special, 0, frame);
         Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out FrameInfo* info);
+
+        // The use may have to wait until this vCPU has made all its stores, so these come after it; and not again the next time.
+        if (!isClear)
+            GuestAccess.Written(vcpu, frame, 0, Paging.PageSize);
         if (error == Errno.None)
             return error;
 

@@ -39,7 +39,21 @@ internal sealed class ConsoleLines : IConsoleSink
     /// <param name="stopped">The guest's end, after which nothing comes: the test fails with all that came.</param>
     /// <param name="cancellation">Ends the wait.</param>
     /// <returns>The rest of the line.</returns>
-    internal async Task<string> WaitForAsync(string marker, Task stopped, CancellationToken cancellation)
+    internal Task<string> WaitForAsync(string marker, Task stopped, CancellationToken cancellation) => WaitForAsync(marker, text =>
+    {
+        int start = text.StartsWith(marker, StringComparison.Ordinal) ? 0 : text.IndexOf("\n" + marker, StringComparison.Ordinal) + 1;
+        int end = start == 0 && !text.StartsWith(marker, StringComparison.Ordinal) ? -1 : text.IndexOf("\r\n", start, StringComparison.Ordinal);
+        return end >= 0 ? text[(start + marker.Length)..end].Trim() : null;
+    }, stopped, cancellation);
+
+    /// <summary>Waits for some text, wherever it stands.</summary>
+    /// <param name="wanted">The text.</param>
+    /// <param name="stopped">As in <see cref="WaitForAsync(string, Task, CancellationToken)"/>.</param>
+    /// <param name="cancellation">Ends the wait.</param>
+    internal Task WaitForTextAsync(string wanted, Task stopped, CancellationToken cancellation)
+        => WaitForAsync(wanted, text => text.Contains(wanted, StringComparison.Ordinal) ? wanted : null, stopped, cancellation);
+
+    private async Task<string> WaitForAsync(string wanted, Func<string, string?> find, Task stopped, CancellationToken cancellation)
     {
         while (true)
         {
@@ -52,11 +66,9 @@ internal sealed class ConsoleLines : IConsoleSink
                 text = _text.ToString();
             }
 
-            int start = text.StartsWith(marker, StringComparison.Ordinal) ? 0 : text.IndexOf("\n" + marker, StringComparison.Ordinal) + 1;
-            int end = start == 0 && !text.StartsWith(marker, StringComparison.Ordinal) ? -1 : text.IndexOf("\r\n", start, StringComparison.Ordinal);
-            if (end >= 0)
-                return text[(start + marker.Length)..end].Trim();
-            Assert.That(over, Is.False, $"The guest ended without the line \"{marker}\"; it printed: {text}");
+            if (find(text) is { } found)
+                return found;
+            Assert.That(over, Is.False, $"The guest ended without \"{wanted}\"; it printed: {text}");
             _ = await Task.WhenAny(more, stopped).WaitAsync(cancellation);
         }
     }

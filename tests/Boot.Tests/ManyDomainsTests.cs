@@ -31,10 +31,11 @@ public sealed class ManyDomainsTests : KvmFixture
         /// <summary>Types something and waits for the answer, which is not what was typed.</summary>
         public async Task AskAsync(int question, CancellationToken cancellation)
         {
-            string typed = IsDebian ? $"echo =$(({question}+1))=" : $"q{question}=";
-            string answer = IsDebian ? $"={question + 1}=" : $"Q{question}=";
+            (string typed, string answer) = IsDebian
+                ? ($"echo =$(({question}+1))=", $"={question + 1}=")
+                : ($"q{question}=", $"Q{question}=");
             Assert.That(await Domain.WriteInputAsync(Encoding.ASCII.GetBytes(typed + "\n"), cancellation), Is.True, Domain.Specification.Name);
-            _ = await Console.WaitForAsync(answer, Domain.Stopped, cancellation);
+            await Console.WaitForTextAsync(answer, Domain.Stopped, cancellation);
         }
     }
 

@@ -18,13 +18,13 @@ namespace XenSharp.Hostile.Tests;
 /// <param name="Trouble">What is wrong with the manager, as sentences; null when nothing is.</param>
 internal sealed record FuzzRun(ulong Seed, ulong Calls, int Vcpus, FuzzFigures Figures, string? Lost, string? Trouble)
 {
-    private const int MemoryMiB = 16;
+    internal const int MemoryMiB = 16;
 
     /// <summary>With several vCPUs, where a seed does not repeat itself, the books are also checked on the way, every so many exits.</summary>
     private const int AuditInterval = 2_000;
 
     /// <summary>A vCPU that is up and makes no hypercall for so long hangs.</summary>
-    private static readonly TimeSpan Patience = TimeSpan.FromSeconds(10);
+    internal static readonly TimeSpan Patience = TimeSpan.FromSeconds(10);
 
     /// <summary>Runs a seed to its end, however it comes, and recounts the domain's frames.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
@@ -80,12 +80,12 @@ internal sealed record FuzzRun(ulong Seed, ulong Calls, int Vcpus, FuzzFigures F
     }
 
     /// <summary>Whether a crash is the manager's own doing.</summary>
-    private static bool IsOurs(string report)
+    internal static bool IsOurs(string report)
         => report.Contains("XenSharp failed", StringComparison.Ordinal) || report.Contains("books do not agree", StringComparison.Ordinal);
 
     /// <summary>Waits for the guest's end.</summary>
     /// <returns>Null when it came; else where the vCPUs hang, or were when the time was up.</returns>
-    private static async Task<string?> WatchAsync(RunningDomain domain, CancellationToken cancellation)
+    internal static async Task<string?> WatchAsync(RunningDomain domain, CancellationToken cancellation)
     {
         Dictionary<int, (ulong Hypercalls, long Since)> seen = [];
         while (await Task.WhenAny(domain.Completion, Task.Delay(500, CancellationToken.None)) != domain.Completion)

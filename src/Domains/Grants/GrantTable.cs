@@ -346,13 +346,19 @@ internal sealed unsafe class GrantTable : IDisposable
         // The other table has a lock of its own, of which no two are held.
         GrantTable? other = transitiveDomain == Id ? null : directory?.EnterGrants(transitiveDomain);
         GrantStatus found = GrantStatus.GeneralError;
+        bool acquiredInVain;
         if (other != null)
             found = other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page);
         lock (Lock)
         {
             ref ActiveGrant active = ref _active[reference];
-            if (found == GrantStatus.Okay && (Version != 2 || active.Pin != pin || (pin != 0 && !IsSame(active, domain, transitiveDomain, page))))
+            bool acquired = found == GrantStatus.Okay;
+            if (acquired && (Version != 2 || active.Pin != pin))
                 found = GrantStatus.Restart;
+
+            // Xen would have the caller try again here too, and again, for as long as the entry is in use as something else.
+            else if (acquired && pin != 0 && !IsSame(active, domain, transitiveDomain, page))
+                found = GrantStatus.GeneralError;
             if (found == GrantStatus.Okay)
             {
                 // Whatever the other entry allows, this one cannot be mapped, as those of parts of pages.
@@ -374,10 +380,11 @@ internal sealed unsafe class GrantTable : IDisposable
                 return GrantStatus.Okay;
             }
 
+            acquiredInVain = acquired;
             ReduceStatus(reference, readOnly);
         }
 
-        if (found == GrantStatus.Restart)
+        if (acquiredInVain)
             other!.ReleaseCopy(transitiveReference, readOnly, page, null);
         directory?.LeaveGrants(other);
         return found;

@@ -295,6 +295,27 @@ public sealed unsafe class GrantPairTests
     }
 
     [Test]
+    public void An_entry_that_is_mapped_stands_for_no_other()
+    {
+        Assert.That(_granter.SetVersion(2), Is.EqualTo(Errno.None));
+        using GrantDomain third = Create(ThirdId);
+        third.PutEntry(Reference, GrantFlags.PermitAccess, FrameOf(0), GranterId);
+        Grant(Reference, FrameOf(0));
+        Assert.That(Map(GrantMapFlags.Host | GrantMapFlags.ReadOnly, AddressOf(2), out uint handle), Is.EqualTo(GrantStatus.Okay));
+        _granter.Table.Entry2(Reference)->Header = new GrantHeader(GrantFlags.Transitive, MapperId);
+        _granter.Table.Entry2(Reference)->TransitiveDomain = ThirdId;
+        _granter.Table.Entry2(Reference)->TransitiveReference = Reference;
+        var theirs = new CopyPointer { Reference = Reference, Domain = GranterId };
+        var mine = new CopyPointer { Frame = FrameOf(1), Domain = Self };
+        Assert.That(_mapper.Copy(theirs, mine, 8, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.GeneralError));
+        Assert.That(third.Table[Reference].Pin, Is.Zero);
+        Assert.That(_mapper.Unmap(handle, AddressOf(2)), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_granter.Table[Reference].Pin, Is.Zero);
+        Audit();
+        third.Audit();
+    }
+
+    [Test]
     public void A_frame_given_away_comes_to_the_other_with_its_contents()
     {
         uint Own(GrantDomain domain) => (uint)domain.Context->Domain->State->OwnedPages;

@@ -161,6 +161,7 @@ public static class BenchmarkGuest
         private readonly int _iterations;
         private readonly PvAssembler _guest = new();
         private readonly PvConsole _console;
+        private readonly UpcallCode _upcalls;
         private readonly Assembler _code;
         private readonly ulong _results;
         private readonly ulong _victims;
@@ -175,6 +176,7 @@ public static class BenchmarkGuest
         {
             _iterations = iterations;
             _console = new PvConsole(_guest);
+            _upcalls = new UpcallCode(_guest, _console);
             _code = _guest.Code;
             _results = _guest.Reserve(ResultBytes);
             _start = _guest.Reserve(sizeof(ulong));
@@ -214,22 +216,15 @@ public static class BenchmarkGuest
             return label;
         }
 
-        private void ReadTsc()
-        {
-            _code.rdtsc();
-            _code.shl(rdx, 32);
-            _code.or(rax, rdx);
-        }
-
         private void StartClock()
         {
-            ReadTsc();
+            _upcalls.ReadTsc();
             _code.mov(__qword_ptr[_start], rax);
         }
 
         private void StopClock(BenchmarkFigure figure)
         {
-            ReadTsc();
+            _upcalls.ReadTsc();
             _code.sub(rax, __qword_ptr[_start]);
             _code.mov(__qword_ptr[_results + ((ulong)figure * sizeof(ulong))], rax);
         }
@@ -475,10 +470,7 @@ public static class BenchmarkGuest
             _guest.Hypercall(GuestHypercall.EventChannelOp);
             _code.mov(eax, __dword_ptr[binding + 4]);
             _code.mov(__dword_ptr[binding], eax);
-            _code.lea(rdi, __[handler]);
-            _code.xor(esi, esi);
-            _code.xor(edx, edx);
-            _guest.Hypercall(GuestHypercall.SetCallbacks);
+            _upcalls.SetCallback(handler);
             _code.mov(__word_ptr[_console.SharedInfoAddress], 0);
             Measure(BenchmarkFigure.EventToSelf, Even(_iterations), () =>
             {
@@ -486,35 +478,13 @@ public static class BenchmarkGuest
                 _code.mov(rsi, binding);
                 _guest.Hypercall(GuestHypercall.EventChannelOp);
             });
-            _code.mov(__byte_ptr[_console.SharedInfoAddress + 1], 1);
+            _code.mov(__byte_ptr[_upcalls.Mask], 1);
             _code.jmp(over);
 
             _code.Label(ref handler);
-            ReturnFromUpcall();
+            _upcalls.Return();
             _code.Label(ref over);
             _code.nop();
-        }
-
-        /// <summary>
-        /// Takes all events as seen and returns. RSP: RCX, R11, RIP, CS, RFLAGS, RSP, SS, as pushed by the upcall; RAX is the
-        /// interrupted code's.
-        /// </summary>
-        private void ReturnFromUpcall()
-        {
-            ForgetEvents();
-            _code.mov(r11, __qword_ptr[rsp + 8]);
-            _code.mov(__qword_ptr[rsp + 8], 0);
-            _code.push(r11);
-            _code.push(rax);
-            _guest.Hypercall(GuestHypercall.Iret);
-        }
-
-        /// <summary>Takes all events as seen. One that comes meanwhile makes an upcall, if not a bit.</summary>
-        private void ForgetEvents()
-        {
-            _code.mov(__byte_ptr[_console.SharedInfoAddress], 0);
-            _code.mov(__qword_ptr[_console.SharedInfoAddress + 8], 0);
-            _code.mov(__qword_ptr[_console.SharedInfoAddress + SharedInfoOffset.EvtchnPending], 0);
         }
 
         private void MeasureTickDuringLongBatch()
@@ -544,20 +514,17 @@ public static class BenchmarkGuest
             _code.mov(edi, BindVirq);
             _code.mov(rsi, binding);
             _guest.Hypercall(GuestHypercall.EventChannelOp);
-            _code.lea(rdi, __[handler]);
-            _code.xor(esi, esi);
-            _code.xor(edx, edx);
-            _guest.Hypercall(GuestHypercall.SetCallbacks);
+            _upcalls.SetCallback(handler);
             VcpuOp(SetPeriodicTimer, period);
             _code.mov(__qword_ptr[_start], 0);
-            ForgetEvents();
-            _code.mov(__byte_ptr[_console.SharedInfoAddress + 1], 0);
+            _upcalls.ForgetEvents();
+            _code.mov(__byte_ptr[_upcalls.Mask], 0);
             _code.mov(rdi, batch);
             _code.mov(esi, LongBatch);
             _code.xor(edx, edx);
             _code.mov(r10d, DomidSelf);
             _guest.Hypercall(GuestHypercall.MmuUpdate);
-            _code.mov(__byte_ptr[_console.SharedInfoAddress + 1], 1);
+            _code.mov(__byte_ptr[_upcalls.Mask], 1);
 
             // A batch that was refused would have been a short one.
             _code.test(rax, rax);
@@ -571,7 +538,7 @@ public static class BenchmarkGuest
             _code.Label(ref handler);
             _code.mov(__qword_ptr[saved], rax);
             _code.mov(__qword_ptr[saved + 8], rdx);
-            ReadTsc();
+            _upcalls.ReadTsc();
             _code.mov(rcx, rax);
             _code.xchg(__qword_ptr[_start], rax);
             _code.test(rax, rax);
@@ -585,7 +552,7 @@ public static class BenchmarkGuest
             _code.Label(ref taken);
             _code.mov(rdx, __qword_ptr[saved + 8]);
             _code.mov(rax, __qword_ptr[saved]);
-            ReturnFromUpcall();
+            _upcalls.Return();
             _code.Label(ref over);
             _code.nop();
         }

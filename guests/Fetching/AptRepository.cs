@@ -30,7 +30,8 @@ sealed class AptRepository
     /// <param name="runner">Finds and runs apt.</param>
     /// <param name="folder">A folder of ours for apt's caches.</param>
     /// <param name="privateLists">Whether to keep package lists of our own instead of reading the system's.</param>
-    public static AptRepository Open(CommandRunner runner, string folder, bool privateLists)
+    /// <param name="architecture">The architecture of the packages; null for the host's. The folder is for one of them only.</param>
+    public static AptRepository Open(CommandRunner runner, string folder, bool privateLists, string? architecture = null)
     {
         string state = Path.Combine(folder, "state");
         string cache = Path.Combine(folder, "cache");
@@ -56,6 +57,8 @@ sealed class AptRepository
             "#clear APT::Update::Post-Invoke;",
             "#clear APT::Update::Post-Invoke-Success;",
         ];
+        if (architecture is not null)
+            lines.AddRange([$"APT::Architecture \"{architecture}\";", "#clear APT::Architectures;", $"APT::Architectures:: \"{architecture}\";"]);
         if (privateLists)
             lines.Add($"Dir::State \"{state}\";");
         string configuration = Path.Combine(folder, privateLists ? "private.conf" : "system.conf");

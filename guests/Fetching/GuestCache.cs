@@ -69,13 +69,18 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
     }
 
     /// <summary>Path of a statically linked busybox, fetched first if it is not there.</summary>
+    /// <param name="progress">Told what is done.</param>
+    /// <param name="cancellation">Ends the fetch.</param>
+    /// <param name="architecture">Another of Debian's architectures, such as i386, than the host's.</param>
     /// <exception cref="GuestFetchException">It cannot be had; the message says why and what to do.</exception>
     /// <exception cref="OperationCanceledException">Cancelled; the cache is as it was.</exception>
-    public async Task<string> GetBusyboxAsync(IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default)
+    public async Task<string> GetBusyboxAsync(
+        IProgress<FetchProgress>? progress = null, CancellationToken cancellation = default, string? architecture = null)
     {
         const string Package = "busybox-static";
-        Recipe recipe = new(Package, (apt, token) => ResolveAloneAsync(apt, [Package], token), folder => FindBusybox(folder) is not null,
-            "an executable bin/busybox", ByHand);
+        Recipe recipe = new(
+            architecture is null ? Package : $"{Package}-{architecture}", (apt, token) => ResolveAloneAsync(apt, [Package], token),
+            folder => FindBusybox(folder) is not null, "an executable bin/busybox", ByHand) { Architecture = architecture };
         string folder = await GetAsync(recipe, progress, cancellation).ConfigureAwait(false);
         return FindBusybox(folder) ?? throw Damaged(folder);
     }
@@ -176,7 +181,11 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
         Func<AptRepository, CancellationToken, Task<(IReadOnlyList<AptPackage>? Packages, string Complaint)>> Resolve,
         Func<string, bool> IsGood,
         string Content,
-        string Advice);
+        string Advice)
+    {
+        // One of Debian's; null for the host's own.
+        public string? Architecture { get; init; }
+    }
 
     async Task<string> GetAsync(Recipe recipe, IProgress<FetchProgress>? progress, CancellationToken cancellation)
     {
@@ -283,7 +292,8 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
             // from the mirror, lists of our own are fetched.
             foreach (bool privateLists in (bool[])[false, true])
             {
-                AptRepository apt = AptRepository.Open(runner, Path.Combine(Root, "apt"), privateLists);
+                string state = recipe.Architecture is { } architecture ? $"apt-{architecture}" : "apt";
+                AptRepository apt = AptRepository.Open(runner, Path.Combine(Root, state), privateLists, recipe.Architecture);
                 if (privateLists)
                 {
                     const string Stage = "Fetching the package lists";
@@ -320,7 +330,7 @@ public sealed class GuestCache(string root, CommandRunner? runner = null)
                 $"{recipe.Name} is fetched with apt-get and apt-cache, which this host does not have. {recipe.Advice}", e);
         }
         throw new GuestFetchException(complaint.Length == 0
-            ? $"The host's package sources have no {recipe.Name}; Debian's (bookworm or later, amd64) do. {recipe.Advice}"
+            ? $"The host's package sources have no {recipe.Name}; Debian's (bookworm or later, {recipe.Architecture ?? "amd64"}) do. {recipe.Advice}"
             : $"{recipe.Name} cannot be downloaded: {complaint} Check the network and the host's package sources. {recipe.Advice}");
     }
 

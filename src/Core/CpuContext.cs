@@ -100,6 +100,9 @@ public static class FlatSelectors
     public const ushort Ring3Data = 0xe02b;
     public const ushort Ring3Cs64 = 0xe033;
 
+    /// <summary>A null selector at CPL 3, the CS of code that came by SYSENTER.</summary>
+    public const ushort NullRing3 = 3;
+
     /// <summary>The CS that a 64-bit guest kernel sees in a bounce frame: <see cref="Ring3Cs64"/> with its RPL cleared.</summary>
     public const ushort KernelCs64 = 0xe030;
 }

@@ -128,6 +128,9 @@ public struct VcpuState
     public uint GdtEntries;
     public GdtFrameArray GdtFrames;
 
+    /// <summary>1 where the guest may have read null for a selector that is loaded (ReadsSelectorsAsNull of the virtual CPU).</summary>
+    public int SelectorsReadNull;
+
     /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
     public int TaskSwitched;
 

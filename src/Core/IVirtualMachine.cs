@@ -56,6 +56,12 @@ public unsafe interface IVirtualCpu : IDisposable
     /// </summary>
     uint LdtEntries { get; set; }
 
+    /// <summary>
+    /// A guest that reads a segment register may see a null selector although the segment is loaded: the processor's table is not the
+    /// guest's.
+    /// </summary>
+    bool ReadsSelectorsAsNull { get; }
+
     /// <summary>Not 0 once <see cref="Kick"/> was called, until <see cref="Run"/> or <see cref="WaitForKick"/> took note of it.</summary>
     int* KickPending { get; }
 

@@ -32,6 +32,7 @@ public sealed unsafe class Domain : IDisposable
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
     private int _stopping;
+    private int _pauses;
     private int _running;
     private long _allocatedBytes;
     private bool _disposed;
@@ -49,6 +50,7 @@ public sealed unsafe class Domain : IDisposable
         _manager = manager ?? new DomainManager();
         Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
+        Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
         Cpuid = CpuidPolicy.FromHost(options.Cpuid with
         {
@@ -172,6 +174,11 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>How often the domain's books were checked (<see cref="DomainOptions.AuditInterval"/>).</summary>
     public long AuditCount => Audit?.Count ?? 0;
 
+    /// <summary>How often <see cref="Pause"/> was called and not yet taken back.</summary>
+    public int PauseCount => Volatile.Read(in _pauses);
+
+    internal VcpuRest Rest { get; }
+
     internal Scrubber Scrubber { get; } = null!;
 
     /// <summary>Checks the domain's books now and then; null where nobody wants it.</summary>
@@ -212,6 +219,36 @@ public sealed unsafe class Domain : IDisposable
 
     /// <summary>Starts the first vCPU.</summary>
     public void Start() => _vcpus[0].Begin();
+
+    /// <summary>
+    /// Stops all vCPUs until <see cref="Unpause"/> was called as often (XEN_DOMCTL_pausedomain): once this returns nothing of the guest is
+    /// executed, and no vCPU's thread writes to its memory. Time goes on, and timers that have run out fire afterwards. A domain that is
+    /// paused before it was started waits with its first instruction. Not for the domain's own threads.
+    /// </summary>
+    public void Pause()
+    {
+        _ = Interlocked.Increment(ref _pauses);
+        Rest.Want();
+        foreach (Vcpu vcpu in _vcpus)
+            vcpu.Cpu.Kick();
+        _ = Rest.Await();
+    }
+
+    /// <summary>Takes one <see cref="Pause"/> back (XEN_DOMCTL_unpausedomain).</summary>
+    /// <returns>False when the domain was not paused.</returns>
+    public bool Unpause()
+    {
+        int pauses;
+        do
+        {
+            pauses = Volatile.Read(in _pauses);
+            if (pauses == 0)
+                return false;
+        }
+        while (Interlocked.CompareExchange(ref _pauses, pauses - 1, pauses) != pauses);
+        Rest.Release();
+        return true;
+    }
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
@@ -353,6 +390,7 @@ public sealed unsafe class Domain : IDisposable
     {
         if (Interlocked.CompareExchange(ref _exit, exit, null) == null)
             Volatile.Write(ref _stopping, 1);
+        Rest.End();
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Cpu.Kick();
         lock (_threads)
@@ -385,7 +423,7 @@ public sealed unsafe class Domain : IDisposable
 
     private void RunVcpu(Vcpu vcpu)
     {
-        Audit?.Resume();
+        Rest.Leave();
         try
         {
             if (vcpu.Id == 0)
@@ -400,7 +438,7 @@ public sealed unsafe class Domain : IDisposable
             Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, $"XenSharp failed while serving the guest: {exception}")));
         }
 
-        Audit?.Pause();
+        Rest.Enter();
         lock (_threads)
         {
             if (--_running != 0)

@@ -39,14 +39,25 @@ public static unsafe class GuestMode
 
     /// <summary>Pushes a frame on the guest kernel's stack and continues at its handler (create_bounce_frame).</summary>
     /// <returns>False when the guest cannot take it: no handler, or a stack that cannot be written. Crash the domain.</returns>
-    public static bool Bounce(VcpuContext* vcpu, in TrapBounce bounce)
+    public static bool Bounce(VcpuContext* vcpu, in TrapBounce bounce) => bounce.Address != 0 && Push(vcpu, bounce, withSelectors: false);
+
+    /// <summary>
+    /// Pushes the frame of the failsafe callback, which has DS, ES, FS and GS in the error code's place, and continues there; those that
+    /// could not be loaded are null from then on.
+    /// </summary>
+    /// <returns>False for a stack that cannot be written. Crash the domain.</returns>
+    public static bool Failsafe(VcpuContext* vcpu)
+        => Push(
+            vcpu,
+            new TrapBounce(vcpu->State->FailsafeCallback, (vcpu->State->CallbackFlags & CallbackFlags.FailsafeDisablesEvents) != 0),
+            withSelectors: true);
+
+    private static bool Push(VcpuContext* vcpu, in TrapBounce bounce, bool withSelectors)
     {
         CpuRegisters* registers = vcpu->Registers;
         SegmentRegisters* segments = vcpu->Segments;
         ulong cs = segments->Cs;
         ulong stack;
-        if (bounce.Address == 0)
-            return false;
         if (vcpu->State->KernelMode != 0)
         {
             stack = registers->Rsp;
@@ -67,12 +78,20 @@ public static unsafe class GuestMode
         if (vcpu->Domain->State->Has(VmAssist.ArchitecturalIopl))
             flags |= vcpu->State->Iopl;
 
-        ulong* frame = stackalloc ulong[8];
+        ulong* frame = stackalloc ulong[11];
         int length = 0;
         frame[length++] = registers->Rcx;
         frame[length++] = registers->R11;
         if (bounce.HasErrorCode)
             frame[length++] = bounce.ErrorCode;
+        if (withSelectors)
+        {
+            frame[length++] = segments->Ds;
+            frame[length++] = segments->Es;
+            frame[length++] = segments->Fs;
+            frame[length++] = segments->Gs;
+        }
+
         frame[length++] = registers->Rip;
         frame[length++] = cs | ((ulong)saved << 32);
         frame[length++] = flags;

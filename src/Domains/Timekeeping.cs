@@ -67,14 +67,17 @@ public sealed class Timekeeping
         _bootTime = monotonic();
         BootUtc = utc;
         _nominalRate = _rate = _nanosecondsPerTick = 1_000_000.0 / counter.KiloHertz;
-        _anchorTsc = _measuredTsc = GuestTsc;
-        _anchorSystemTime = (ulong)TrueTime;
-        _measuredTime = (long)_anchorSystemTime;
+        (_measuredTsc, _measuredTime) = ReadBoth();
+        _anchorTsc = _measuredTsc;
+        _anchorSystemTime = (ulong)_measuredTime;
         UpdateFraction();
     }
 
     /// <summary>Nanoseconds until <see cref="Calibrate"/> should be called again.</summary>
     public long Period { get; private set; } = ShortestPeriod;
+
+    /// <summary>CLOCK_MONOTONIC at system time 0.</summary>
+    public long BootTime => _bootTime;
 
     /// <summary>UTC at system time 0.</summary>
     public DateTime BootUtc { get; }
@@ -98,6 +101,26 @@ public sealed class Timekeeping
                 return (long)time + (long)(ulong)(((UInt128)delta * multiplier) >> 32);
             }
         }
+    }
+
+    /// <summary>The counter and true time at one moment: of several readings that between which the least passes.</summary>
+    private (ulong Tsc, long Time) ReadBoth()
+    {
+        const int readings = 8;
+        (ulong Tsc, long Time) best = default;
+        ulong tightest = ulong.MaxValue;
+        for (int i = 0; i < readings; i++)
+        {
+            ulong before = GuestTsc;
+            long time = TrueTime;
+            ulong bracket = GuestTsc - before;
+            if (bracket >= tightest)
+                continue;
+            tightest = bracket;
+            best = (before + (bracket / 2), time);
+        }
+
+        return best;
     }
 
     private long TrueTime => _monotonic() - _bootTime;
@@ -136,9 +159,7 @@ public sealed class Timekeeping
 
     private void TakeAnchor()
     {
-        ulong before = GuestTsc;
-        long now = TrueTime;
-        ulong tsc = before + ((GuestTsc - before) / 2);
+        (ulong tsc, long now) = ReadBoth();
         MeasureRate(tsc, now);
 
         // The guest is given whole nanoseconds; what is left of one must not be lost each time.

@@ -45,6 +45,7 @@ internal sealed unsafe class Vcpu : IDisposable
         context->State->Xcr0 = InitialXcr0;
         if (domain.Cpuid.MaxXcr0 != 0)
             cpu.SetXcr0(InitialXcr0);
+        context->State->SelectorsReadNull = cpu.ReadsSelectorsAsNull ? 1 : 0;
         context->State->Cr4 = PrivilegedEmulator.GuestCr4(domain.Cpuid, 0);
         context->State->DebugRegisters[6] = DebugRegisters.StatusOnes;
         context->State->DebugRegisters[7] = DebugRegisters.ControlOnes;
@@ -118,14 +119,12 @@ internal sealed unsafe class Vcpu : IDisposable
         Runstate.Change(RunstateKind.Running);
         Trace?.Boot();
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
+        if (!GuestEntry.LoadSegments(Context))
+            Domain.Crash(this, "A vCPU starts with segments that cannot be loaded, and the guest has no kernel stack for its failsafe callback.");
         while (!Domain.IsStopping)
         {
-            if (Domain.Audit is { Wanted: true } audit)
-            {
-                // Others that have not come so far may wait for what this one has stored.
-                Cpu.Settle();
-                audit.Rest();
-            }
+            if (Domain.Rest.Wanted)
+                Rest();
 
             if (!IsUp)
             {
@@ -175,6 +174,18 @@ internal sealed unsafe class Vcpu : IDisposable
 
         // Others that are not yet at their end may wait for what this one has stored.
         Cpu.Settle();
+    }
+
+    private void Rest()
+    {
+        // Others that have not come so far may wait for what this one has stored.
+        Cpu.Settle();
+        bool paused = IsUp && Domain.PauseCount != 0;
+        if (paused)
+            Runstate.Change(RunstateKind.Offline);
+        Domain.Rest.Rest();
+        if (paused)
+            Runstate.Change(RunstateKind.Running);
     }
 
     public void Dispose()
@@ -404,8 +415,12 @@ internal sealed unsafe class Vcpu : IDisposable
                 continue;
             }
 
-            Sleep(Domain.Time.ToMonotonic(Timers.NextWhileWaiting));
+            // The clock is kept right meanwhile: after a long sleep it would be off by more than it may be put right at once.
+            Sleep(Domain.Time.ToMonotonic(Math.Min(Timers.NextWhileWaiting, _nextCalibration)));
             DrainNotifications();
+            now = Domain.Time.SystemTime;
+            if (now >= _nextCalibration)
+                UpdateClock(this, now);
         }
 
         if (Waiting == WaitState.Polling)
@@ -420,9 +435,9 @@ internal sealed unsafe class Vcpu : IDisposable
 
     private void Sleep(long deadline)
     {
-        Domain.Audit?.Pause();
+        Domain.Rest.Enter();
         Cpu.WaitForKick(deadline);
-        Domain.Audit?.Resume();
+        Domain.Rest.Leave();
     }
 
     private bool StillWaiting() => !Context->UpcallDue && (Waiting != WaitState.Polling || Domain.Events.IsPolling(Id))
@@ -455,7 +470,7 @@ internal sealed unsafe class Vcpu : IDisposable
         switch (exit.Kind)
         {
             case VcpuExitKind.Syscall:
-                if (Context->State->KernelMode != 0)
+                if (Context->State->KernelMode != 0 && Context->Segments->Cs != FlatSelectors.Ring3Cs32)
                     HypercallDispatcher.Dispatch(this);
                 else
                     BounceSyscall();
@@ -488,18 +503,50 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         if (GuestEntry.SyscallCallback(Context) == 0)
         {
-            // As on a processor without the instruction.
             Context->Registers->Rip -= SyscallLength;
             Trace?.BeginTrap(ExceptionVector.InvalidOpcode, 0, default);
-            InjectTrap(ExceptionVector.InvalidOpcode, null);
+            RefuseSyscall();
             Trace?.EndTrap(Domain.IsStopping);
             return;
         }
 
         Trace?.BeginSystemCall();
+        EnterSyscall();
+        Trace?.End();
+    }
+
+    /// <summary>A SYSCALL that the processor raised an exception for, and that was emulated.</summary>
+    private void BounceEmulatedSyscall()
+    {
+        if (GuestEntry.SyscallCallback(Context) != 0)
+        {
+            EnterSyscall();
+            return;
+        }
+
+        Context->Registers->Rip -= SyscallLength;
+        RefuseSyscall();
+    }
+
+    private void EnterSyscall()
+    {
         if (!GuestEntry.Syscall(Context))
             Domain.Crash(this, "A user process made a system call, and the guest has no kernel stack to take it on.");
-        Trace?.End();
+    }
+
+    /// <summary>As on a processor without the instruction, which RIP is on.</summary>
+    private void RefuseSyscall()
+    {
+        InjectTrap(ExceptionVector.InvalidOpcode, null);
+        Context->Registers->Rflags &= ~(ulong)Rflags.Direction;
+    }
+
+    private void BounceSysenter()
+    {
+        if (Context->State->SysenterCallback == 0)
+            InjectTrap(ExceptionVector.GeneralProtection, 0);
+        else if (!GuestEntry.Sysenter(Context))
+            Domain.Crash(this, "A user process made a system call by SYSENTER, and the guest has no kernel stack to take it on.");
     }
 
     private void HandleException(ExceptionVector vector, uint errorCode)
@@ -546,6 +593,12 @@ internal sealed unsafe class Vcpu : IDisposable
                 return;
             case EmulationOutcome.NotHandled:
                 InjectTrap(vector, errorCode);
+                return;
+            case EmulationOutcome.SystemCall:
+                BounceEmulatedSyscall();
+                return;
+            case EmulationOutcome.SystemEnter:
+                BounceSysenter();
                 return;
         }
 

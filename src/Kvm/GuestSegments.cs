@@ -92,6 +92,20 @@ internal readonly unsafe struct GuestSegments(KvmVirtualMachine machine, Descrip
         return usable ? Unpack(selector, descriptor) : Null(selector);
     }
 
+    /// <summary>The selector of a data segment by its base, among the first of the guest's global table; 0 where there is none.</summary>
+    public ushort FindData(ulong segmentBase)
+    {
+        const int considered = 32;
+        for (int index = 1; index < considered; index++)
+        {
+            ushort selector = (ushort)((index << 3) | RequestedLevelMask);
+            if (LoadData(selector) is { Unusable: 0 } found && found.Base == segmentBase)
+                return selector;
+        }
+
+        return 0;
+    }
+
     private static KvmSegment Null(ushort selector)
         => new() { Limit = uint.MaxValue, Selector = selector, Type = 3, Present = 1, Dpl = 3, Db = 1, S = 1, G = 1, Unusable = 1 };
 

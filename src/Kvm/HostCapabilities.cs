@@ -23,6 +23,23 @@ public sealed record HostCapabilities
     /// <summary>Privilege level at which SYSCALL enters the monitor, 0 or 3.</summary>
     public required int SyscallEntryLevel { get; init; }
 
+    /// <summary>
+    /// KVM emulates the SYSCALL of 32-bit code and loses the upper half of its entry's address, so that the guest would go on at CPL 0 in
+    /// its own memory. Such a KVM is told that its vCPUs are Intel's: for those the instruction raises #UD.
+    /// </summary>
+    public required bool CompatibilitySyscallAstray { get; init; }
+
+    /// <summary>
+    /// KVM interprets 32-bit code, at half a microsecond an instruction, and raises #UD for floating point and for vectors: see
+    /// <see cref="CompatibilityInstruction"/>.
+    /// </summary>
+    public required bool InterpretsCompatibilityMode { get; init; }
+
+    /// <summary>
+    /// Instructions at CPL 3 find the host's own descriptor table: the host's selectors can be loaded there, and KVM does not see it.
+    /// </summary>
+    public required bool HostDescriptorTable { get; init; }
+
     /// <summary>L4 slot 256 can be read at CPL 3; otherwise the M2P table lies in slot 257.</summary>
     public required bool Slot256Usable { get; init; }
 
@@ -61,6 +78,9 @@ public sealed record HostCapabilities
         ShadowPageTables = true,
         StoresNeedFlush = true,
         SyscallEntryLevel = 3,
+        CompatibilitySyscallAstray = false,
+        InterpretsCompatibilityMode = false,
+        HostDescriptorTable = false,
         Slot256Usable = true,
         SoftwareInterruptVector = ExceptionVector.GeneralProtection,
         CpuidPolicyApplies = true,

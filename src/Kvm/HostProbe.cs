@@ -19,6 +19,14 @@ public static unsafe class HostProbe
     {
         // The level comes first: everything else is asked in a VM whose SYSCALL entry is right.
         HostCapabilities assumed = HostCapabilities.Assumed with { SyscallEntryLevel = SyscallLevel(system) };
+        if (!KeepsCompatibilitySyscall(system, assumed))
+        {
+            assumed = assumed with { CompatibilitySyscallAstray = true };
+            if (!KeepsCompatibilitySyscall(system, assumed))
+                throw new KvmException("On this host's KVM the SYSCALL of 32-bit code leaves the monitor's control; XenSharp cannot use it");
+        }
+
+        assumed = assumed with { InterpretsCompatibilityMode = InterpretsCompatibilityMode(system, assumed) };
         using var guest = new ScratchGuest(system, assumed, (MarkedLeaf, Mark));
         bool shadowed = !SeesHostStores(guest);
         bool atOnce = shadowed && SeesStores(system, assumed with { StoresNeedFlush = false });
@@ -33,14 +41,8 @@ public static unsafe class HostProbe
                 ? throw new KvmException("int 0x80 at CPL 3 raised nothing in a VM that has no gate for it")
                 : interrupt.Vector,
             CpuidPolicyApplies = CpuidShowsMark(guest),
-            FlatSegmentLoads = ReachesSyscall(
-                guest,
-                code =>
-                {
-                    code.mov(eax, FlatSelectors.Ring3Data);
-                    code.mov(ds, eax);
-                },
-                out _),
+            FlatSegmentLoads = LoadsData(guest, FlatSelectors.Ring3Data),
+            HostDescriptorTable = LoadsData(guest, KvmVirtualCpu.HostUserData),
             TaskSwitchedTraps = TaskSwitchedTraps(guest),
             TimeStampDisableTraps = TimeStampDisableTraps(guest),
             DebugRegistersWork = DebugRegistersWork(guest),
@@ -57,6 +59,49 @@ public static unsafe class HostProbe
             throw new KvmException($"SYSCALL did not reach the monitor on this host ({exit.Kind}, {exit.Vector}; {exit.Failure})");
         return guest.Vcpu.SharedPage->Sregs.Ss.Dpl;
     }
+
+    /// <summary>Whether SYSCALL in 32-bit code comes to its entry, or raises #UD as on Intel's processors.</summary>
+    private static bool KeepsCompatibilitySyscall(KvmSystem system, HostCapabilities capabilities)
+    {
+        using var guest = new ScratchGuest(system, capabilities);
+        VcpuExit exit = RunCompatible(guest, code => code.syscall());
+        return exit.Kind switch
+        {
+            VcpuExitKind.Syscall => guest.Vcpu.Segments->Cs == FlatSelectors.Ring3Cs32,
+            VcpuExitKind.Exception => exit.Vector == ExceptionVector.InvalidOpcode,
+            _ => false,
+        };
+    }
+
+    /// <summary>Whether 32-bit code lacks instructions that every processor with a 64-bit mode has.</summary>
+    private static bool InterpretsCompatibilityMode(KvmSystem system, HostCapabilities capabilities)
+    {
+        using var guest = new ScratchGuest(system, capabilities);
+        _ = RunCompatible(guest, code =>
+        {
+            code.paddd(xmm0, xmm0);
+            code.ud2();
+        });
+        return guest.Vcpu.Registers->Rip == ScratchGuest.CodeAddress;
+    }
+
+    /// <summary>Runs instructions that have the same bytes in 32-bit code.</summary>
+    private static VcpuExit RunCompatible(ScratchGuest guest, Action<Assembler> write)
+    {
+        guest.Load(write);
+        guest.Vcpu.Segments->Cs = FlatSelectors.Ring3Cs32;
+        return guest.Vcpu.Run();
+    }
+
+    /// <summary>Whether a data selector can be loaded that no table of the guest's has.</summary>
+    private static bool LoadsData(ScratchGuest guest, ushort selector) => ReachesSyscall(
+        guest,
+        code =>
+        {
+            code.mov(eax, selector);
+            code.mov(ds, eax);
+        },
+        out _);
 
     /// <summary>Runs code that is followed by SYSCALL.</summary>
     private static bool ReachesSyscall(ScratchGuest guest, Action<Assembler> write, out VcpuExit exit)

@@ -31,6 +31,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
         | Rflags.Direction | Rflags.Overflow | Rflags.NestedTask | Rflags.Resume | Rflags.AlignmentCheck | Rflags.Id);
 
+    /// <summary>Linux's flat data selector of user mode: the host's own, and that of guests that are Linux.</summary>
+    internal const ushort HostUserData = 0x2b;
+
     private const int RunsFrom = 6;
 
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
@@ -135,6 +138,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             _forced = KvmSyncRegs.Sregs;
         }
     }
+
+    public bool ReadsSelectorsAsNull => _machine.Capabilities.HostDescriptorTable;
 
     public int* KickPending => _kicked;
 
@@ -273,6 +278,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         Volatile.Write(ref _entries, _entries + 1);
         _ = Interlocked.Exchange(ref _writes->Running, 1);
         VcpuExit exit = Enter();
+        while (_pages.Instruction is { } instruction && exit.Vector == ExceptionVector.InvalidOpcode && ExecuteNatively(instruction, ref exit))
+            exit = Enter();
         Volatile.Write(ref _writes->Running, 0);
         return exit;
     }
@@ -413,7 +420,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _segments->Ss = FlatSelectors.Ring3Data;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetSregs, &sregs), "KVM_SET_SREGS failed");
 
-        Span<ulong> values = [((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry, _machine.SyscallEntry, SyscallMask];
+        Span<ulong> values =
+        [
+            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry,
+            _machine.CompatibilitySyscallEntry, SyscallMask,
+        ];
         Span<uint> indexes = [Msr.Star, Msr.Lstar, Msr.Cstar, Msr.SfMask];
         byte* buffer = stackalloc byte[8 + (sizeof(KvmMsrEntry) * 4)];
         *(ulong*)buffer = 4;
@@ -455,12 +466,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         {
             *(uint*)buffer = entries;
             KvmVirtualMachine.Check(LibC.ioctl(_machine.System.File, KvmRequest.GetSupportedCpuid, buffer), "KVM_GET_SUPPORTED_CPUID failed");
-            for (uint i = 0; _machine.CpuidMark is { } mark && i < *(uint*)buffer; i++)
+            for (uint i = 0; i < *(uint*)buffer; i++)
             {
                 // struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx, padding.
                 uint* entry = (uint*)(buffer + 8 + (i * 40));
-                if (entry[0] == mark.Leaf)
-                    entry[3] = mark.Eax;
+                if (entry[0] == _machine.CpuidMark?.Leaf)
+                    entry[3] = _machine.CpuidMark.Value.Eax;
+                if (_machine.Capabilities.CompatibilitySyscallAstray && entry[0] is 0 or 0x8000_0000)
+                    "GenuntelineI"u8.CopyTo(new Span<byte>(entry + 4, 12));
             }
 
             KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetCpuid2, buffer), "KVM_SET_CPUID2 failed");
@@ -514,6 +527,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         {
             return false;
         }
+
+        if (_machine.Capabilities.HostDescriptorTable && (reload ? code : _sregs->Cs).L == 0)
+            ShowHiddenSegments();
 
         // A KVM that interprets IRETQ may not do so for segments of the local table: they are entered without a chain, in the rare case.
         if (NeedsChain && ((_segments->Cs | _segments->Ss) & GuestSegments.LocalTable) != 0)
@@ -570,6 +586,25 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         SetData(ref _sregs->Ds, _segments->Ds, ref changed);
         SetData(ref _sregs->Es, _segments->Es, ref changed);
         return changed;
+    }
+
+    /// <summary>
+    /// Gives 32-bit code the segments that the guest means it to have: the flat data segment, which it loaded without KVM's knowing, and
+    /// that of a thread's own data, whose selector it read as null when it put the thread aside, while it has kept the base.
+    /// </summary>
+    private void ShowHiddenSegments()
+    {
+        const int nullSelectors = 3;
+        if ((_segments->Ds <= nullSelectors || _segments->Es <= nullSelectors) && _guestSegments.LoadData(HostUserData).Unusable == 0)
+        {
+            _segments->Ds = _segments->Ds <= nullSelectors ? HostUserData : _segments->Ds;
+            _segments->Es = _segments->Es <= nullSelectors ? HostUserData : _segments->Es;
+        }
+
+        if (_segments->Fs <= nullSelectors && _segments->FsBase != 0)
+            _segments->Fs = _guestSegments.FindData(_segments->FsBase);
+        if (_segments->Gs <= nullSelectors && _segments->GsBase != 0)
+            _segments->Gs = _guestSegments.FindData(_segments->GsBase);
     }
 
     /// <summary>DS or ES: while the selector stays, so does what the guest's own load of it found.</summary>
@@ -744,8 +779,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong rip = _run->Regs.Rip;
         if (_run->Io.Direction == 1 && _run->Io.Size == 1)
         {
-            if (rip - _machine.SyscallEntry <= 2 && _run->Io.Port == MonitorLayout.SyscallPort)
-                return TakeSyscall();
+            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.SyscallEntry <= 2)
+                return TakeSyscall(FlatSelectors.Ring3Cs64);
+            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.CompatibilitySyscallEntry <= 2)
+                return TakeSyscall(FlatSelectors.Ring3Cs32);
             if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
                 return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
         }
@@ -791,19 +828,77 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>A byte of the code that the guest has just executed.</summary>
     private byte Peek(ulong address)
     {
-        var translation = new KvmTranslation { LinearAddress = address };
-        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.Translate, &translation), "KVM_TRANSLATE failed");
-        var physical = new MachineAddress(translation.PhysicalAddress);
-        return translation.Valid != 0 && _machine.Memory.Contains(physical.Frame) ? _machine.Memory.Page(physical.Frame)[physical.Offset] : (byte)0;
+        byte code = 0;
+        _ = Peek(address, new Span<byte>(ref code));
+        return code;
     }
 
-    private VcpuExit TakeSyscall()
+    /// <summary>Reads code of the guest's.</summary>
+    /// <returns>How many bytes could be read.</returns>
+    private int Peek(ulong address, Span<byte> code)
+    {
+        int read = 0;
+        while (read < code.Length)
+        {
+            var translation = new KvmTranslation { LinearAddress = address + (ulong)read };
+            KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.Translate, &translation), "KVM_TRANSLATE failed");
+            var physical = new MachineAddress(translation.PhysicalAddress);
+            if (translation.Valid == 0 || !_machine.Memory.Contains(physical.Frame))
+                break;
+            int inPage = Math.Min(code.Length - read, (int)(Paging.PageSize - (ulong)physical.Offset));
+            new ReadOnlySpan<byte>(_machine.Memory.Page(physical.Frame) + physical.Offset, inPage).CopyTo(code[read..]);
+            read += inPage;
+        }
+
+        return read;
+    }
+
+    /// <summary>Has the processor execute an instruction of 32-bit code that the interpreter raised #UD for.</summary>
+    /// <param name="instruction">The vCPU's page for it.</param>
+    /// <param name="exit">What came of it, where that is more than going on behind it.</param>
+    /// <returns>True to go on with the guest.</returns>
+    private bool ExecuteNatively(CompatibilityInstruction instruction, ref VcpuExit exit)
+    {
+        (ushort selector, ulong rip) = (_segments->Cs, _run->Regs.Rip);
+        if (!_guestSegments.TryLoadCode(selector, out KvmSegment code, out _) || code.L != 0 || code.Db == 0 || rip > uint.MaxValue)
+            return false;
+        int length = Peek((uint)(code.Base + rip), instruction.Code);
+        if (!instruction.TryEncode(length, rip) || !IsFlat(instruction.Segment, code))
+            return false;
+        _segments->Cs = FlatSelectors.Ring3Cs64;
+        _run->Regs.Rip = instruction.Start;
+        VcpuExit native = Enter();
+        bool done = _run->Regs.Rip == instruction.End;
+        if (done || _run->Regs.Rip == instruction.Start)
+        {
+            _segments->Cs = selector;
+            _run->Regs.Rip = done ? (uint)(rip + instruction.Length) : rip;
+        }
+
+        if (done && native is { Kind: VcpuExitKind.Exception, Vector: ExceptionVector.InvalidOpcode })
+            return true;
+        exit = native;
+        return false;
+    }
+
+    /// <summary>Whether an operand in the segment lies where 64-bit mode would look for it.</summary>
+    private bool IsFlat(Iced.Intel.Register segment, in KvmSegment code) => segment switch
+    {
+        Iced.Intel.Register.CS => code.Base == 0,
+        Iced.Intel.Register.DS => _sregs->Ds.Base == 0,
+        Iced.Intel.Register.ES => _sregs->Es.Base == 0,
+        Iced.Intel.Register.SS => _guestSegments.TryLoadStack(_segments->Ss, out KvmSegment stack, out _) && stack.Base == 0,
+        _ => true,
+    };
+
+    /// <param name="code">The selector that stands for the code's size: what it was is not kept by the processor.</param>
+    private VcpuExit TakeSyscall(ushort code)
     {
         _run->Regs.Rip = _run->Regs.Rcx;
 
         // Where the entry is reachable at CPL 3 a guest can also jump there, with any R11.
         _run->Regs.Rflags = GuestFlags(_run->Regs.R11);
-        _segments->Cs = FlatSelectors.Ring3Cs64;
+        _segments->Cs = code;
         _segments->Ss = FlatSelectors.Ring3Data;
         return new VcpuExit(VcpuExitKind.Syscall);
     }
@@ -871,10 +966,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_run->DirtyRegs != KvmSyncRegs.None)
             return false;
         ulong rip = _run->Regs.Rip;
-        bool inEntry = _sregs->Ss.Dpl == 0
-            ? rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize || rip == _machine.SyscallEntry
-            : rip == _machine.SyscallEntry;
-        if (inEntry)
+        if (rip == _machine.SyscallEntry || rip == _machine.CompatibilitySyscallEntry
+            || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
             return true;
         KvmVcpuEvents events;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");

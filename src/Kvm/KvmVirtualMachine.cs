@@ -56,7 +56,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
         ulong tables = 64 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (2 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
+        ulong regionPages = tables + 16 + (MaxVcpus * (3 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
             + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
         try
@@ -120,8 +120,11 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     /// <summary>A CPUID leaf to be changed recognisably, for the probe that asks whether the policy reaches the guest.</summary>
     internal (uint Leaf, uint Eax)? CpuidMark { get; init; }
 
-    /// <summary>Virtual address of the SYSCALL entry.</summary>
+    /// <summary>Virtual address of the SYSCALL entry of 64-bit code (LSTAR).</summary>
     internal ulong SyscallEntry { get; private set; }
+
+    /// <summary>Virtual address of the SYSCALL entry of 32-bit code (CSTAR).</summary>
+    internal ulong CompatibilitySyscallEntry => SyscallEntry + MonitorLayout.StubSize;
 
     internal ulong InterruptTable { get; private set; }
 
@@ -312,7 +315,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     {
         PageFlags entryFlags = SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None);
         SyscallEntry = TakeMapped(1, entryFlags, out ulong entryPage);
-        MonitorCode.AssembleSyscallEntry(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
+        MonitorCode.AssembleSyscallEntries(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
 
         ulong codeStart = _nextMonitorAddress;
         Code = MonitorCode.Assemble(codeStart);
@@ -391,6 +394,13 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
+        CompatibilityInstruction? instruction = null;
+        if (Capabilities.InterpretsCompatibilityMode)
+        {
+            ulong instructionStart = TakeMapped(1, SupervisorCode | PageFlags.User, out ulong instructionPage);
+            instruction = new CompatibilityInstruction(instructionStart, Host(instructionPage));
+        }
+
         byte* tss = Host(taskStatePage);
         new Span<byte>(tss, (int)Paging.PageSize).Fill(0xff);
         new Span<byte>(tss, taskStateSize).Clear();
@@ -425,6 +435,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             ReturnArea = (ulong*)(Host(areaPages) + (MonitorLayout.ReturnAreaPages << Paging.PageShift)),
             DescriptorWindow = new DescriptorWindow(
                 new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
+            Instruction = instruction,
         };
     }
 }
@@ -455,4 +466,7 @@ internal readonly unsafe struct VcpuPages
     public ulong* ReturnArea { get; init; }
 
     public DescriptorWindow DescriptorWindow { get; init; }
+
+    /// <summary>For hosts that interpret 32-bit code; else null.</summary>
+    public CompatibilityInstruction? Instruction { get; init; }
 }

@@ -73,12 +73,19 @@ internal sealed class MonitorCode
     /// <summary>Stores <paramref name="count"/> neighbouring entries from <see cref="PopAddress"/>'s on over themselves, goes on.</summary>
     public ulong LockedRun(int count) => LockedRunEnd - ((ulong)count * LockedRunLength);
 
-    /// <summary>The SYSCALL entry: a page of its own, because some KVMs enter it at CPL 3.</summary>
-    public static byte[] AssembleSyscallEntry(ulong address)
+    /// <summary>
+    /// The SYSCALL entries of 64-bit and of 32-bit code, <see cref="MonitorLayout.StubSize"/> apart: a page of their own, because some
+    /// KVMs enter it at CPL 3.
+    /// </summary>
+    public static byte[] AssembleSyscallEntries(ulong address)
     {
         var code = new Assembler(64);
-        code.@out(MonitorLayout.SyscallPort, al);
-        code.ud2();
+        for (int entry = 0; entry < 2; entry++)
+        {
+            code.@out(MonitorLayout.SyscallPort, al);
+            code.ud2();
+        }
+
         return Emit(code, address, out _);
     }
 

@@ -72,7 +72,7 @@ internal static class MonitorLayout
     /// <summary>Exception vectors that have a gate; <c>int n</c> past them raises #GP by the table's limit.</summary>
     public const int Vectors = 32;
 
-    /// <summary>Bytes between two exception stubs.</summary>
+    /// <summary>Bytes between two exception stubs, and between the two of SYSCALL.</summary>
     public const int StubSize = 4;
 
     /// <summary>Pages of a vCPU's return area: the chain of <see cref="MonitorCode"/>'s gadgets, ending in an IRET frame.</summary>

@@ -1,6 +1,5 @@
 // Debian under stress: memory, processes and mappings come and go for a while, and nothing breaks.
 
-using System.Globalization;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
@@ -24,9 +23,7 @@ public sealed class StressTests : KvmFixture
     /// <summary>Exits between two checks of the frame table.</summary>
     private const int AuditInterval = 20_000;
 
-    private static int Seconds => Environment.GetEnvironmentVariable(Variable) is { Length: > 0 } text
-        ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
-        : DefaultSeconds;
+    private static int Seconds => Durations.Seconds(Variable, DefaultSeconds);
 
     [Test]
     public async Task Memory_processes_and_mappings_come_and_go([Values(1, 4)] int vcpus)

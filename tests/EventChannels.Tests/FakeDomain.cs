@@ -26,6 +26,8 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public uint LdtEntries { get; set; }
 
+    public bool ReadsSelectorsAsNull => false;
+
     public int* KickPending => throw new NotSupportedException();
 
     public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => throw new NotSupportedException();

@@ -50,6 +50,140 @@ public sealed unsafe class StressTests
         Assert.That(delivered.Sum(), Is.EqualTo(4 * PortsPerSender * Rounds));
     }
 
+    /// <summary>
+    /// A million events between two domains, half of them each way: a number is put into a page that both have and sent for. What is read
+    /// on an upcall never goes back, the last number is read, and there are no more upcalls than there were sends.
+    /// </summary>
+    [Test]
+    public void AMillionEventsBetweenTwoDomainsKeepTheirOrder()
+    {
+        const int ports = 8;
+        const int sends = 1_000_000 / (2 * ports);
+        var directory = new Dictionary<ushort, EventChannelDomain>();
+        using var first = new FakeDomain(1, 1, directory);
+        using var second = new FakeDomain(2, 1, directory);
+        uint[] remote = [.. Enumerable.Range(0, ports).Select(_ => second.AllocUnbound(1))];
+        uint[] local = [.. remote.Select(port => first.BindInterdomain(2, port))];
+        int[] toSecond = new int[4096];
+        int[] toFirst = new int[4096];
+        var counts = (First: new Arrivals(), Second: new Arrivals());
+        Thread[] threads =
+        [
+            new(() => SendNumbers(first, local, remote, toSecond, sends)), new(() => SendNumbers(second, remote, local, toFirst, sends)),
+            new(() => ReceiveNumbers(first, toFirst, local, sends, counts.First)), new(() => ReceiveNumbers(second, toSecond, remote, sends, counts.Second)),
+        ];
+        foreach (Thread thread in threads)
+            thread.Start();
+        foreach (Thread thread in threads)
+            Assert.That(thread.Join(s_patience * 4), "An event was lost.");
+        foreach (Arrivals arrivals in (Arrivals[])[counts.First, counts.Second])
+        {
+            Assert.That(arrivals.Trouble, Is.Null);
+            Assert.That(arrivals.Count, Is.InRange(ports, ports * sends));
+        }
+    }
+
+    /// <summary>The same between a domain and a back end, which answers each number that it finds.</summary>
+    [Test]
+    public void EventsBetweenADomainAndABackendKeepTheirOrder()
+    {
+        const int sends = 500_000;
+        using var guest = new FakeDomain(1, 2);
+        EventChannelBackend backend = guest.Channels.AllocateBackend(out EventChannelPort port);
+        int[] asked = new int[1];
+        int[] answers = new int[4096];
+        var arrivals = new Arrivals();
+        var receiver = new Thread(() => ReceiveNumbers(guest, answers, [port.Value], sends, arrivals));
+        receiver.Start();
+        var sender = new Thread(() =>
+        {
+            for (int number = 1; number <= sends; number++)
+            {
+                Volatile.Write(ref asked[0], number);
+                _ = guest.Port(Send, port.Value, vcpu: 1);
+            }
+        });
+        sender.Start();
+        int last = 0;
+        int waits = 0;
+        while (last < sends)
+        {
+            Assert.That(Wait(backend), Is.True);
+            waits++;
+            int number = Volatile.Read(ref asked[0]);
+            Assert.That(number, Is.GreaterThanOrEqualTo(last));
+            last = number;
+            Volatile.Write(ref answers[port.Value], number);
+            backend.Notify();
+        }
+
+        Assert.That(receiver.Join(s_patience), "An answer was lost.");
+        sender.Join();
+        Assert.That(arrivals.Trouble, Is.Null);
+        Assert.That(waits, Is.InRange(1, sends));
+        Assert.That(arrivals.Count, Is.InRange(1, waits));
+    }
+
+    /// <summary>
+    /// A guest that does nothing but send to a back end, and one that floods itself, while nobody listens: nothing grows, and another
+    /// domain's events come as before.
+    /// </summary>
+    [Test]
+    public void AStormTakesNoMemoryAndNobodyElsesTurn()
+    {
+        const int pings = 200;
+        using var hostile = new FakeDomain(1, 2);
+        using var other = new FakeDomain(2, 1);
+        EventChannelBackend flooded = hostile.Channels.AllocateBackend(out EventChannelPort floodedPort);
+        uint ipi = hostile.BindIpi(1);
+        bool stop = false;
+        long allocated = -1;
+        long sent = 0;
+        Thread[] storm =
+        [
+            new(() =>
+            {
+                long before = 0;
+                while (!Volatile.Read(ref stop))
+                {
+                    if (sent == 10_000)
+                        before = GC.GetAllocatedBytesForCurrentThread();
+                    _ = hostile.Port(Send, floodedPort.Value);
+                    sent++;
+                }
+
+                allocated = GC.GetAllocatedBytesForCurrentThread() - before;
+            }),
+            new(() => Repeat(ref stop, () =>
+            {
+                hostile.Acknowledge(1);
+                _ = hostile.Port(Send, ipi, vcpu: 1);
+            })),
+        ];
+        foreach (Thread thread in storm)
+            thread.Start();
+        Assert.That(SpinWait.SpinUntil(() => Volatile.Read(ref sent) > 20_000, s_patience));
+        EventChannelBackend backend = other.Channels.AllocateBackend(out EventChannelPort port);
+        for (int i = 0; i < pings; i++)
+        {
+            Assert.That(other.Port(Send, port.Value), Is.Zero);
+            Assert.That(Wait(backend), Is.True);
+            other.Acknowledge(0);
+            other.SetPending(port.Value, false);
+            backend.Notify();
+            Assert.That(other.IsPending(port.Value));
+        }
+
+        Volatile.Write(ref stop, true);
+        foreach (Thread thread in storm)
+            thread.Join();
+        Assert.That(allocated, Is.Zero, $"{sent} sends");
+
+        // However many there were, they are one.
+        Assert.That(Wait(flooded), Is.True);
+        Assert.That(flooded.WaitAsync().AsTask().Wait(50), Is.False);
+    }
+
     /// <summary>One side sends, the other closes and binds again, a third thread notifies, a fourth reads the status.</summary>
     [Test]
     public void ConnectionsBreakAndComeBackUnderFire()
@@ -206,6 +340,48 @@ public sealed unsafe class StressTests
         Assert.That(guest.Cpus[1].Kicks, Is.GreaterThanOrEqualTo(2000));
     }
 
+    private static bool Wait(EventChannelBackend backend) => backend.WaitAsync().AsTask().WaitAsync(s_patience).GetAwaiter().GetResult();
+
+    /// <summary>What came to a vCPU.</summary>
+    private sealed class Arrivals
+    {
+        public int Count { get; set; }
+
+        public string? Trouble { get; set; }
+    }
+
+    /// <summary>Sends on ports in turn, each with the next number in the far port's word.</summary>
+    private static void SendNumbers(FakeDomain domain, uint[] ports, uint[] farPorts, int[] page, int sends)
+    {
+        for (int number = 1; number <= sends; number++)
+        {
+            for (int i = 0; i < ports.Length; i++)
+            {
+                Volatile.Write(ref page[farPorts[i]], number);
+                _ = domain.Port(Send, ports[i]);
+            }
+        }
+    }
+
+    /// <summary>Takes upcalls until the last number of every port was read.</summary>
+    private static void ReceiveNumbers(FakeDomain domain, int[] page, uint[] ports, int sends, Arrivals arrivals)
+    {
+        int[] last = new int[page.Length];
+        int open = ports.Length;
+        while (open > 0 && arrivals.Trouble == null)
+        {
+            TakeEvents(domain, port =>
+            {
+                int number = Volatile.Read(ref page[port]);
+                arrivals.Count++;
+                if (number < last[port])
+                    arrivals.Trouble = $"port {port}: {number} after {last[port]}";
+                open -= number == sends && last[port] != sends ? 1 : 0;
+                last[port] = number;
+            });
+        }
+    }
+
     private static void CloseMany(FakeDomain domain, Barrier barrier)
     {
         for (int i = 0; i < 2000; i++)
@@ -275,32 +451,35 @@ public sealed unsafe class StressTests
     /// <summary>The vCPU's thread and the guest's upcall handler in one.</summary>
     private static void Receive(FakeDomain guest, int[] delivered, ref bool stop)
     {
+        while (!Volatile.Read(ref stop))
+            TakeEvents(guest, port => Volatile.Write(ref delivered[port], delivered[port] + 1));
+    }
+
+    /// <summary>Waits for vCPU 0 to be kicked or to have an upcall due, and takes what is pending.</summary>
+    private static void TakeEvents(FakeDomain guest, Action<int> take)
+    {
         VcpuInfo* info = guest.Info(0);
         ulong* pending = (ulong*)(guest.Context->SharedInfo + SharedInfoLayout.EvtchnPending);
-        VcpuNotificationQueue queue = guest.Channels.NotificationQueue(0);
-        while (!Volatile.Read(ref stop))
+        guest.Channels.NotificationQueue(0).TryTake();
+        if (!guest.Vcpu(0)->UpcallDue)
         {
-            queue.TryTake();
-            if (!guest.Vcpu(0)->UpcallDue)
-            {
-                guest.Cpus[0].WaitForKick(long.MaxValue);
-                continue;
-            }
+            guest.Cpus[0].WaitForKick(long.MaxValue);
+            return;
+        }
 
-            Interlocked.Exchange(ref info->EvtchnUpcallPending, 0);
-            ulong selector = Interlocked.Exchange(ref info->EvtchnPendingSel, 0);
-            for (int word = 0; word < 64; word++)
+        Interlocked.Exchange(ref info->EvtchnUpcallPending, 0);
+        ulong selector = Interlocked.Exchange(ref info->EvtchnPendingSel, 0);
+        for (int word = 0; word < 64; word++)
+        {
+            if ((selector >> word & 1) == 0)
+                continue;
+            ulong bits = Volatile.Read(ref pending[word]);
+            for (int bit = 0; bit < 64; bit++)
             {
-                if ((selector >> word & 1) == 0)
+                if ((bits >> bit & 1) == 0)
                     continue;
-                ulong bits = Volatile.Read(ref pending[word]);
-                for (int bit = 0; bit < 64; bit++)
-                {
-                    if ((bits >> bit & 1) == 0)
-                        continue;
-                    _ = Interlocked.And(ref pending[word], ~(1UL << bit));
-                    Volatile.Write(ref delivered[(word * 64) + bit], delivered[(word * 64) + bit] + 1);
-                }
+                _ = Interlocked.And(ref pending[word], ~(1UL << bit));
+                take((word * 64) + bit);
             }
         }
     }

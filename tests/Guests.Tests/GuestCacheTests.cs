@@ -57,6 +57,24 @@ public sealed class GuestCacheTests
         });
     }
 
+    [Test]
+    public async Task AnotherArchitectureHasListsAndFoldersOfItsOwn()
+    {
+        host.Steer("no-system-lists");
+        string other = await host.Cache.GetBusyboxAsync(architecture: "i386");
+        int calls = host.Calls.Length;
+        string own = await host.Cache.GetBusyboxAsync();
+        string configuration = host.Calls.First(call => call.EndsWith(" update", StringComparison.Ordinal)).Split(' ')[2];
+        Assert.Multiple(() =>
+        {
+            Assert.That(other, Is.EqualTo(Path.Combine(host.CacheRoot, "busybox-static-i386/bin/busybox")));
+            Assert.That(own, Is.EqualTo(Path.Combine(host.CacheRoot, "busybox-static/bin/busybox")));
+            Assert.That(File.ReadAllText(configuration), Does.Contain("APT::Architecture \"i386\";").And.Contain("#clear APT::Architectures;"));
+            Assert.That(File.ReadAllText(configuration), Does.Contain($"Dir::State \"{host.CacheRoot}/apt-i386/"));
+            Assert.That(host.Calls[calls..].Where(call => call.StartsWith("apt-", StringComparison.Ordinal)), Is.All.Contains($" -c {host.CacheRoot}/apt/"));
+        });
+    }
+
     [TestCase("no-system-lists")]
     [TestCase("stale-system-lists")]
     public async Task EmptyOrStaleListsAreFetchedAnew(string trouble)

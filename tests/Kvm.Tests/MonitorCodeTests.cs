@@ -11,9 +11,11 @@ public sealed class MonitorCodeTests
     private static readonly MonitorCode Code = MonitorCode.Assemble(Start);
 
     [Test]
-    public void SyscallEntryNamesItselfAndEnds()
+    public void SyscallEntriesNameThemselvesAndEnd()
     {
-        Assert.That(Decode(MonitorCode.AssembleSyscallEntry(Start), Start, Start, 2), Is.EqualTo(new[] { "out 0E0h,al", "ud2" }));
+        byte[] entries = MonitorCode.AssembleSyscallEntries(Start);
+        foreach (ulong entry in (ulong[])[Start, Start + MonitorLayout.StubSize])
+            Assert.That(Decode(entries, Start, entry, 2), Is.EqualTo(new[] { "out 0E0h,al", "ud2" }));
     }
 
     [Test]

@@ -182,6 +182,123 @@ public sealed unsafe class SegmentStateTests : KvmTest
         Assert.That(Registers->Rax, Is.EqualTo(5));
     }
 
+    /// <summary>Wherever the processor takes it: to the entry, or to #UD, but never past the monitor into the guest's own memory.</summary>
+    [Test]
+    public void SystemCallOf32BitCode([Values] bool throughTheMonitor)
+    {
+        _guest.Load(code => code.syscall());
+        Registers->Rflags |= (ulong)(Rflags.Carry | Rflags.Direction);
+        CpuRegisters before = *Registers;
+        Segments->Cs = FlatSelectors.Ring3Cs32;
+        Queue(throughTheMonitor);
+        VcpuExit exit = RunWatched(_guest);
+        Assert.That(Segments->Cs, Is.EqualTo(FlatSelectors.Ring3Cs32), exit.Failure);
+        Assert.That(Registers->Rsp, Is.EqualTo(before.Rsp));
+        if (exit.Kind == VcpuExitKind.Syscall)
+        {
+            Assert.That((Registers->Rip, Registers->Rcx, Registers->Rflags), Is.EqualTo((before.Rip + 2, before.Rip + 2, before.Rflags)));
+        }
+        else
+        {
+            Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), exit.Failure);
+
+            // The frame of a fault has RF.
+            Registers->Rflags &= ~(ulong)Rflags.Resume;
+            Assert.That(*Registers, Is.EqualTo(before));
+        }
+    }
+
+    /// <summary>Floating point and vectors of 32-bit code, where KVM's interpreter does not know them too.</summary>
+    [Test]
+    public void FloatingPointAndVectorsOf32BitCode()
+    {
+        InstallGdt();
+        *(double*)HostAddress(_guest, ScratchGuest.DataAddress) = 1.5;
+        _guest.Load(code =>
+        {
+            // fld qword [ecx]; fadd st, st; fstp qword [ecx+8]; movd xmm0, eax; paddd xmm0, xmm0; movd [address], xmm0; ud2.
+            code.db(0xdd, 0x01, 0xd8, 0xc0, 0xdd, 0x59, 0x08);
+            code.db(0x66, 0x0f, 0x6e, 0xc0, 0x66, 0x0f, 0xfe, 0xc0, 0x66, 0x0f, 0x7e, 0x05);
+            code.dd((uint)ScratchGuest.DataAddress + 16);
+            code.db(0x0f, 0x0b);
+        });
+        (Registers->Rcx, Registers->Rax) = (ScratchGuest.DataAddress, 0x1234_5678);
+        (Segments->Cs, Segments->Ss, Segments->Ds, Segments->Es) = (GuestCode32, GuestData, GuestData, GuestData);
+        VcpuExit exit = RunWatched(_guest);
+        Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), exit.Failure);
+        Assert.That((Segments->Cs, Registers->Rip), Is.EqualTo((GuestCode32, ScratchGuest.CodeAddress + 23)));
+        Assert.That(*(double*)HostAddress(_guest, ScratchGuest.DataAddress + 8), Is.EqualTo(3.0));
+        Assert.That(*(uint*)HostAddress(_guest, ScratchGuest.DataAddress + 16), Is.EqualTo(2 * 0x1234_5678U));
+    }
+
+    /// <summary>A fault of such an instruction is the guest's, at the instruction.</summary>
+    [Test]
+    public void FaultOfAVectorInstructionOf32BitCode()
+    {
+        InstallGdt();
+        const uint nowhere = 0x7000_0000;
+        _guest.Load(code =>
+        {
+            // nop; paddd xmm0, [address].
+            code.nop();
+            code.db(0x66, 0x0f, 0xfe, 0x05);
+            code.dd(nowhere);
+        });
+        (Segments->Cs, Segments->Ss, Segments->Ds, Segments->Es) = (GuestCode32, GuestData, GuestData, GuestData);
+        VcpuExit exit = RunWatched(_guest);
+        Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.PageFault)), exit.Failure);
+        Assert.That(_guest.Vcpu.FaultAddress.Value, Is.EqualTo(nowhere));
+        Assert.That((Segments->Cs, Registers->Rip), Is.EqualTo((GuestCode32, ScratchGuest.CodeAddress + 1)));
+    }
+
+    /// <summary>A kernel loads its flat data selector for a 32-bit process: the process has it, also after other entries.</summary>
+    [Test]
+    public void DataSegmentLoadedFor32BitCode([Values] bool throughTheMonitor)
+    {
+        InstallGdt();
+        *(uint*)HostAddress(_guest, ScratchGuest.DataAddress) = 0x7777;
+        AssertSyscall(RunCode(_guest, code =>
+        {
+            code.mov(eax, GuestData);
+            code.mov(ds, eax);
+            code.mov(es, eax);
+            code.syscall();
+        }));
+        SegmentRegisters loaded = *Segments;
+        _guest.Load(code =>
+        {
+            // mov eax, [address]; ud2.
+            code.db(0xa1);
+            code.dd((uint)ScratchGuest.DataAddress);
+            code.ud2();
+        });
+        (Segments->Ds, Segments->Es, Segments->Cs, Segments->Ss) = (loaded.Ds, loaded.Es, GuestCode32, GuestData);
+        Queue(throughTheMonitor);
+        VcpuExit exit = RunWatched(_guest);
+        Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), exit.Failure);
+        Assert.That(Registers->Rax, Is.EqualTo(0x7777));
+        Assert.That((Segments->Ds, Segments->Es), Is.EqualTo((GuestData, GuestData)));
+    }
+
+    /// <summary>A thread's data, whose selector the kernel read as null and whose base it kept.</summary>
+    [Test]
+    public void ThreadDataOf32BitCodeByItsBase()
+    {
+        InstallGdt();
+        *(uint*)HostAddress(_guest, BasedDataBase + 0x10) = 0x7777;
+        _guest.Load(code =>
+        {
+            // mov eax, gs:[0x10]; ud2.
+            code.db(0x65, 0xa1, 0x10, 0, 0, 0);
+            code.ud2();
+        });
+        (Segments->Cs, Segments->Ss) = (GuestCode32, GuestData);
+        (Segments->Gs, Segments->GsBase) = ((ushort)(Capabilities.HostDescriptorTable ? 0 : GuestBasedData), BasedDataBase);
+        VcpuExit exit = RunWatched(_guest);
+        Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.InvalidOpcode)), exit.Failure);
+        Assert.That((Registers->Rax, Segments->Gs), Is.EqualTo((0x7777, GuestBasedData)));
+    }
+
     /// <summary>Selectors that IRET would refuse: the guest gets the #GP, and the VM lives on.</summary>
     [Test]
     public void UnusableCodeOrStackSelector([Values] bool throughTheMonitor)

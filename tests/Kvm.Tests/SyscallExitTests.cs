@@ -84,11 +84,11 @@ public sealed unsafe class SyscallExitTests : KvmTest
 
     /// <summary>A jump to the entry page where the guest can reach it is no more than a SYSCALL, and brings no privilege along.</summary>
     [Test]
-    public void JumpToTheEntryPageGivesNoPrivilege()
+    public void JumpToTheEntryPageGivesNoPrivilege([Values] bool of32BitCode)
     {
         const ulong continuation = ScratchGuest.CodeAddress + 0x100;
         const Rflags forbidden = Rflags.Iopl | Rflags.Virtual8086 | Rflags.VirtualInterrupt | Rflags.VirtualInterruptPending;
-        ulong entry = _guest.Machine.SyscallEntry;
+        ulong entry = of32BitCode ? _guest.Machine.CompatibilitySyscallEntry : _guest.Machine.SyscallEntry;
         VcpuExit exit = RunCode(
             _guest,
             code => code.jmp(rax),
@@ -105,13 +105,15 @@ public sealed unsafe class SyscallExitTests : KvmTest
         }
 
         AssertSyscall(exit);
-        Assert.That(_guest.Vcpu.Registers->Rip, Is.EqualTo(continuation));
+        Assert.That(
+            (_guest.Vcpu.Registers->Rip, _guest.Vcpu.Segments->Cs),
+            Is.EqualTo((continuation, of32BitCode ? FlatSelectors.Ring3Cs32 : FlatSelectors.Ring3Cs64)));
         Assert.That((Rflags)_guest.Vcpu.Registers->Rflags, Is.EqualTo(Always), "No flag that CPL 3 cannot set itself.");
     }
 
-    /// <summary>The byte after the entry's first instruction belongs to nobody, and the one after is an undefined opcode.</summary>
+    /// <summary>The byte after an entry's first instruction belongs to nobody, and the one after is an undefined opcode.</summary>
     [Test]
-    public void JumpBehindTheEntry([Values(1, 2, 3, 4, 5, 0x800, 0xfff)] int offset)
+    public void JumpBehindTheEntry([Values(1, 2, 3, 5, 6, 7, 8, 0x800, 0xfff)] int offset)
     {
         ulong entry = _guest.Machine.SyscallEntry;
         VcpuExit exit = RunCode(_guest, code => code.jmp(rax), (ref CpuRegisters registers) => registers.Rax = entry + (ulong)offset);

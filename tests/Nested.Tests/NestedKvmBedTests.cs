@@ -108,6 +108,8 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
             Assert.That(kvm.GetProperty("cpuidPolicyApplies").GetBoolean());
             Assert.That(kvm.GetProperty("softwareInterruptVector").GetString(), Is.EqualTo("GeneralProtection"));
             Assert.That(kvm.GetProperty("flatSegmentLoads").GetBoolean());
+            foreach (string name in (string[])["compatibilitySyscallAstray", "interpretsCompatibilityMode", "hostDescriptorTable"])
+                Assert.That(kvm.GetProperty(name).GetBoolean(), Is.False, name);
             Assert.That(kvm.GetProperty("taskSwitchedTraps").GetBoolean());
 
             // kvm_amd gives a new vCPU a counter that begins at 0; that XenSharp has set it back to the host's shows here.

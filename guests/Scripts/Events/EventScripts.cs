@@ -26,6 +26,7 @@ internal static class EventScripts
         VcpuScript.CreateVcpuInfo(),
         VcpuScript.CreateTime(),
         VcpuScript.CreateSecond(),
+        VcpuScript.CreateFailsafe(),
         VcpuScript.CreateLastDown(),
         MulticallScript.Create(),
         HypervisorScript.CreateVersion(),

@@ -393,6 +393,24 @@ internal static class VcpuScript
         });
     });
 
+    public static AbiScript CreateFailsafe() => new("vcpu-failsafe", "vcpu_op", script =>
+    {
+        const int nothing = 0x1233;
+        const int flatData = 0xe02b;
+        void Start(AbiCase c, int vcpu, string name, (int Ds, int Es, int Fs, int Gs) selectors, bool masksEvents = false)
+        {
+            c.StartVcpuOnFailsafe(vcpu, name, selectors, masksEvents);
+            c.Join(vcpu, s_joined);
+        }
+
+        script.Case("a vCPU whose DS cannot be loaded starts at the failsafe callback", c =>
+            Start(c, 1, "ds of nothing", (nothing, 0, 0, 0)));
+        script.Case("one whose GS cannot, with events masked", c =>
+            Start(c, 2, "gs of nothing", (flatData, flatData, flatData, nothing), masksEvents: true));
+        script.Case("several, and what is loaded beside them", c =>
+            Start(c, 3, "es and fs of nothing", (flatData & ~3, nothing, 0x17, 3)));
+    });
+
     public static AbiScript CreateLastDown() => new("vcpu-down-last", "vcpu_op", script =>
         script.Case("the last vCPU that goes down takes the domain with it", c => c.VcpuOp(VcpuOperation.Down, 0, "", 0)));
 

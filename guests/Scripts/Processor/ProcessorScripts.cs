@@ -26,6 +26,7 @@ internal static class ProcessorScripts
         SegmentScripts.CreateTables(),
         LocalTableScript.Create(),
         SegmentScripts.CreateCompatCode(),
+        SegmentScripts.CreateCompatSystemCalls(),
         PrivilegedScripts.CreatePrivileged(),
         InstructionFormScript.Create(),
         PrivilegedScripts.CreateControlRegisters(),

@@ -287,6 +287,66 @@ internal static class SegmentScripts
         });
     });
 
+    /// <summary>System calls of 32-bit code. SYSENTER is not asked of it: it is there on one vendor's processors and not on the other's.</summary>
+    public static AbiScript CreateCompatSystemCalls() => new("compat-system-calls", "callbacks", script =>
+    {
+        const byte setCarry = 0xf9;
+        const byte setDirection = 0xfd;
+        byte[] syscall = [0x0f, 0x05];
+        void Register(AbiCase c, string name, int type, int flags, ProbeEntry entry) => c.RegisterCallback(name, type, flags, c.Handler((int)entry));
+        script.Case("without a callback of its own it is an invalid opcode", c =>
+        {
+            LowPage low = MapLow(c);
+            low.Run(c, "syscall", syscall);
+            low.Run(c, "std; syscall", [setDirection, .. syscall]);
+        });
+        script.Case("with its callback", c =>
+        {
+            LowPage low = MapLow(c);
+            Register(c, "compat", Callback.SyscallCompat, 0, ProbeEntry.Syscall32);
+            low.Run(c, "syscall", syscall);
+            low.Run(c, "stc; std; syscall", [setCarry, setDirection, .. syscall]);
+            c.MaskUpcalls(true);
+            low.Run(c, "syscall, events masked before", syscall);
+            c.MaskUpcalls(false);
+            c.User("syscall of 64-bit code", static a => a.syscall());
+        });
+        script.Case("its flag is that of 64-bit system calls", c =>
+        {
+            LowPage low = MapLow(c);
+            Register(c, "masking", Callback.SyscallCompat, Callback.MaskEvents, ProbeEntry.Syscall32);
+            low.Run(c, "syscall", syscall);
+            Register(c, "usual", Callback.SyscallCompat, 0, ProbeEntry.Syscall32);
+            Register(c, "masking64", Callback.Syscall, Callback.MaskEvents, ProbeEntry.Syscall);
+            low.Run(c, "syscall", syscall);
+            c.MaskUpcalls(false);
+            Register(c, "usual64", Callback.Syscall, 0, ProbeEntry.Syscall);
+            low.Run(c, "syscall", syscall);
+        });
+        script.Case("the callback is taken away", c =>
+        {
+            LowPage low = MapLow(c);
+            Register(c, "compat", Callback.SyscallCompat, 0, ProbeEntry.Syscall32);
+            c.RegisterCallback("none", Callback.SyscallCompat, 0, 0);
+            low.Run(c, "syscall", syscall);
+        });
+        script.Case("int 0x80, with its flag and without an entry", c =>
+        {
+            LowPage low = MapLow(c);
+            c.Install("masking", new Trap(0x80, TrapFlags.MasksEvents, c.Handler(0x80)));
+            low.Run(c, "int 0x80", 0xcd, 0x80);
+            c.MaskUpcalls(false);
+            c.Install("open", new Trap(0x80, TrapFlags.UserMayRaise, c.Handler(0x80)));
+            low.Run(c, "int 0x80", 0xcd, 0x80);
+        });
+        script.Case("from 32-bit code of kernel mode it is no hypercall", c =>
+        {
+            LowPage low = MapLow(c, kernel: true);
+            Register(c, "compat", Callback.SyscallCompat, 0, ProbeEntry.Syscall32);
+            low.RunAsKernel(c, "syscall", syscall);
+        });
+    });
+
     /// <summary>
     /// A page with descriptors, typed as a descriptor table needs it: 1 flat data, 2 read-only, 3 not present, 4 64-bit code, 5 32-bit
     /// code, 6 execute-only, 7 absent code, 8 flat data with a base, counted from <see cref="FirstDescriptor"/>.
@@ -359,15 +419,27 @@ internal static class SegmentScripts
 
             // Whatever goes on comes to an UD2.
             c.Put(page[CodeOffset + code.Length], 2, 0x0b0f);
-            c.Kernel($"32-bit code: {text}", static a => ProcessorSteps.EmitIret(a), with:
-            [
-                (Register64.Rdi, address + CodeOffset), (Register64.Rsi, Selectors.FlatRing3Cs32), (Register64.Rdx, Eflags.Fixed | Eflags.InterruptEnable),
-                (Register64.Rbx, Selectors.FlatRing3Ds), (Register64.Rbp, address + 0x700),
-            ]);
+            Run(c, $"32-bit code: {text}", Selectors.FlatRing3Cs32);
         }
+
+        /// <summary>The same in kernel mode.</summary>
+        public void RunAsKernel(AbiCase c, string text, params byte[] code)
+        {
+            foreach ((int index, byte value) in code.Index())
+                c.Put(page[CodeOffset + index], 1, (int)value);
+            Run(c, $"32-bit code of kernel mode: {text}", Selectors.FlatRing3Cs32 & ~3);
+        }
+
+        private void Run(AbiCase c, string text, int selector) => c.Kernel(text, static a => ProcessorSteps.EmitIret(a), with:
+        [
+            (Register64.Rdi, address + CodeOffset), (Register64.Rsi, selector), (Register64.Rdx, Eflags.Fixed | Eflags.InterruptEnable),
+            (Register64.Rbx, Selectors.FlatRing3Ds), (Register64.Rbp, address + 0x700),
+        ]);
     }
 
-    private static LowPage MapLow(AbiCase c)
+    /// <param name="c">The case.</param>
+    /// <param name="kernel">In kernel mode's tables instead, whose own low addresses have no table yet.</param>
+    private static LowPage MapLow(AbiCase c, bool kernel = false)
     {
         const ulong address = 0x40_0000;
         const int slot3 = (int)((address >> 30) & 511);
@@ -386,7 +458,7 @@ internal static class SegmentScripts
         c.Put(l3[slot3 * 8], 8, l2.Entry(Pte.UserTable));
         foreach (ScratchPage table in (ScratchPage[])[l1, l2, l3])
             c.Hypercall(GuestHypercall.UpdateVaMapping, table.At, table.Entry(Pte.ReadOnly), Pte.InvalidatePage);
-        ScriptBuffer request = c.Structure("request", 16, (0, 8, c.UserRoot << 12), (8, 8, l3.Entry(Pte.UserTable)));
+        ScriptBuffer request = c.Structure("request", 16, (0, 8, (kernel ? c.Root : c.UserRoot) << 12), (8, 8, l3.Entry(Pte.UserTable)));
         c.Hypercall(GuestHypercall.MmuUpdate, request, 1, 0, DomidSelf);
         return new LowPage(page, address);
     }

@@ -43,6 +43,8 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     {
         [NameOf(BenchmarkFigure.NullHypercall)] = 1.15,
         [DebianBoot] = 220_000,
+        [NameOf(PingPongWait.Running)] = 2.5,
+        [NameOf(PingPongWait.Sleeping)] = 4,
     };
 
     private const string DomainCreate = "domain create to first guest instruction";
@@ -63,6 +65,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         {
             progress($"hypercalls, faults and events: round {round} of {plan.Rounds}");
             await MeasureGuestAsync(floor, guest, cancellation).ConfigureAwait(false);
+            await MeasurePingPongAsync(floor, cancellation).ConfigureAwait(false);
         }
 
         progress($"allocations over {plan.Hypercalls:N0} hypercalls");
@@ -88,6 +91,13 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         BenchmarkFigure.EventToSelf => "event to self, upcall, and iret",
         BenchmarkFigure.TickDuringLongBatch => "timer tick's wait in an mmu_update of a million",
         _ => figure.ToString(),
+    };
+
+    private static string NameOf(PingPongWait wait) => wait switch
+    {
+        PingPongWait.Running => "event to another domain, both running",
+        PingPongWait.Sleeping => "event to another domain that sleeps",
+        _ => wait.ToString(),
     };
 
     private static double Median(List<double> values)
@@ -134,6 +144,38 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             double nanoseconds = BenchmarkGuest.Nanoseconds(figure, output.AsSpan(results, BenchmarkGuest.ResultBytes), kiloHertz, plan.Iterations);
             Add(NameOf(figure), nanoseconds, mean);
         }
+    }
+
+    private async Task MeasurePingPongAsync(RawExitLoop floor, CancellationToken cancellation)
+    {
+        const ushort first = 1, second = 2;
+        double before = MeasureFloor(floor);
+        var manager = new DomainManager();
+        var sink = new MarkerSink();
+        await using RunningDomain pinger = CreatePingPong(manager, first, second, sink);
+        await using RunningDomain ponger = CreatePingPong(manager, second, first, new MarkerSink());
+        pinger.Start();
+        ponger.Start();
+        Expect(await pinger.Completion.WaitAsync(cancellation).ConfigureAwait(false));
+        Expect(await ponger.Completion.WaitAsync(cancellation).ConfigureAwait(false));
+        double mean = (before + MeasureFloor(floor)) / 2;
+        ReadOnlySpan<byte> output = sink.Bytes;
+        ReadOnlySpan<byte> results = output[(output.IndexOf(Encoding.ASCII.GetBytes(EventPingPong.Marker)) + EventPingPong.Marker.Length)..];
+        foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
+        {
+            double kiloHertz = host.Capabilities.TimeStampCounter.KiloHertz;
+            Add(NameOf(wait), EventPingPong.Nanoseconds(wait, results[..EventPingPong.ResultBytes], kiloHertz, plan.Iterations), mean);
+        }
+    }
+
+    private RunningDomain CreatePingPong(DomainManager manager, ushort id, ushort peer, MarkerSink sink)
+    {
+        KernelImage kernel = KernelImage.Parse(EventPingPong.Build(peer, isFirst: id < peer, plan.Iterations));
+        RunningDomain domain = RunningDomain.Create(
+            host, new DomainSpecification { Name = $"ping-pong-{id}", Image = new DomainImage(kernel), MemoryMiB = GuestMemoryMiB }, sink, manager: manager);
+        return domain.Domain.Id.Value == id
+            ? domain
+            : throw new InvalidOperationException($"A domain of the benchmark has the id {domain.Domain.Id.Value}, and its kernel expects {id}.");
     }
 
     /// <summary>Runs a guest until it powers off.</summary>

@@ -19,6 +19,9 @@ internal sealed record KvmReport(
     bool ShadowPageTables,
     bool StoresNeedFlush,
     int SyscallEntryLevel,
+    bool CompatibilitySyscallAstray,
+    bool InterpretsCompatibilityMode,
+    bool HostDescriptorTable,
     bool Slot256Usable,
     string SoftwareInterruptVector,
     bool CpuidPolicyApplies,
@@ -110,6 +113,15 @@ internal sealed record HostReport
         yield return new("SYSCALL entry", $"CPL {kvm.SyscallEntryLevel}", kvm.SyscallEntryLevel == 0
             ? "Hypercalls enter the monitor in ring 0, as on hardware."
             : "This KVM's SYSCALL stays in ring 3; the monitor's entry page is open to it, with the one port it needs.");
+        yield return new("32-bit SYSCALL", kvm.CompatibilitySyscallAstray ? "kept from KVM" : "as on hardware", kvm.CompatibilitySyscallAstray
+            ? "This KVM would run it into the guest's own memory at ring 0; its vCPUs have it raise #UD, and it is emulated."
+            : "System calls of 32-bit processes arrive as the processor makes them.");
+        yield return new("32-bit code", kvm.InterpretsCompatibilityMode ? "interpreted" : "native", kvm.InterpretsCompatibilityMode
+            ? "32-bit processes are slow, most of all with floating point and vectors."
+            : "32-bit processes run as fast as others.");
+        yield return new("Descriptor table", kvm.HostDescriptorTable ? "the host's" : "the domain's", kvm.HostDescriptorTable
+            ? "Guests can load the host's flat selectors unseen; 32-bit processes are given the flat data segment."
+            : "Guests load segments of their own table.");
         yield return new("L4 slot 256", kvm.Slot256Usable ? "usable" : "not usable", kvm.Slot256Usable
             ? "The machine-to-physical table is where Xen has it."
             : "The machine-to-physical table is in slot 257, and reads at Xen's classic address are emulated.");
@@ -140,6 +152,9 @@ internal sealed record HostReport
         capabilities.ShadowPageTables,
         capabilities.StoresNeedFlush,
         capabilities.SyscallEntryLevel,
+        capabilities.CompatibilitySyscallAstray,
+        capabilities.InterpretsCompatibilityMode,
+        capabilities.HostDescriptorTable,
         capabilities.Slot256Usable,
         capabilities.SoftwareInterruptVector.ToString(),
         capabilities.CpuidPolicyApplies,

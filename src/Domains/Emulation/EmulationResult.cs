@@ -12,6 +12,12 @@ public enum EmulationOutcome
     /// <summary>The guest is to get an exception or a software interrupt; the registers are as its frame must show them.</summary>
     Exception,
 
+    /// <summary>A SYSCALL of 32-bit code; the registers are as the processor leaves them at its entry, CS stands for 32-bit code.</summary>
+    SystemCall,
+
+    /// <summary>A SYSENTER; the registers are as Xen shows them: nothing is known of where it came from.</summary>
+    SystemEnter,
+
     /// <summary>Nothing was changed: what the processor raised goes to the guest as it is.</summary>
     NotHandled,
 }
@@ -37,6 +43,10 @@ public readonly record struct EmulationResult(
     public static readonly EmulationResult Done = new(EmulationOutcome.Done);
 
     public static readonly EmulationResult NotHandled = new(EmulationOutcome.NotHandled);
+
+    public static readonly EmulationResult SystemCall = new(EmulationOutcome.SystemCall);
+
+    public static readonly EmulationResult SystemEnter = new(EmulationOutcome.SystemEnter);
 
     /// <summary>#GP(0).</summary>
     public static readonly EmulationResult GeneralProtection = Raise(ExceptionVector.GeneralProtection);

@@ -96,6 +96,12 @@ public sealed unsafe partial class PrivilegedEmulator
             case Code.Int_imm8:
                 return Interrupt();
 
+            // Outside 64-bit code each vendor's processors have one of the two: so it is here, where the host has neither.
+            case Code.Syscall when _bitness != 64 && _machine.Cpuid.Vendor == CpuVendor.Amd:
+                return SystemCall();
+            case Code.Sysenter when _machine.Cpuid.Vendor == CpuVendor.Intel:
+                return SystemEnter();
+
             default:
                 return EmulationResult.NotHandled;
         }
@@ -131,6 +137,10 @@ public sealed unsafe partial class PrivilegedEmulator
                 return LoadSegment(0);
             case Code.Xsetbv:
                 return SetExtendedControl();
+
+            // The VM's own entry is closed: the processor has no code segment for it.
+            case Code.Sysenter:
+                return _machine.Cpuid.Vendor == CpuVendor.Intel ? SystemEnter() : EmulationResult.InvalidOpcode;
         }
 
         EmulationResult io = ExecuteIo();
@@ -224,6 +234,27 @@ public sealed unsafe partial class PrivilegedEmulator
         return vector is (byte)ExceptionVector.Breakpoint or (byte)ExceptionVector.Overflow || MayInterrupt(vector)
             ? SoftwareInterrupt(vector, NextRip)
             : EmulationResult.Raise(ExceptionVector.GeneralProtection, ((uint)vector << 3) | ErrorIdt);
+    }
+
+    /// <summary>SYSCALL in 32-bit code: the return address and the flags go where that of 64-bit code leaves them.</summary>
+    private EmulationResult SystemCall()
+    {
+        Registers->Rcx = NextRip;
+        Registers->R11 = Registers->Rflags;
+        Registers->Rip = Registers->Rcx;
+        _vcpu->Segments->Cs = FlatSelectors.Ring3Cs32;
+        _vcpu->Segments->Ss = FlatSelectors.Ring3Data;
+        return EmulationResult.SystemCall;
+    }
+
+    /// <summary>SYSENTER keeps neither the return address nor the stack pointer: zeros, and a null selector, stand for them.</summary>
+    private EmulationResult SystemEnter()
+    {
+        Registers->Rip = 0;
+        Registers->Rsp = 0;
+        _vcpu->Segments->Cs = FlatSelectors.NullRing3;
+        _vcpu->Segments->Ss = FlatSelectors.Ring3Data;
+        return EmulationResult.SystemEnter;
     }
 
     private EmulationResult SoftwareInterrupt(byte vector, ulong next)

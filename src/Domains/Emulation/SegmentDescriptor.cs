@@ -8,6 +8,8 @@ namespace XenSharp.Domains.Emulation;
 internal readonly unsafe struct SegmentDescriptor
 {
     private const ulong CodeFlag = 1UL << 43;
+    private const ulong Conforming = 1UL << 42;
+    private const int PrivilegeLevelShift = 45;
     private const ulong ReadableOrWritable = 1UL << 41;
     private const ulong NotSystem = 1UL << 44;
     private const ulong PresentFlag = 1UL << 47;
@@ -24,6 +26,11 @@ internal readonly unsafe struct SegmentDescriptor
 
     /// <summary>Code or data, not a gate or a TSS.</summary>
     public bool IsUser => (_value & NotSystem) != 0;
+
+    /// <summary>The level that a selector may ask for at most (DPL).</summary>
+    public int PrivilegeLevel => (int)(_value >> PrivilegeLevelShift) & 3;
+
+    public bool IsConforming => IsCode && (_value & Conforming) != 0;
 
     public bool IsCode => (_value & CodeFlag) != 0;
 

@@ -57,9 +57,30 @@ internal static unsafe class TaskSwitch
     {
         if (selector > 3)
             selector |= 3;
+        else if (vcpu->State->SelectorsReadNull != 0 && IsThreadData(vcpu, vcpu->State->InactiveGsBase))
+            return;
         bool loads = SegmentDescriptor.TryRead(vcpu, selector, out SegmentDescriptor descriptor)
             && (selector <= 3 || (descriptor.IsPresent && descriptor.IsUser && descriptor.IsReadable));
         vcpu->Segments->Gs = loads ? selector : (ushort)0;
         vcpu->State->InactiveGsBase = loads ? descriptor.Base : 0;
+    }
+
+    /// <summary>
+    /// Whether a base is that of a descriptor among the first of the guest's global table, where 32-bit threads have their data: what has
+    /// such a base is not null, but a selector that the guest could not read, and now puts back (as Linux does after a signal).
+    /// </summary>
+    private static bool IsThreadData(VcpuContext* vcpu, ulong segmentBase)
+    {
+        const int considered = 32;
+        for (int index = 1; segmentBase != 0 && index < considered; index++)
+        {
+            if (SegmentDescriptor.TryRead(vcpu, (ushort)((index << 3) | 3), out SegmentDescriptor descriptor) && descriptor.IsPresent
+                && descriptor.Base == segmentBase)
+            {
+                return true;
+            }
+        }
+
+        return false;
     }
 }

@@ -1,6 +1,7 @@
 using Iced.Intel;
 using XenSharp.Core;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Hypercalls;
 using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Domains.Tests.Emulation;
@@ -376,6 +377,69 @@ public sealed unsafe class PrivilegedInstructionTests
             Assert.That(asUd, Is.EqualTo(EmulationResult.Raise(ExceptionVector.GeneralProtection, error)));
             Assert.That((afterGp, _guest.Rip), Is.EqualTo((FakeGuest.CodeStart, FakeGuest.CodeStart)));
         }
+    }
+
+    /// <summary>SYSCALL outside 64-bit mode is AMD's: on others it stays the #UD that it is, as in 64-bit code that the processor refused.</summary>
+    [TestCase(true, true, true)]
+    [TestCase(true, false, false)]
+    [TestCase(false, true, false)]
+    public void SyscallOf32BitCode(bool amd, bool compatible, bool taken)
+    {
+        using var guest = new FakeGuest(new CpuidPolicy(HostProcessor.Everything(amd ? HostProcessor.Amd : HostProcessor.Intel), HostProcessor.Options));
+        guest.Segments->Cs = compatible ? FlatSelectors.Ring3Cs32 : FlatSelectors.Ring3Cs64;
+        guest.Registers->Rflags |= (ulong)(Rflags.Direction | Rflags.Carry);
+        CpuRegisters before = *guest.Registers;
+        guest.Load(code => code.syscall());
+        EmulationResult result = guest.Emulator.InvalidOpcode();
+        if (!taken)
+        {
+            Assert.That(result, Is.EqualTo(EmulationResult.NotHandled));
+            Assert.That(*guest.Registers, Is.EqualTo(before));
+            return;
+        }
+
+        Assert.That(result, Is.EqualTo(EmulationResult.SystemCall));
+        Assert.That((guest.Rip, guest.Registers->Rcx, guest.Registers->R11), Is.EqualTo((before.Rip + 2, before.Rip + 2, before.Rflags)));
+        Assert.That((guest.Segments->Cs, guest.Segments->Ss), Is.EqualTo((FlatSelectors.Ring3Cs32, FlatSelectors.Ring3Data)));
+    }
+
+    /// <summary>SYSENTER is Intel's; where the VM's own entry is closed it is a #GP, where the host has none a #UD.</summary>
+    [Test]
+    public void Sysenter([Values] bool intel, [Values] bool asInvalidOpcode)
+    {
+        using var guest = new FakeGuest(new CpuidPolicy(HostProcessor.Everything(intel ? HostProcessor.Intel : HostProcessor.Amd), HostProcessor.Options));
+        guest.Segments->Cs = FlatSelectors.Ring3Cs32;
+        CpuRegisters before = *guest.Registers;
+        guest.Load(code => code.sysenter());
+        EmulationResult result = asInvalidOpcode ? guest.Emulator.InvalidOpcode() : guest.Emulator.GeneralProtection(0);
+        if (intel)
+        {
+            Assert.That(result, Is.EqualTo(EmulationResult.SystemEnter));
+            Assert.That((guest.Rip, guest.Registers->Rsp, guest.Segments->Cs), Is.EqualTo((0UL, 0UL, FlatSelectors.NullRing3)));
+        }
+        else
+        {
+            Assert.That(result, Is.EqualTo(asInvalidOpcode ? EmulationResult.NotHandled : EmulationResult.InvalidOpcode));
+            Assert.That(*guest.Registers, Is.EqualTo(before));
+        }
+    }
+
+    /// <summary>
+    /// A null selector for GS that the guest may have misread does not take a thread's data away, where the base is that of a descriptor;
+    /// on a host that shows selectors, and for any other base, it does.
+    /// </summary>
+    [TestCase(true, 0x1234_5678UL, true)]
+    [TestCase(true, 0x1234_5679UL, false)]
+    [TestCase(false, 0x1234_5678UL, false)]
+    public void ANullGsThatWasMisread(bool readsNull, ulong segmentBase, bool kept)
+    {
+        const ulong selectorOfGs = 3;
+        _guest.SetGdt(0, 0, 0x12cf_f334_5678_ffff);
+        _guest.State->SelectorsReadNull = readsNull ? 1 : 0;
+        _guest.Segments->Gs = 0x13;
+        _guest.State->InactiveGsBase = segmentBase;
+        Assert.That(TaskSwitch.SetSegmentBase(_guest.Vcpu, new HypercallArguments { A0 = selectorOfGs, A1 = 3 }), Is.Zero);
+        Assert.That((_guest.Segments->Gs, _guest.State->InactiveGsBase), Is.EqualTo(kept ? (0x13, segmentBase) : ((ushort)3, 0UL)));
     }
 
     [Test]

@@ -156,6 +156,8 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
 
     public uint LdtEntries { get; set; }
 
+    public bool ReadsSelectorsAsNull => false;
+
     public int* KickPending => &_block->Kick;
 
     public void Settle()

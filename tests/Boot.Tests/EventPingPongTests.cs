@@ -1,0 +1,47 @@
+// Two guests of one manager that send each other events in turn: none is lost, and none comes twice.
+
+using System.Text;
+using XenSharp.Cli.Hosting;
+using XenSharp.Devices.Console;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests.Benchmark;
+
+namespace XenSharp.Boot.Tests;
+
+[TestFixture]
+[CancelAfter(300_000)]
+public sealed class EventPingPongTests : KvmFixture
+{
+    private const int Rounds = 10_000;
+
+    /// <summary>One that is lost would have both wait for ever.</summary>
+    [Test]
+    [Category("Long")]
+    public async Task Each_event_comes_once(CancellationToken cancellation)
+    {
+        var manager = new DomainManager();
+        using var output = new MemoryStream();
+        await using RunningDomain first = Create(manager, 1, 2, new StreamSink(output));
+        await using RunningDomain second = Create(manager, 2, 1, null);
+        Assert.That((first.Domain.Id.Value, second.Domain.Id.Value), Is.EqualTo(((ushort)1, (ushort)2)), "what the kernels are built for");
+        first.Start();
+        second.Start();
+        foreach (RunningDomain domain in (RunningDomain[])[first, second])
+            Assert.That(await domain.Completion.WaitAsync(cancellation), Is.EqualTo(new DomainExit(ShutdownReason.PowerOff)));
+        byte[] bytes = output.ToArray();
+        int results = Encoding.Latin1.GetString(bytes).IndexOf(EventPingPong.Marker, StringComparison.Ordinal) + EventPingPong.Marker.Length;
+        Assert.That(EventPingPong.Received(bytes.AsSpan(results, EventPingPong.ResultBytes)), Is.EqualTo(1 + (2 * Rounds)));
+    }
+
+    private RunningDomain Create(DomainManager manager, ushort id, ushort peer, IConsoleSink? sink) => RunningDomain.Create(
+        Host,
+        new DomainSpecification
+        {
+            Name = $"ping-pong-{id}",
+            MemoryMiB = 16,
+            Image = new DomainImage(KernelImage.Parse(EventPingPong.Build(peer, isFirst: id < peer, Rounds))),
+        },
+        sink,
+        manager: manager);
+}

@@ -1,0 +1,179 @@
+// The guest's clock against the host's, and what a domain costs that has nothing to do.
+using System.Diagnostics;
+using System.Globalization;
+using XenSharp.Cli.Hosting;
+using XenSharp.Core;
+using XenSharp.Devices.Console;
+using XenSharp.Domains;
+using XenSharp.Domains.Builder;
+using XenSharp.Guests;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Initramfs;
+using XenSharp.Kvm;
+
+namespace XenSharp.Boot.Tests;
+
+[TestFixture]
+public sealed class TimeTests : KvmFixture
+{
+    /// <summary>The environment variable with the time that clocks are compared for, in seconds.</summary>
+    private const string Variable = "XENSHARP_TIME_SECONDS";
+
+    private const int DefaultSeconds = 10;
+    private const long Second = 1_000_000_000;
+
+    /// <summary>What both clocks and a counter can be read in, if nothing comes between.</summary>
+    private const long TightestBracket = 2_000;
+
+    private static int Seconds => Durations.Seconds(Variable, DefaultSeconds);
+
+    /// <summary>
+    /// What a guest makes of its vcpu_time_info and the counter, within a microsecond of CLOCK_MONOTONIC: while it runs, and as soon as it
+    /// goes on after a pause.
+    /// </summary>
+    [Test]
+    [Category("Long")]
+    public async Task The_guests_clock_is_the_hosts_to_a_microsecond()
+    {
+        await using RunningDomain running = RunningDomain.Create(Host, Tiny(TinyGuestBehaviour.SpinForever), new StreamSink(Stream.Null));
+        Domain domain = running.Domain;
+        running.Start();
+        Thread.Sleep(3000);
+        var deviations = new List<double>();
+        double worstAfterPause = 0;
+        long end = Stopwatch.GetTimestamp() + (Seconds * Second);
+        long nextPause = Stopwatch.GetTimestamp() + (Seconds * Second / 4);
+        while (Stopwatch.GetTimestamp() < end)
+        {
+            if (Stopwatch.GetTimestamp() >= nextPause)
+            {
+                domain.Pause();
+                Thread.Sleep(Seconds * 1000 / 8);
+                _ = domain.Unpause();
+                Thread.Sleep(1);
+                worstAfterPause = Math.Max(worstAfterPause, Math.Abs(Deviation(domain)));
+                nextPause = Stopwatch.GetTimestamp() + (Seconds * Second / 4);
+            }
+
+            deviations.Add(Deviation(domain));
+            Thread.Sleep(7);
+        }
+
+        running.Destroy();
+        double worst = deviations.Max(Math.Abs);
+        TestContext.Out.WriteLine(
+            $"{deviations.Count} readings in {Seconds} s: at most {worst:0} ns off, {worstAfterPause:0} ns right after a pause, {deviations.Average():0} ns on average.");
+        Assert.That(worst, Is.LessThanOrEqualTo(1000));
+        Assert.That(worstAfterPause, Is.LessThanOrEqualTo(1000));
+    }
+
+    /// <summary>
+    /// What of a core a Debian guest takes that sleeps, with a tick of 250 Hz and without one: next to nothing, or what the exits cost
+    /// that the guest makes by itself, six times a second for its own housekeeping.
+    /// </summary>
+    [TestCase("", 0.1)]
+    [TestCase("nohz=off", 1.0)]
+    [Category("Debian")]
+    [CancelAfter(120_000)]
+    public async Task A_domain_that_sleeps_costs_little(string parameter, double mostPercent)
+    {
+        const int seconds = 10;
+        const double most = 3;
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        byte[] kernel;
+        byte[] ramdisk;
+        try
+        {
+            kernel = await File.ReadAllBytesAsync((await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64)).Image);
+            ramdisk = await BusyboxInitramfs.BuildAsync(
+                await cache.GetBusyboxAsync(), new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" });
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+            return;
+        }
+
+        var console = new ConsoleLines();
+        await using RunningDomain domain = RunningDomain.Create(
+            Host,
+            new DomainSpecification
+            {
+                Name = "idle",
+                Image = new DomainImage(KernelImage.Parse(kernel), ramdisk),
+                MemoryMiB = 128,
+                CommandLine = $"console=hvc0 quiet {parameter}",
+            },
+            console);
+        domain.Start();
+        while (!console.Text.Contains("idle\n") && !console.Text.Contains("idle\r\n"))
+            await Task.Delay(100);
+        await Task.Delay(2000);
+        (double before, ulong calls) = (ProcessorTimeOf("idle vcpu"), domain.Domain.HypercallCount);
+        await Task.Delay(seconds * 1000);
+        double percent = (ProcessorTimeOf("idle vcpu") - before) / seconds * 100;
+        calls = domain.Domain.HypercallCount - calls;
+        domain.Destroy();
+        _ = await domain.Completion;
+        double floor;
+        using (var loop = new RawExitLoop(Host.Kvm, Host.Capabilities))
+            floor = loop.Measure(20_000);
+        double exits = percent / 100 * seconds / calls * 1e9 / floor;
+        TestContext.Out.WriteLine(
+            $"{percent:0.000} % of a core, {calls / (double)seconds:0} hypercalls a second, {exits:0.00} bare exits of {floor / 1000:0.0} µs each.");
+        Assert.That(percent <= mostPercent || exits <= most);
+        Assert.That(calls, parameter.Length == 0 ? Is.LessThan(200UL * seconds) : Is.GreaterThan(500UL * seconds), "It has its tick, or has none.");
+    }
+
+    /// <summary>Guest time less host time, in nanoseconds, of the tightest of several readings.</summary>
+    private static double Deviation(Domain domain)
+    {
+        double deviation = 0;
+        long tightest = long.MaxValue;
+        for (int i = 0; i < 1000 && tightest > TightestBracket / 8; i++)
+        {
+            long before = Stopwatch.GetTimestamp();
+            VcpuTimeInfo info = Read(domain);
+            ulong tsc = domain.Time.GuestTsc;
+            long after = Stopwatch.GetTimestamp();
+            if (after - before >= tightest)
+                continue;
+            tightest = after - before;
+            ulong delta = tsc - info.TscTimestamp;
+            delta = info.TscShift < 0 ? delta >> -info.TscShift : delta << info.TscShift;
+            double guest = (double)(((UInt128)delta * info.TscToSystemMul) >> 32) + info.SystemTime;
+            deviation = guest - (before + ((after - before) / 2.0) - domain.Time.BootTime);
+        }
+
+        Assert.That(tightest, Is.LessThanOrEqualTo(TightestBracket * 10), "The host is too busy to compare clocks on.");
+        return deviation;
+    }
+
+    /// <summary>The first vCPU's clock as a guest reads it, by its version.</summary>
+    private static unsafe VcpuTimeInfo Read(Domain domain)
+    {
+        VcpuTimeInfo* info = &((VcpuInfo*)domain.Context->SharedInfo)->Time;
+        while (true)
+        {
+            uint version = Volatile.Read(ref info->Version);
+            Thread.MemoryBarrier();
+            VcpuTimeInfo copy = *info;
+            Thread.MemoryBarrier();
+            if ((version & 1) == 0 && version == Volatile.Read(ref info->Version))
+                return copy;
+        }
+    }
+
+    /// <summary>Seconds that this process's threads have had whose names begin so.</summary>
+    private static double ProcessorTimeOf(string name)
+    {
+        double time = 0;
+        foreach (string thread in Directory.EnumerateDirectories("/proc/self/task"))
+        {
+            if (File.ReadAllText(Path.Combine(thread, "comm")).StartsWith(name, StringComparison.Ordinal))
+                time += long.Parse(File.ReadAllText(Path.Combine(thread, "schedstat")).Split(' ')[0], CultureInfo.InvariantCulture) / 1e9;
+        }
+
+        return time;
+    }
+}

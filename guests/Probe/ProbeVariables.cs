@@ -14,7 +14,9 @@ internal sealed class ProbeVariables
 
     private readonly Dictionary<int, ulong> _handlers = [];
 
-    public ProbeVariables(PvAssembler guest)
+    /// <param name="guest">The image.</param>
+    /// <param name="isOfPair">Whether the domain is one of a pair.</param>
+    public ProbeVariables(PvAssembler guest, bool isOfPair)
     {
         MachphysMapping = guest.Reserve(24);
         MachineToPhys = guest.Reserve(8);
@@ -24,8 +26,12 @@ internal sealed class ProbeVariables
         UserRoot = guest.Reserve(8);
         UpcallHandler = guest.Reserve(8);
         SecondaryEntry = guest.Reserve(8);
-        OwnDomain = guest.Reserve(8);
-        PeerDomain = guest.Reserve(8);
+        if (isOfPair)
+        {
+            OwnDomain = guest.Reserve(8);
+            PeerDomain = guest.Reserve(8);
+        }
+
         foreach (int vector in Vectors)
             _handlers[vector] = guest.Reserve(8);
         foreach (ProbeEntry entry in Enum.GetValues<ProbeEntry>())

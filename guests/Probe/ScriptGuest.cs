@@ -29,7 +29,7 @@ internal sealed class ScriptGuest
     {
         _side = side;
         _console = new PvConsole(_guest);
-        Variables = new ProbeVariables(_guest);
+        Variables = new ProbeVariables(_guest, side is not null);
         Symbols.Add(ProbeLayout.SharedInfoPage, ProbeLayout.PageSize, "shared_info");
         Symbols.Add(ProbeLayout.UserStackPage, ProbeLayout.PageSize, "user stack");
         Symbols.Add(ProbeLayout.Regions, ProbeLayout.End - ProbeLayout.Regions, "probe stack");

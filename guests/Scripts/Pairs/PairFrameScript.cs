@@ -292,12 +292,12 @@ internal static class PairFrameScript
             const int first = 60;
             (Granted page, Value handle) = Mapped(a, b, table, first);
             Value frame = a.Keep(page.Source.Mfn, "given frame");
-            Value before = a.Keep(Reservation(a), "before");
+            Value before = a.Keep(a.PageCount(), "before");
             a.Clear(page.Source);
             ScriptBuffer frames = a.Structure("frames", 8, (0, 8, frame));
             ScriptBuffer reservation = a.Structure("reservation", 32, (0, 8, frames), (8, 8, 1), (24, 2, DomainIds.Self));
             a.MemoryOp("decrease_reservation, mapped by b", Xenmem.DecreaseReservation, reservation);
-            a.Show((before - Reservation(a)).Named("pages less"));
+            a.Show((before - a.PageCount()).Named("pages less"));
             b.Load(page.Window.At);
             b.Store(page.Window.At, 8, 0xabc);
             b.Load(page.Window.At);
@@ -307,10 +307,10 @@ internal static class PairFrameScript
             ScratchPage other = b.Page();
             Value again = b.Handle(b.Map("again", b.Peer, first, GrantMap.Host | GrantMap.ReadOnly, other.At), "again");
             b.Unmap("as it was mapped", handle, page.Window.At);
-            a.Show((before - Reservation(a)).Named("pages less"));
+            a.Show((before - a.PageCount()).Named("pages less"));
             b.Unmap("the other", again, other.At);
             a.ShowFlags(table, first);
-            a.Show((before - Reservation(a)).Named("pages less"));
+            a.Show((before - a.PageCount()).Named("pages less"));
             b.Map("when it is gone", b.Peer, first, GrantMap.Host, page.Window.At);
             a.Hypercall(GuestHypercall.UpdateVaMapping, page.Source.At, ((frame << 12) | Pte.ReadWrite).Named("the frame"), 2);
         });
@@ -329,9 +329,6 @@ internal static class PairFrameScript
             b.Unmap("as it was mapped", handle, page.Window.At);
         });
     });
-
-    private static Value Reservation(AbiCase c)
-        => c.MemoryOp("current_reservation", Xenmem.CurrentReservation, c.Structure("domain", 8, (0, 2, DomainIds.Self)), AnswerFormat.Sign);
 
     private static (Granted Page, Value Handle) Mapped(AbiCase from, AbiCase to, ScratchPage table, int reference)
     {

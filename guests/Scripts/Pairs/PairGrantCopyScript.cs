@@ -237,13 +237,13 @@ internal static class PairGrantCopyScript
             const int first = 20;
             ScratchPage given = a.Page();
             Value frame = a.Tell(given.Mfn, "frame");
-            Value beforeA = a.Keep(Pages(a), "before");
-            Value beforeB = b.Keep(Pages(b), "before");
+            Value beforeA = a.Keep(a.PageCount(), "before");
+            Value beforeB = b.Keep(b.PageCount(), "before");
             b.PutEntry(table, first, GrantFlag.AcceptTransfer, b.Peer, 0);
             a.Clear(given);
             a.Transfer("a page", frame, a.Peer, first);
-            a.Show((beforeA - Pages(a)).Named("pages less"));
-            b.Show((Pages(b) - beforeB).Named("pages more"));
+            a.Show((beforeA - a.PageCount()).Named("pages less"));
+            b.Show((b.PageCount() - beforeB).Named("pages more"));
         });
         script.Case("entries that take no page", (a, b) =>
         {
@@ -299,7 +299,4 @@ internal static class PairGrantCopyScript
             b.ShowFlags(table, first);
         });
     });
-
-    private static Value Pages(AbiCase c)
-        => c.MemoryOp("current_reservation", Xenmem.CurrentReservation, c.Structure("domain", 8, (0, 2, DomainIds.Self)), AnswerFormat.Sign);
 }

@@ -114,4 +114,8 @@ internal static class PairSteps
 
     /// <summary>Shows the flags of an entry of version 1.</summary>
     public static void ShowFlags(this AbiCase c, ScratchPage table, int reference) => c.Load(table[reference * EntrySize], 2);
+
+    /// <summary>XENMEM_current_reservation: how many pages the domain has.</summary>
+    public static Value PageCount(this AbiCase c)
+        => c.MemoryOp("current_reservation", Xenmem.CurrentReservation, c.Structure("domain", 8, (0, 2, DomainIds.Self)), AnswerFormat.Sign);
 }

@@ -25,9 +25,7 @@ public sealed class HotPlugTests : KvmFixture
     /// <summary>What the guest's clock may differ from the host's over the whole time: its two readings come through a console.</summary>
     private const double MaxClockDifference = 2.0;
 
-    private static int Seconds => Environment.GetEnvironmentVariable(Variable) is { Length: > 0 } text
-        ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
-        : DefaultSeconds;
+    private static int Seconds => Durations.Seconds(Variable, DefaultSeconds);
 
     [Test]
     public async Task Vcpus_go_and_come_under_load()

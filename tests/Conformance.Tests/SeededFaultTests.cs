@@ -54,7 +54,7 @@ public sealed class SeededFaultTests : KvmFixture
     [Test]
     public async Task A_missing_upcall_mask_is_caught()
     {
-        Change("XenSharp.Domains.dll", "XenSharp.Domains.GuestMode", "Bounce", static body =>
+        Change("XenSharp.Domains.dll", "XenSharp.Domains.GuestMode", "Push", static body =>
         {
             Instruction store = body.Instructions.Single(static i => i.Operand is MethodReference { Name: nameof(Volatile.Write) });
             Assert.That(store.Previous.OpCode, Is.EqualTo(OpCodes.Ldc_I4_1));

@@ -126,7 +126,7 @@ public static class FuzzGuest
             EmitGenerate();
             EmitPrint();
             _console.EmitRoutines();
-            _guest.ReserveRange(FuzzMemory.ScratchBase, FuzzMemory.ScratchBase + (FuzzMemory.ScratchPages * FuzzMemory.PageSize));
+            _guest.ReserveRange(FuzzMemory.ScratchBase, FuzzMemory.ScratchBase + ((FuzzMemory.ScratchPages + FuzzMemory.SparePages) * FuzzMemory.PageSize));
             return _guest.Build(new GuestIdentity("xensharp-fuzz"));
         }
 

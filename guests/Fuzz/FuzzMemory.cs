@@ -22,6 +22,11 @@ internal sealed class FuzzMemory
 
     public const int ScratchPages = DataPages + 12 + 8 + 6 + 4;
 
+    /// <summary>
+    /// Pages of nothing behind the scratch pages: the longest that a call writes from where it is told to, a memory map, ends there.
+    /// </summary>
+    public const int SparePages = 8;
+
     /// <summary>Multicall entries, each with a buffer.</summary>
     public const int MaxBatch = 32;
     public const int EntrySize = 64;

@@ -30,7 +30,10 @@ internal sealed partial class FuzzOperations
         AddEvents(domains, ports);
     }
 
-    /// <summary>Writes entries of both versions, of which half make sense at a time, while they may be in use; and asks for the table's size.</summary>
+    /// <summary>
+    /// Writes entries of both versions, of which half make sense at a time, while they may be in use; and asks for the table's size. The
+    /// console's ring is not granted: with what the peer puts there the guest would wait for room in it for ever.
+    /// </summary>
     private void AddEntryWrites(FuzzPool headers, FuzzPool references, FuzzPool domains)
     {
         for (int group = 0; group < EntryGroups; group++)
@@ -41,7 +44,7 @@ internal sealed partial class FuzzOperations
                 for (int i = 0; i < EntriesPerGroup; i++)
                 {
                     ulong entry = _memory.GrantPage + ((ulong)(first + i) * 8);
-                    r.OneOf((8, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.AllFrames))).Shift(32).Pick(headers).ToAddress(entry);
+                    r.OneOf((8, r => r.Pick(_memory.Data)), (1, r => r.Pick(_memory.Scratch)), (1, r => r.Pick(_memory.Unshared))).Shift(32).Pick(headers).ToAddress(entry);
                 }
 
                 r.Pick(domains).ToBuffer(Structure);
@@ -53,7 +56,7 @@ internal sealed partial class FuzzOperations
                 {
                     ulong entry = _memory.GrantPage + ((ulong)(first + i) * 16);
                     r.OneOf((2, static r => r.Constant(0)), (1, static r => r.Random(0xfff_0fff)), (1, r => r.Pick(domains))).Shift(32).Pick(headers).ToAddress(entry);
-                    r.OneOf((8, r => r.Pick(_memory.Data)), (2, r => r.Pick(references)), (1, r => r.Pick(_memory.AllFrames))).ToAddress(entry + 8);
+                    r.OneOf((8, r => r.Pick(_memory.Data)), (2, r => r.Pick(references)), (1, r => r.Pick(_memory.Unshared))).ToAddress(entry + 8);
                 }
 
                 r.Pick(domains).ToBuffer(Structure);
@@ -203,8 +206,8 @@ internal sealed partial class FuzzOperations
             r.Constant(command);
             To(r, 0);
 
-            // Nothing that the guest has elsewhere: it may name the port of its console.
-            r.OneOf((60, static r => r.BufferAddress(Structure)), (2, r => r.Pick(_memory.BadAddresses)));
+            // Nothing that the guest has elsewhere, and so not address 0, which is a window: it may name the port of its console.
+            r.OneOf((60, static r => r.BufferAddress(Structure)), (2, r => r.Pick(_memory.BadAddresses.Part(1, 12))));
             To(r, 1);
         });
 }

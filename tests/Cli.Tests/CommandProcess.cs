@@ -23,8 +23,11 @@ internal sealed class CommandProcess : IDisposable
     {
         start.RedirectStandardError = true;
 
-        // Nothing of the one who runs the tests: colours, width.
+        // Nothing of the one who runs the tests: colours, width, signals that are ignored.
         start.Environment["TERM"] = "dumb";
+        start.ArgumentList.Insert(0, start.FileName);
+        start.ArgumentList.Insert(0, "--default-signal=HUP,INT,QUIT");
+        start.FileName = "/usr/bin/env";
         _process = Process.Start(start)!;
         _errorRead = ReadErrorAsync();
     }

@@ -25,10 +25,11 @@ public sealed class TerminalExitTests
         _terminal = new PseudoTerminal();
         _before = _terminal.Mode;
 
-        // This assembly as a program of its own. Without core files, as some of its ends are meant to be ugly.
+        // This assembly as a program of its own. Without core files, as some of its ends are meant to be ugly, and with signals that do
+        // what they do in a terminal, even where the tests themselves were started to ignore some.
         string dotnet = Path.GetFullPath(Path.Combine(Path.GetDirectoryName(typeof(object).Assembly.Location)!, "../../../dotnet"));
         string self = typeof(TerminalExitTests).Assembly.Location;
-        var start = new ProcessStartInfo("/bin/sh", ["-c", "ulimit -c 0; exec \"$0\" exec \"$1\" <\"$2\" >\"$2\"", dotnet, self, _terminal.Name])
+        var start = new ProcessStartInfo("/bin/sh", ["-c", "ulimit -c 0; exec env --default-signal=HUP,INT,QUIT \"$0\" exec \"$1\" <\"$2\" >\"$2\"", dotnet, self, _terminal.Name])
         {
             RedirectStandardError = true,
         };

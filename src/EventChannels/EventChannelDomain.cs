@@ -255,9 +255,9 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         _rundown.Exit();
     }
 
-    /// <summary>Entries of the port table: whole buckets.</summary>
     private nuint PortTableBytes => PortTableSize(_maxPort) * (nuint)sizeof(EventChannelPortState);
 
+    /// <summary>Entries of the port table: whole buckets.</summary>
     private static uint PortTableSize(uint maxPort) => (maxPort / EventChannelState.PortsPerBucket + 1) * EventChannelState.PortsPerBucket;
 
     private void DeliverFromOutside(VcpuMask wake)

@@ -46,7 +46,7 @@ public static unsafe class GrantMapping
         if (table == null)
             return false;
         PageTableEntry old = vcpu->PageTableWrites->Store(entry, at, EntryOf(frame, flags));
-        PageTables.LetGoL1(vcpu, at.Frame, table);
+        PageTables.LetGo(vcpu, at.Frame, table);
         PageTables.ReleaseL1(vcpu, old);
         return true;
     }
@@ -77,7 +77,7 @@ public static unsafe class GrantMapping
                 old = found;
             }
 
-            PageTables.LetGoL1(vcpu, at.Frame, table);
+            PageTables.LetGo(vcpu, at.Frame, table);
         }
 
         if (!replaced)
@@ -107,7 +107,7 @@ public static unsafe class GrantMapping
         if (table == null)
             return false;
         entry = vcpu->PageTableWrites->Store(place, at, default);
-        PageTables.LetGoL1(vcpu, at.Frame, table);
+        PageTables.LetGo(vcpu, at.Frame, table);
         return true;
     }
 

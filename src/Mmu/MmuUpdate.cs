@@ -59,8 +59,7 @@ public static unsafe class MmuUpdate
         {
             if (_info == null)
                 return;
-            PageTables.Release(vcpu, _frame, _info);
-            FrameTable.Of(vcpu->Domain)->PutPage(_info);
+            PageTables.LetGo(vcpu, _frame, _info);
             _info = null;
         }
     }
@@ -209,7 +208,7 @@ public static unsafe class MmuUpdate
         if (table == null)
             return -(long)Errno.EINVAL;
         Errno error = PageTables.ModifyEntry(vcpu, 1, entry, entryAddress, new PageTableEntry(arguments.A1), preserveAccessedDirty: false);
-        PageTables.LetGoL1(vcpu, entryAddress.Frame, table);
+        PageTables.LetGo(vcpu, entryAddress.Frame, table);
         return error switch
         {
             Errno.None => TlbFlush.AfterUpdateVaMapping(vcpu, linear, arguments.A2),

@@ -159,8 +159,8 @@ public static unsafe class PageTables
         return null;
     }
 
-    /// <summary>Ends <see cref="HoldL1"/>.</summary>
-    public static void LetGoL1(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
+    /// <summary>Ends <see cref="HoldL1"/>, or <see cref="TryHold"/> of a table that a reference was taken to.</summary>
+    public static void LetGo(VcpuContext* vcpu, Mfn frame, FrameInfo* info)
     {
         Release(vcpu, frame, info);
         FrameTable.Of(vcpu->Domain)->PutPage(info);

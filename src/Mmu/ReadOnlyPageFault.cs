@@ -34,7 +34,7 @@ public sealed unsafe class ReadOnlyPageFault(VcpuContext* vcpu)
             return false;
         MustRetry = false;
         bool performed = TryPerform(fault, table);
-        PageTables.LetGoL1(_vcpu, table, info);
+        PageTables.LetGo(_vcpu, table, info);
         return performed || MustRetry;
     }
 

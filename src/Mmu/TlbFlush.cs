@@ -75,12 +75,10 @@ internal static unsafe class TlbFlush
             {
                 if ((bits & 1) == 0)
                     continue;
-                if (first + i != vcpu->State->Id)
-                    OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + first + i, everything, page);
-                else if (everything)
-                    OnThisVcpu(vcpu);
+                if (first + i == vcpu->State->Id)
+                    OnThisVcpu(vcpu, everything, page);
                 else
-                    OnThisVcpu(vcpu, page);
+                    OnOtherVcpu(vcpu, vcpu->Domain->Vcpus + first + i, everything, page);
             }
         }
 
@@ -96,10 +94,7 @@ internal static unsafe class TlbFlush
         ulong target = flags & ~FlushTypeMask;
         if (target is not (Local or All))
             return -(long)OnVcpus(vcpu, target, everything, page);
-        if (everything)
-            OnThisVcpu(vcpu);
-        else
-            OnThisVcpu(vcpu, page);
+        OnThisVcpu(vcpu, everything, page);
         if (target == All)
             OnOtherVcpus(vcpu, everything, page);
         return 0;
@@ -162,6 +157,14 @@ internal static unsafe class TlbFlush
         if (Volatile.Read(ref other->PageTableWrites->Running) != 0)
             other->Kick(other);
         return false;
+    }
+
+    private static void OnThisVcpu(VcpuContext* vcpu, bool everything, VirtualAddress page)
+    {
+        if (everything)
+            OnThisVcpu(vcpu);
+        else
+            OnThisVcpu(vcpu, page);
     }
 
     private static void OnOtherVcpus(VcpuContext* vcpu, bool everything, VirtualAddress page)

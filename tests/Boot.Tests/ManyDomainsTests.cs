@@ -1,10 +1,8 @@
 // Many domains at once: all answer, whatever others of them do.
 
-using System.Globalization;
 using System.Text;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
-using XenSharp.Domains.Builder;
 using XenSharp.Guests;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
@@ -43,7 +41,8 @@ public sealed class ManyDomainsTests : KvmFixture
     public async Task All_answer_while_others_crash_and_spin()
     {
         using var end = new CancellationTokenSource(TimeSpan.FromMinutes(5));
-        DomainImage debian = await DebianAsync(end.Token);
+        DomainImage debian = await DebianGuest.ImageAsync(
+            DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { Banner = string.Empty }, reusable: true, end.Token);
         var manager = new DomainManager();
         var all = new List<Member>();
         Member Begin(DomainSpecification specification, bool isDebian = false)
@@ -99,54 +98,10 @@ public sealed class ManyDomainsTests : KvmFixture
         _ = await busy.Domain.WriteInputAsync("while :; do :; done & echo bu''sy=\n"u8.ToArray(), cancellation);
         _ = await busy.Console.WaitForAsync(answer, busy.Domain.Stopped, cancellation);
         string[] names = [busy.Domain.Specification.Name, .. spinners];
-        long[] before = [.. names.Select(ProcessorTicks)];
+        double[] before = [.. names.Select(VcpuThreads.ProcessorTime)];
         await Task.Delay(s_shareInterval, cancellation);
-        long[] shares = [.. names.Select((name, i) => ProcessorTicks(name) - before[i])];
-        TestContext.Out.WriteLine($"ticks of {string.Join(", ", names.Zip(shares))}");
+        double[] shares = [.. names.Select((name, i) => VcpuThreads.ProcessorTime(name) - before[i])];
+        TestContext.Out.WriteLine($"seconds of {string.Join(", ", names.Zip(shares))}");
         Assert.That(shares[0], Is.AtLeast(shares.Skip(1).Average() / 2));
-    }
-
-    /// <summary>User and system time of a domain's first vCPU, in the kernel's ticks.</summary>
-    private static long ProcessorTicks(string domain)
-    {
-        foreach (string task in Directory.GetDirectories("/proc/self/task"))
-        {
-            // Past the name, which may have spaces: state first, user time as the 12th field and system time as the 13th.
-            string stat;
-            try
-            {
-                stat = File.ReadAllText($"{task}/stat");
-            }
-            catch (IOException)
-            {
-                continue; // The thread has ended.
-            }
-
-            int name = stat.IndexOf('(', StringComparison.Ordinal) + 1;
-            int after = stat.LastIndexOf(')');
-            if (stat[name..after] != $"{domain} vcpu0")
-                continue;
-            string[] fields = stat[(after + 2)..].Split(' ');
-            return long.Parse(fields[11], CultureInfo.InvariantCulture) + long.Parse(fields[12], CultureInfo.InvariantCulture);
-        }
-
-        throw new InvalidOperationException($"The domain {domain} has no vCPU that runs.");
-    }
-
-    private static async Task<DomainImage> DebianAsync(CancellationToken cancellation)
-    {
-        var cache = new GuestCache(GuestCache.DefaultRoot());
-        try
-        {
-            DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64, null, cancellation);
-            byte[] ramdisk = await BusyboxInitramfs.BuildAsync(
-                await cache.GetBusyboxAsync(null, cancellation), new BusyboxInitramfsOptions { Banner = string.Empty }, cancellation);
-            return new DomainImage(KernelImage.Parse(await File.ReadAllBytesAsync(kernel.Image, cancellation)), ramdisk);
-        }
-        catch (GuestFetchException missing)
-        {
-            Assert.Ignore(missing.Message);
-            throw;
-        }
     }
 }

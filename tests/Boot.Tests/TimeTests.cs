@@ -1,11 +1,9 @@
 // The guest's clock against the host's, and what a domain costs that has nothing to do.
 using System.Diagnostics;
-using System.Globalization;
 using XenSharp.Cli.Hosting;
 using XenSharp.Core;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
-using XenSharp.Domains.Builder;
 using XenSharp.Guests;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
@@ -79,28 +77,15 @@ public sealed class TimeTests : KvmFixture
     {
         const int seconds = 10;
         const double most = 3;
-        var cache = new GuestCache(GuestCache.DefaultRoot());
-        byte[] kernel;
-        byte[] ramdisk;
-        try
-        {
-            kernel = await File.ReadAllBytesAsync((await cache.GetKernelAsync(DebianKernelFlavour.CloudAmd64)).Image);
-            ramdisk = await BusyboxInitramfs.BuildAsync(
-                await cache.GetBusyboxAsync(), new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" });
-        }
-        catch (GuestFetchException missing)
-        {
-            Assert.Ignore(missing.Message);
-            return;
-        }
-
+        DomainImage image = await DebianGuest.ImageAsync(
+            DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" }, reusable: false);
         var console = new ConsoleLines();
         await using RunningDomain domain = RunningDomain.Create(
             Host,
             new DomainSpecification
             {
                 Name = "idle",
-                Image = new DomainImage(KernelImage.Parse(kernel), ramdisk),
+                Image = image,
                 MemoryMiB = 128,
                 CommandLine = $"console=hvc0 quiet {parameter}",
             },
@@ -109,9 +94,9 @@ public sealed class TimeTests : KvmFixture
         while (!console.Text.Contains("idle\n") && !console.Text.Contains("idle\r\n"))
             await Task.Delay(100);
         await Task.Delay(2000);
-        (double before, ulong calls) = (ProcessorTimeOf("idle vcpu"), domain.Domain.HypercallCount);
+        (double before, ulong calls) = (VcpuThreads.ProcessorTime("idle"), domain.Domain.HypercallCount);
         await Task.Delay(seconds * 1000);
-        double percent = (ProcessorTimeOf("idle vcpu") - before) / seconds * 100;
+        double percent = (VcpuThreads.ProcessorTime("idle") - before) / seconds * 100;
         calls = domain.Domain.HypercallCount - calls;
         domain.Destroy();
         _ = await domain.Completion;
@@ -162,18 +147,5 @@ public sealed class TimeTests : KvmFixture
             if ((version & 1) == 0 && version == Volatile.Read(ref info->Version))
                 return copy;
         }
-    }
-
-    /// <summary>Seconds that this process's threads have had whose names begin so.</summary>
-    private static double ProcessorTimeOf(string name)
-    {
-        double time = 0;
-        foreach (string thread in Directory.EnumerateDirectories("/proc/self/task"))
-        {
-            if (File.ReadAllText(Path.Combine(thread, "comm")).StartsWith(name, StringComparison.Ordinal))
-                time += long.Parse(File.ReadAllText(Path.Combine(thread, "schedstat")).Split(' ')[0], CultureInfo.InvariantCulture) / 1e9;
-        }
-
-        return time;
     }
 }

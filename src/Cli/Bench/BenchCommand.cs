@@ -14,6 +14,7 @@ namespace XenSharp.Cli.Bench;
 internal static class BenchCommand
 {
     private const int NestedRounds = 2;
+    private const string FloorName = "raw KVM exit from CPL 3 (the floor)";
 
     internal static Command Create(IServiceProvider services)
     {
@@ -96,7 +97,7 @@ internal static class BenchCommand
 
         times.AddRow(
         [
-            "raw KVM exit from CPL 3 (the floor)",
+            FloorName,
             string.Empty,
             .. result.FloorNanoseconds.Skip(1).SelectMany(static floor => new[] { floor is { } time ? Microseconds(time) : string.Empty, string.Empty, "1" }),
         ]);
@@ -129,7 +130,7 @@ internal static class BenchCommand
         times.AddColumn("figure");
         foreach (string name in (ReadOnlySpan<string>)["µs", "× floor", "lowest", "highest", "at most"])
             times.AddColumn(new TableColumn(name).RightAligned());
-        times.AddRow("raw KVM exit from CPL 3 (the floor)", Microseconds(result.FloorNanoseconds), "1", string.Empty, string.Empty, string.Empty);
+        times.AddRow(FloorName, Microseconds(result.FloorNanoseconds), "1", string.Empty, string.Empty, string.Empty);
         foreach (BenchFigure figure in result.Figures)
         {
             times.AddRow(

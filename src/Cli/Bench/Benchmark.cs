@@ -1,7 +1,6 @@
 // The measurements of xensharp bench.
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
-using System.Text;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
@@ -136,12 +135,11 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         double created = await RunToEndAsync(guest, sink, cancellation).ConfigureAwait(false);
         double mean = (before + MeasureFloor(floor)) / 2;
         Add(DomainCreate, created, mean);
-        byte[] output = sink.Bytes;
-        int results = output.AsSpan().IndexOf(Encoding.ASCII.GetBytes(BenchmarkGuest.Marker)) + BenchmarkGuest.Marker.Length;
+        ReadOnlySpan<byte> results = GuestResults.Find(sink.Bytes, BenchmarkGuest.Marker, BenchmarkGuest.ResultBytes);
         double kiloHertz = host.Capabilities.TimeStampCounter.KiloHertz;
         foreach (BenchmarkFigure figure in Enum.GetValues<BenchmarkFigure>())
         {
-            double nanoseconds = BenchmarkGuest.Nanoseconds(figure, output.AsSpan(results, BenchmarkGuest.ResultBytes), kiloHertz, plan.Iterations);
+            double nanoseconds = BenchmarkGuest.Nanoseconds(figure, results, kiloHertz, plan.Iterations);
             Add(NameOf(figure), nanoseconds, mean);
         }
     }
@@ -159,13 +157,10 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         Expect(await pinger.Completion.WaitAsync(cancellation).ConfigureAwait(false));
         Expect(await ponger.Completion.WaitAsync(cancellation).ConfigureAwait(false));
         double mean = (before + MeasureFloor(floor)) / 2;
-        ReadOnlySpan<byte> output = sink.Bytes;
-        ReadOnlySpan<byte> results = output[(output.IndexOf(Encoding.ASCII.GetBytes(EventPingPong.Marker)) + EventPingPong.Marker.Length)..];
+        ReadOnlySpan<byte> results = GuestResults.Find(sink.Bytes, EventPingPong.Marker, EventPingPong.ResultBytes);
+        double kiloHertz = host.Capabilities.TimeStampCounter.KiloHertz;
         foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
-        {
-            double kiloHertz = host.Capabilities.TimeStampCounter.KiloHertz;
-            Add(NameOf(wait), EventPingPong.Nanoseconds(wait, results[..EventPingPong.ResultBytes], kiloHertz, plan.Iterations), mean);
-        }
+            Add(NameOf(wait), EventPingPong.Nanoseconds(wait, results, kiloHertz, plan.Iterations), mean);
     }
 
     private RunningDomain CreatePingPong(DomainManager manager, ushort id, ushort peer, MarkerSink sink)

@@ -156,12 +156,10 @@ internal sealed partial class NestedBenchmark(string command, NestedBenchmarkPla
     private void TakeProbe(string bed, string console, double kiloHertz)
     {
         byte[] output = Encoding.Latin1.GetBytes(console);
-        int marker = output.AsSpan().IndexOf(Encoding.ASCII.GetBytes(BenchmarkGuest.Marker));
-        int start = marker + BenchmarkGuest.Marker.Length;
-        if (marker < 0 || output.Length < start + BenchmarkGuest.ResultBytes)
+        if (!GuestResults.TryFind(output, BenchmarkGuest.Marker, BenchmarkGuest.ResultBytes, out ReadOnlySpan<byte> results))
             throw new OracleException($"The probe guest of the benchmark printed no results on {bed}; run it again.");
         foreach (BenchmarkFigure figure in Enum.GetValues<BenchmarkFigure>())
-            Take(Benchmark.NameOf(figure), bed, BenchmarkGuest.Nanoseconds(figure, output.AsSpan(start, BenchmarkGuest.ResultBytes), kiloHertz, plan.Iterations));
+            Take(Benchmark.NameOf(figure), bed, BenchmarkGuest.Nanoseconds(figure, results, kiloHertz, plan.Iterations));
     }
 
     private void TakeFloor(string bed, string output)

@@ -49,7 +49,7 @@ public sealed unsafe class DomainManagerTests
     [Test]
     public void A_domain_that_there_is_no_room_for_gives_its_number_back()
     {
-        Assert.That(() => new FakeDomain(change: static options => options with { Id = 5, Vcpus = -1 }, manager: _manager), Throws.TypeOf<OutOfMemoryException>());
+        Assert.That(() => new FakeDomain(change: static options => options with { Id = 5, Vcpus = int.MaxValue }, manager: _manager), Throws.TypeOf<OutOfMemoryException>());
         using FakeDomain next = Create(5);
         Assert.That(_manager.Domains, Is.EqualTo(new[] { next.Domain }));
     }

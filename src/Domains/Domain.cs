@@ -48,7 +48,6 @@ public sealed unsafe class Domain : IDisposable
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
         _manager = manager ?? new DomainManager();
-        Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
@@ -59,21 +58,22 @@ public sealed unsafe class Domain : IDisposable
             EndOfMachineFrames = machine.Memory.EndFrame,
             VcpuCount = options.Vcpus,
         });
-        Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
-        _handle = (byte*)NativeMemory.Alloc(16);
-        _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(
-            machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
-            DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
-        Context->KnownDomains = _manager.Known;
-        Context->MachineFrames = _manager.MachineFrames;
-        Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
-        Window = new GrantWindow(Context, machine, _manager);
-        Granted = new BackendGrants(this);
-        Scrubber = new Scrubber(Context, machine);
-        Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
+        Id = new DomainId(_manager.Reserve(options.Id));
         try
         {
+            Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
+            _handle = (byte*)NativeMemory.Alloc(16);
+            _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
+            _memory = new DomainMemory(
+                machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+                DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+            Context->KnownDomains = _manager.Known;
+            Context->MachineFrames = _manager.MachineFrames;
+            Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
+            Window = new GrantWindow(Context, machine, _manager);
+            Granted = new BackendGrants(this);
+            Scrubber = new Scrubber(Context, machine);
+            Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
             var builder = new DomainBuilder(_memory.Context, options);
             builder.AllocateSharedInfo();
             Events = new EventChannelDomain(
@@ -285,19 +285,21 @@ public sealed unsafe class Domain : IDisposable
             threads = [.. _threads];
         foreach (Thread thread in threads)
             thread.Join();
-        Watchdogs.Dispose();
+
+        // A constructor that failed may have come to any point.
+        Watchdogs?.Dispose();
         if (Grants != null)
             GrantMap.ReleaseAll(this);
-        Window.Dispose();
+        Window?.Dispose();
         Events?.Dispose();
 
         // Nobody looks at the domain's memory from here on, but who has some of it mapped.
-        bool lives = Outside.Close();
+        bool lives = Outside?.Close() ?? false;
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Dispose();
         Grants?.Dispose();
         _managersGrants.Dispose();
-        _memory.Dispose();
+        _memory?.Dispose();
         NativeMemory.Free(_handle);
         if (!lives)
             _manager.Remove(Id.Value);

@@ -1,11 +1,11 @@
 // Many domains at once: all answer, whatever others of them do.
 
 using System.Text;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Guests;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -43,12 +43,12 @@ public sealed class ManyDomainsTests : KvmFixture
         using var end = new CancellationTokenSource(TimeSpan.FromMinutes(5));
         DomainImage debian = await DebianGuest.ImageAsync(
             DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { Banner = string.Empty }, reusable: true, end.Token);
-        var manager = new DomainManager();
+        await using var toolstack = new ToolstackContext(Host);
         var all = new List<Member>();
         Member Begin(DomainSpecification specification, bool isDebian = false)
         {
             var console = new ConsoleLines();
-            var member = new Member(RunningDomain.Create(Host, specification, console, manager: manager), console, isDebian);
+            var member = new Member(RunningDomain.Create(toolstack, specification, console), console, isDebian);
             all.Add(member);
             member.Domain.Start();
             return member;

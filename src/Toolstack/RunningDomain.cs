@@ -8,7 +8,7 @@ using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Kvm;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>
 /// One domain in this process, from before its first instruction to after its last trace. Members may be called by any thread.
@@ -19,7 +19,8 @@ namespace XenSharp.Cli.Hosting;
 /// </remarks>
 public sealed class RunningDomain : IAsyncDisposable
 {
-    private readonly DomainManager _manager;
+    private readonly ToolstackContext _toolstack;
+    private readonly bool _ownsToolstack;
     private readonly Mfn _frames;
     private readonly KvmVirtualMachine _machine;
     private readonly IConsoleSink? _sink;
@@ -39,28 +40,29 @@ public sealed class RunningDomain : IAsyncDisposable
     private bool _inputClosed;
 
     private RunningDomain(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink, DomainManager? manager)
+        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
     {
+        _toolstack = toolstack;
+        _ownsToolstack = ownsToolstack;
         _sink = sink;
         _emergencySink = emergencySink;
         Specification = specification;
-        _manager = manager ?? new DomainManager();
+        KvmHost host = toolstack.Host;
         ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
-        _frames = _manager.TakeFrames(frames);
+        _frames = toolstack.Domains.TakeFrames(frames);
         try
         {
             _machine = new KvmVirtualMachine(
                 host.Kvm, host.Capabilities, frames << Paging.PageShift, DomainOptions.WindowFrames, _frames.Address.Value);
-            Domain = Build(host, specification, _machine, _manager);
+            Domain = Build(toolstack, specification, _machine);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
-            Store = new XenstoreServer();
         }
         catch
         {
             Domain?.Dispose();
             _machine?.Dispose();
-            _manager.ReturnFrames(_frames);
+            toolstack.Domains.ReturnFrames(_frames);
             throw;
         }
     }
@@ -75,8 +77,8 @@ public sealed class RunningDomain : IAsyncDisposable
     /// a run must have ended before the domain is disposed, or end by itself when the domain does.</summary>
     public ConsoleBackend Console { get; }
 
-    /// <summary>The xenstore it is connected to, which is its own.</summary>
-    public XenstoreServer Store { get; }
+    /// <summary>The xenstore it is connected to.</summary>
+    public XenstoreServer Store => _toolstack.Store;
 
     /// <summary>Completes when the domain's vCPUs have stopped for good.</summary>
     public Task<DomainExit> Stopped => Domain.Completion;
@@ -87,23 +89,37 @@ public sealed class RunningDomain : IAsyncDisposable
     /// <summary>Whether <see cref="Destroy"/> was called, so that <see cref="Stopped"/> may be no doing of the guest's.</summary>
     public bool Destroyed { get; private set; }
 
-    /// <summary>Makes a domain that is ready to start.</summary>
-    /// <param name="host">The KVM to run it with.</param>
+    /// <summary>Makes a domain that is ready to start, in a context that it shares with others.</summary>
+    /// <param name="toolstack">The KVM, the domains that it can find and that can find it, and their store; stays the caller's, until the
+    /// domain is disposed.</param>
     /// <param name="specification">What to make.</param>
     /// <param name="sink">Takes what the guest prints; stays the caller's. <see langword="null"/> if <see cref="Console"/> is
     /// to get its reader otherwise.</param>
     /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall, on the vCPU's own thread, which
     /// waits for it; stays the caller's. <see langword="null"/> to drop it.</param>
-    /// <param name="manager">The domains that it can find and that can find it; <see langword="null"/> for none but itself.</param>
     /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
     /// <exception cref="Domains.Builder.DomainBuildException">What was asked for cannot be built; a sentence says why.</exception>
     public static RunningDomain Create(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
-        DomainManager? manager = null)
+        ToolstackContext toolstack, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
     {
-        ArgumentNullException.ThrowIfNull(host);
+        ArgumentNullException.ThrowIfNull(toolstack);
         ArgumentNullException.ThrowIfNull(specification);
-        var domain = new RunningDomain(host, specification, sink, emergencySink, manager);
+        return Create(toolstack, ownsToolstack: false, specification, sink, emergencySink);
+    }
+
+    /// <summary>Makes a domain that is ready to start and has a context, and so a store, of its own.</summary>
+    /// <inheritdoc cref="Create(ToolstackContext, DomainSpecification, IConsoleSink?, IConsoleSink?)"/>
+    public static RunningDomain Create(
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
+    {
+        ArgumentNullException.ThrowIfNull(specification);
+        return Create(new ToolstackContext(host), ownsToolstack: true, specification, sink, emergencySink);
+    }
+
+    private static RunningDomain Create(
+        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+    {
+        var domain = new RunningDomain(toolstack, ownsToolstack, specification, sink, emergencySink);
         try
         {
             domain.ConnectStore();
@@ -223,11 +239,14 @@ public sealed class RunningDomain : IAsyncDisposable
         _inputClosed = true;
         _inputTurn.Release();
 
+        // The nodes go before the domain does: its number may be another's at once.
         _ = await Store.ReleaseDomainAsync(Domain.Id.Value).ConfigureAwait(false);
-        await Store.DisposeAsync().ConfigureAwait(false);
+        XenstoreDomainTree.Remove(Store.Domain0, Domain.Id.Value);
         Domain.Dispose();
         _machine.Dispose();
-        _manager.ReturnFrames(_frames);
+        _toolstack.Domains.ReturnFrames(_frames);
+        if (_ownsToolstack)
+            await _toolstack.DisposeAsync().ConfigureAwait(false);
         _abandon.Dispose();
         _stop.Dispose();
     }
@@ -240,7 +259,7 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager manager)
+    private static Domain Build(ToolstackContext toolstack, DomainSpecification specification, KvmVirtualMachine machine)
     {
         (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
         var options = new DomainOptions
@@ -254,11 +273,11 @@ public sealed class RunningDomain : IAsyncDisposable
             CommandLine = specification.CommandLine,
             Uuid = specification.Uuid,
             HostTsc = static () => HostClock.TimeStampCounter,
-            ShadowPageTables = host.Capabilities.ShadowPageTables,
+            ShadowPageTables = toolstack.Host.Capabilities.ShadowPageTables,
             Trace = specification.Trace,
             AuditInterval = specification.AuditInterval,
         };
-        return new Domain(options, machine, manager);
+        return new Domain(options, machine, toolstack.Domains);
     }
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);
@@ -269,7 +288,6 @@ public sealed class RunningDomain : IAsyncDisposable
 
     private void ConnectStore()
     {
-        XenstoreDomainTree.WriteDomain0(Store.Domain0);
         XenstoreDomainTree.Create(
             Store.Domain0,
             new XenstoreDomainDescription

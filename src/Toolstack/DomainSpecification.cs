@@ -4,7 +4,7 @@ using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>What <see cref="RunningDomain"/> makes a domain from. One specification can be run any number of times.</summary>
 public sealed record DomainSpecification

@@ -250,6 +250,18 @@ public sealed unsafe class Domain : IDisposable
         return true;
     }
 
+    /// <summary>Makes a non-maskable interrupt pending on a vCPU (XEN_DOMCTL_sendtrigger). A guest without a handler for it does not notice.</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <returns>False where there is no such vCPU.</returns>
+    public bool SendNmi(int vcpu)
+    {
+        if (vcpu < 0 || FindVcpu((uint)vcpu) is not { } target)
+            return false;
+        Volatile.Write(ref target.Context->State->NmiPending, 1);
+        target.Cpu.Kick();
+        return true;
+    }
+
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
 
@@ -425,6 +437,7 @@ public sealed unsafe class Domain : IDisposable
 
     private void RunVcpu(Vcpu vcpu)
     {
+        vcpu.HostThread.Begin();
         Rest.Leave();
         try
         {
@@ -441,6 +454,7 @@ public sealed unsafe class Domain : IDisposable
         }
 
         Rest.Enter();
+        vcpu.HostThread.End();
         lock (_threads)
         {
             if (--_running != 0)

@@ -6,6 +6,7 @@ using XenSharp.Devices.Console;
 using XenSharp.Devices.Xenstore;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Migration;
 using XenSharp.Kvm;
 
 namespace XenSharp.Toolstack;
@@ -32,6 +33,9 @@ public sealed class RunningDomain : IAsyncDisposable
     /// <summary>Signalled when the vCPUs are to stop, whatever they wait for.</summary>
     private readonly CancellationTokenSource _stop = new();
 
+    /// <summary>Released when the domain goes on after it has suspended.</summary>
+    private readonly SemaphoreSlim _resumed = new(0);
+
     private readonly SemaphoreSlim _inputTurn = new(1, 1);
     private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Lock _lock = new();
@@ -40,7 +44,8 @@ public sealed class RunningDomain : IAsyncDisposable
     private bool _inputClosed;
 
     private RunningDomain(
-        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink,
+        Func<DomainOptions, KvmVirtualMachine, Domain> build)
     {
         _toolstack = toolstack;
         _ownsToolstack = ownsToolstack;
@@ -54,7 +59,7 @@ public sealed class RunningDomain : IAsyncDisposable
         {
             _machine = new KvmVirtualMachine(
                 host.Kvm, host.Capabilities, frames << Paging.PageShift, DomainOptions.WindowFrames, _frames.Address.Value);
-            Domain = Build(toolstack, specification, _machine);
+            Domain = build(OptionsOf(toolstack, specification), _machine);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
         }
@@ -80,7 +85,7 @@ public sealed class RunningDomain : IAsyncDisposable
     /// <summary>The xenstore it is connected to.</summary>
     public XenstoreServer Store => _toolstack.Store;
 
-    /// <summary>Completes when the domain's vCPUs have stopped for good.</summary>
+    /// <summary>Completes when the domain's vCPUs have stopped; for good, unless it is resumed.</summary>
     public Task<DomainExit> Stopped => Domain.Completion;
 
     /// <summary>Completes when the domain has stopped and the sink has been given all that it printed.</summary>
@@ -116,19 +121,47 @@ public sealed class RunningDomain : IAsyncDisposable
         return Create(new ToolstackContext(host), ownsToolstack: true, specification, sink, emergencySink);
     }
 
+    /// <summary>Makes a domain of an image that one was saved to; started, it goes on where that one suspended.</summary>
+    /// <param name="toolstack">What it is made in; stays the caller's, until the domain is disposed.</param>
+    /// <param name="specification">What is not in the image: kernel, ramdisk and command line are not looked at.</param>
+    /// <param name="image">The image; nothing behind it is read.</param>
+    /// <param name="sink">Takes what the guest prints; stays the caller's.</param>
+    /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall; stays the caller's.</param>
+    /// <param name="progress">Is told how many pages have been read; on the calling thread.</param>
+    /// <param name="cancellation">Ends the work.</param>
+    /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
+    /// <exception cref="MigrationException">It is no image, or one that cannot be used here; a sentence says why.</exception>
+    /// <exception cref="Domains.Builder.DomainBuildException">The domain cannot be made as asked.</exception>
+    public static RunningDomain Restore(
+        ToolstackContext toolstack, DomainSpecification specification, Stream image, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
+        IProgress<PageProgress>? progress = null, CancellationToken cancellation = default)
+    {
+        ArgumentNullException.ThrowIfNull(toolstack);
+        ArgumentNullException.ThrowIfNull(specification);
+        return Connect(new RunningDomain(
+            toolstack, ownsToolstack: false, specification, sink, emergencySink,
+            (options, machine) => Domain.Restore(options, image, machine, toolstack.Domains, progress, cancellation)));
+    }
+
     private static RunningDomain Create(
         ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
     {
-        var domain = new RunningDomain(toolstack, ownsToolstack, specification, sink, emergencySink);
+        RunningDomain domain = Connect(new RunningDomain(
+            toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
+        if (!specification.Image.Reusable)
+        {
+            // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+        }
+
+        return domain;
+    }
+
+    private static RunningDomain Connect(RunningDomain domain)
+    {
         try
         {
             domain.ConnectStore();
-            if (!specification.Image.Reusable)
-            {
-                // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
-                GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
-            }
-
             return domain;
         }
         catch
@@ -206,6 +239,24 @@ public sealed class RunningDomain : IAsyncDisposable
         }
     }
 
+    /// <summary>
+    /// Lets a domain go on that has suspended itself and was kept (<see cref="DomainSpecification.KeepSuspended"/>), as if it had not:
+    /// <see cref="Stopped"/> is another task afterwards.
+    /// </summary>
+    /// <exception cref="InvalidOperationException">It is not suspended, was not to be kept, or was destroyed.</exception>
+    public void Resume()
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposal is not null, this);
+            if (!Specification.KeepSuspended)
+                throw new InvalidOperationException("The domain was not to be kept when it suspends, so it has ended.");
+            Store.ResumeDomain(Domain.Id.Value);
+            Domain.Resume();
+            _ = _resumed.Release();
+        }
+    }
+
     /// <summary>Ends the domain at once, as <c>xl destroy</c> does. <see cref="Stopped"/> says when.</summary>
     public void Destroy()
     {
@@ -259,26 +310,26 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(ToolstackContext toolstack, DomainSpecification specification, KvmVirtualMachine machine)
+    private static Domain Build(DomainOptions options, DomainImage image, KvmVirtualMachine machine, DomainManager manager)
     {
-        (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
-        var options = new DomainOptions
-        {
-            Name = specification.Name,
-            Kernel = kernel,
-            Ramdisk = ramdisk,
-            MemoryMiB = specification.MemoryMiB,
-            MaxMemoryMiB = specification.MaxMemoryMiB,
-            Vcpus = specification.Vcpus,
-            CommandLine = specification.CommandLine,
-            Uuid = specification.Uuid,
-            HostTsc = static () => HostClock.TimeStampCounter,
-            ShadowPageTables = toolstack.Host.Capabilities.ShadowPageTables,
-            Trace = specification.Trace,
-            AuditInterval = specification.AuditInterval,
-        };
-        return new Domain(options, machine, toolstack.Domains);
+        (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = image.Take();
+        return new Domain(options with { Kernel = kernel, Ramdisk = ramdisk }, machine, manager);
     }
+
+    private static DomainOptions OptionsOf(ToolstackContext toolstack, DomainSpecification specification) => new()
+    {
+        Name = specification.Name,
+        MemoryMiB = specification.MemoryMiB,
+        MaxMemoryMiB = specification.MaxMemoryMiB,
+        Vcpus = specification.Vcpus,
+        MaxEventChannels = specification.MaxEventChannels,
+        CommandLine = specification.CommandLine,
+        Uuid = specification.Uuid,
+        HostTsc = static () => HostClock.TimeStampCounter,
+        ShadowPageTables = toolstack.Host.Capabilities.ShadowPageTables,
+        Trace = specification.Trace,
+        AuditInterval = specification.AuditInterval,
+    };
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);
 
@@ -298,7 +349,7 @@ public sealed class RunningDomain : IAsyncDisposable
                 MaximumMemoryKiB = KiB(Specification.MaxMemoryMiB),
                 TargetMemoryKiB = KiB(Specification.MemoryMiB),
                 MaximumVcpus = Specification.Vcpus,
-                OnlineVcpus = Specification.Vcpus,
+                OnlineVcpus = Specification.OnlineVcpus,
                 ConsolePort = Domain.ConsolePort,
                 ConsoleFrame = Domain.Layout.Console.Value,
                 StorePort = Domain.StorePort,
@@ -313,8 +364,14 @@ public sealed class RunningDomain : IAsyncDisposable
 
     private async Task FollowAsync(Task showing)
     {
-        DomainExit exit = await Domain.Completion.ConfigureAwait(false);
-        Store.AnnounceShutdown(Domain.Id.Value);
+        DomainExit exit;
+        do
+        {
+            exit = await Domain.Completion.ConfigureAwait(false);
+            Store.AnnounceShutdown(Domain.Id.Value);
+        }
+        while (exit.Reason == ShutdownReason.Suspend && Specification.KeepSuspended && await IsResumedAsync().ConfigureAwait(false));
+
         try
         {
             if (_sink is not null)
@@ -330,6 +387,21 @@ public sealed class RunningDomain : IAsyncDisposable
         {
             // A sink that throws, against its contract: the one who awaits the domain gets to know.
             _completion.SetException(failure);
+        }
+    }
+
+    /// <summary>Waits for what becomes of a suspended domain.</summary>
+    /// <returns>False when it is destroyed.</returns>
+    private async Task<bool> IsResumedAsync()
+    {
+        try
+        {
+            await _resumed.WaitAsync(_stop.Token).ConfigureAwait(false);
+            return true;
+        }
+        catch (OperationCanceledException)
+        {
+            return false;
         }
     }
 

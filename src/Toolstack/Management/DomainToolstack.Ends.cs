@@ -162,7 +162,7 @@ public sealed partial class DomainToolstack
         Tell(DomainEventKind.Destroyed, domain, successor: successor?.Id ?? 0);
         if (successor is not null)
             return;
-        await domain.Console.DisposeAsync().ConfigureAwait(false);
+        await EndConsoleAsync(domain.Console).ConfigureAwait(false);
         lock (_lock)
             _state.Remove(configuration.Uuid!.Value);
     }

@@ -7,6 +7,7 @@ using XenSharp.Configuration;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Migration;
 using XenSharp.Kvm;
 
 namespace XenSharp.Toolstack.Management;
@@ -18,6 +19,8 @@ namespace XenSharp.Toolstack.Management;
 /// <remarks>A domain is there for others when it is whole, and whatever fails while it is being made, nothing of it stays.</remarks>
 public sealed partial class DomainToolstack : IAsyncDisposable
 {
+    private static readonly TimeSpan LogPatience = TimeSpan.FromSeconds(5);
+
     private readonly ToolstackOptions _options;
     private readonly StateFolder _state;
 
@@ -124,7 +127,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     public async Task<ManagedDomain> CreateAsync(DomainConfiguration configuration, bool paused = false, CancellationToken cancellation = default)
     {
         ArgumentNullException.ThrowIfNull(configuration);
-        configuration = configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() };
+        configuration = ManagedDomain.Complete(configuration) with { Uuid = configuration.Uuid ?? Guid.NewGuid() };
         foreach (string warning in DomainLoader.Check(configuration))
             Log.Write($"{configuration.Name}: {warning}");
         _options.BeforeStep?.Invoke(CreateStep.Reserve);
@@ -139,7 +142,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         ArgumentNullException.ThrowIfNull(domain);
         if (await TakeDownAsync(domain, keepReserved: false).ConfigureAwait(false))
         {
-            await domain.Console.DisposeAsync().ConfigureAwait(false);
+            await EndConsoleAsync(domain.Console).ConfigureAwait(false);
             Tell(DomainEventKind.Destroyed, domain);
             Log.Write($"The domain {domain.Name} (number {domain.Id}) was destroyed.");
         }
@@ -242,6 +245,19 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             change();
             if (_domains.TryGetValue(domain.Id, out ManagedDomain? known) && known == domain)
                 _state.Save(domain.Record);
+        }
+    }
+
+    /// <summary>Says that nothing will be printed any more; who looks reads it to its end.</summary>
+    private static async Task EndConsoleAsync(ConsoleHub console)
+    {
+        try
+        {
+            await console.CompleteAsync().WaitAsync(LogPatience).ConfigureAwait(false);
+        }
+        catch (TimeoutException)
+        {
+            // A file system that hangs: the log goes without its last bytes.
         }
     }
 
@@ -353,7 +369,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         domain?.SetGone();
         Unreserve(configuration.Name, configuration.Uuid!.Value);
         if (console is not null && making.Console is null)
-            await console.DisposeAsync().ConfigureAwait(false);
+            await EndConsoleAsync(console).ConfigureAwait(false);
     }
 
     /// <summary>What lies at the person who asked, or at the host, as a sentence; null for a defect.</summary>
@@ -361,6 +377,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     {
         ToolstackException => null,
         DomainBuildException or KernelImageException => new ToolstackException(ProblemKind.BadConfiguration, failure.Message, failure),
+        MigrationException => new ToolstackException(ProblemKind.BadRequest, failure.Message, failure),
         KvmException => new ToolstackException(ProblemKind.HostCannot, failure.Message, failure),
         OutOfMemoryException => new ToolstackException(
             ProblemKind.HostCannot, "There is not enough memory on this host for the domain: give it less, or end other programs.", failure),

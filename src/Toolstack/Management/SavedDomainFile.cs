@@ -16,7 +16,7 @@ internal static class SavedDomainFile
     private const int Version = 1;
     private const int LongestConfiguration = 1 << 20;
 
-    private static ReadOnlySpan<byte> Magic => "XenSharp saved domain\n\r\0\n"u8[..24];
+    private static ReadOnlySpan<byte> Magic => "XenSharp saved domain\n\r\0"u8;
 
     /// <summary>Writes the header.</summary>
     internal static void WriteHeader(Stream stream, DomainConfiguration configuration)

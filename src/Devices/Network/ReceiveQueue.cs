@@ -45,7 +45,7 @@ internal sealed unsafe class ReceiveQueue
         (_grants, _counters, _time) = (grants, counters, time);
     }
 
-    /// <summary>Whether frames wait for the guest's pages, rather than the other way round.</summary>
+    /// <summary>Whether frames wait.</summary>
     public bool HasFrames
     {
         get
@@ -86,7 +86,7 @@ internal sealed unsafe class ReceiveQueue
     /// <summary>Gives frames to the guest.</summary>
     /// <param name="budget">How many at most, before others have their turn.</param>
     /// <param name="channel">Tells the guest, if it wants to be told.</param>
-    /// <returns><see cref="QueueStep.Idle"/> if there are no frames, or no pages for the next one: an event was asked for.</returns>
+    /// <returns><see cref="QueueStep.Idle"/> if there were no frames; <see cref="QueueStep.NoPages"/> if an event of the guest's was asked for.</returns>
     /// <exception cref="XenbusException">The guest has put something into the ring that no front end does.</exception>
     public QueueStep Process(int budget, IEventChannelBackend channel)
     {
@@ -96,7 +96,7 @@ internal sealed unsafe class ReceiveQueue
             NetworkFrame? frame = Head();
             if (frame == null || !HasRoom(SlotsOf(frame)))
             {
-                step = QueueStep.Idle;
+                step = frame == null ? QueueStep.Idle : QueueStep.NoPages;
                 break;
             }
 

@@ -19,6 +19,9 @@ internal enum QueueStep
 
     /// <summary>It can go on after a while.</summary>
     Later,
+
+    /// <summary>There are frames for the guest, which has given no pages for them; an event will say when it has.</summary>
+    NoPages,
 }
 
 /// <summary>

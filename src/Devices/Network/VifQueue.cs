@@ -113,22 +113,25 @@ internal sealed class VifQueue
         while (true)
         {
             cancellation.ThrowIfCancellationRequested();
-            if (_receive.Process(Budget, _receiveChannel) == QueueStep.More)
+            switch (_receive.Process(Budget, _receiveChannel))
             {
-                await Task.Yield();
-                continue;
+                case QueueStep.More:
+                    await Task.Yield();
+                    continue;
+                case QueueStep.NoPages when _polls:
+                    await Task.Delay(PollInterval, _time, cancellation).ConfigureAwait(false);
+                    continue;
+                case QueueStep.Idle:
+                    // In this order: a frame that came before this is seen here, one that comes later leaves a token.
+                    _ = Interlocked.Exchange(ref _receiveSleeps, 1);
+                    if (_receive.HasFrames)
+                        continue;
+                    break;
+                default:
+                    // New frames change nothing.
+                    break;
             }
 
-            bool waitsForPages = _receive.HasFrames;
-            if (waitsForPages && _polls)
-            {
-                await Task.Delay(PollInterval, _time, cancellation).ConfigureAwait(false);
-                continue;
-            }
-
-            // In this order: a frame that came before this is seen here, one that comes later leaves a token.
-            if (!waitsForPages && Interlocked.Exchange(ref _receiveSleeps, 1) == 0 && _receive.HasFrames)
-                continue;
             _ = await _receiveWake.Reader.ReadAsync(cancellation).ConfigureAwait(false);
         }
     }

@@ -84,6 +84,18 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <param name="image">512 bytes as FXSAVE writes them in 64-bit mode (Intel SDM volume 1, 10.5.1).</param>
     void SetFpu(ReadOnlySpan<byte> image);
 
+    /// <summary>Reads the extended state. For a thread that is not the processor's own, while that one is at rest or has ended.</summary>
+    /// <param name="area">
+    /// <see cref="ExtendedState.Size"/> bytes: an XSAVE area of the standard form (Intel SDM volume 1, 13.4), without what the processor does
+    /// not have. Its header says which components it holds; the x87 and SSE state is there on every host.
+    /// </param>
+    void GetExtendedState(Span<byte> area);
+
+    /// <summary>Loads the extended state, before the first <see cref="Run"/>.</summary>
+    /// <param name="area">As <see cref="GetExtendedState"/> gives it. Its header was checked against what the host offers.</param>
+    /// <returns>False where the processor refuses it; all is as it was.</returns>
+    bool TrySetExtendedState(ReadOnlySpan<byte> area);
+
     /// <summary>Loads the debug registers 0–3, 6 and 7.</summary>
     void SetDebugRegisters(ReadOnlySpan<ulong> values);
 
@@ -180,6 +192,13 @@ public unsafe interface IVirtualMachine : IDisposable
 
     /// <summary>Creates a virtual processor. Its number is 0-based and may be used once.</summary>
     IVirtualCpu CreateVcpu(int number);
+}
+
+/// <summary>The XSAVE area as <see cref="IVirtualCpu"/> exchanges it.</summary>
+public static class ExtendedState
+{
+    /// <summary>Bytes: more than any component ends at that a guest can have.</summary>
+    public const int Size = 4096;
 }
 
 /// <summary>The guest-visible TSC.</summary>

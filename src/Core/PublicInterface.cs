@@ -54,6 +54,12 @@ public static class SharedInfoLayout
     public const int MaxPfn = 3088;
     public const int FrameListList = 3096;
     public const int NmiReason = 3104;
+
+    /// <summary>The root of the tables that map the guest's p2m list, as a value of CR3; 0 where it has none (arch.p2m_cr3).</summary>
+    public const int P2MCr3 = 3112;
+
+    /// <summary>Where the list is under that root (arch.p2m_vaddr).</summary>
+    public const int P2MAddress = 3120;
 }
 
 /// <summary>struct trap_info: one entry of a trap table.</summary>

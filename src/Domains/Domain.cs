@@ -4,6 +4,7 @@ using XenSharp.Core;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Grants;
+using XenSharp.Domains.Migration;
 using XenSharp.Domains.Trace;
 using XenSharp.EventChannels;
 using XenSharp.Mmu;
@@ -14,12 +15,12 @@ namespace XenSharp.Domains;
 /// One domain: its memory and vCPUs, from being built to having stopped. Made by <see cref="DomainBuilder"/>'s rules, started
 /// once, disposed by its owner after <see cref="Completion"/>.
 /// </summary>
-public sealed unsafe class Domain : IDisposable
+public sealed unsafe partial class Domain : IDisposable
 {
     private const int VcpuStackSize = 1 << 20;
 
     private readonly DomainMemory _memory;
-    private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly List<Vcpu> _vcpus = [];
 
     /// <summary>Threads of vCPUs; its lock is also held where vCPUs go up and down, and while it counts which still run.</summary>
@@ -43,12 +44,16 @@ public sealed unsafe class Domain : IDisposable
     /// <param name="manager">The domains that it is to know, and be known to; null for none.</param>
     /// <exception cref="DomainBuildException">What was asked for cannot be built; the message says why.</exception>
     public Domain(DomainOptions options, IVirtualMachine machine, DomainManager? manager = null)
+        : this(options, machine, manager, image: null)
+    {
+    }
+
+    private Domain(DomainOptions options, IVirtualMachine machine, DomainManager? manager, DomainImageReader? image)
     {
         ArgumentNullException.ThrowIfNull(options);
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
         _manager = manager ?? new DomainManager();
-        Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
@@ -59,23 +64,25 @@ public sealed unsafe class Domain : IDisposable
             EndOfMachineFrames = machine.Memory.EndFrame,
             VcpuCount = options.Vcpus,
         });
-        Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
-        _handle = (byte*)NativeMemory.Alloc(16);
-        _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(
-            machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
-            DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
-        Context->KnownDomains = _manager.Known;
-        Context->MachineFrames = _manager.MachineFrames;
-        Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
-        Window = new GrantWindow(Context, machine, _manager);
-        Granted = new BackendGrants(this);
-        Scrubber = new Scrubber(Context, machine);
-        Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
+        Id = new DomainId(_manager.Reserve(options.Id));
         try
         {
-            var builder = new DomainBuilder(_memory.Context, options);
-            builder.AllocateSharedInfo();
+            Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
+            _handle = (byte*)NativeMemory.Alloc(16);
+            _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
+            _memory = new DomainMemory(
+                machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+                DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+            Context->KnownDomains = _manager.Known;
+            Context->MachineFrames = _manager.MachineFrames;
+            Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
+            Window = new GrantWindow(Context, machine, _manager);
+            Granted = new BackendGrants(this);
+            Scrubber = new Scrubber(Context, machine);
+            Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
+            DomainBuilder? builder = image == null ? new DomainBuilder(_memory.Context, options) : null;
+            builder?.AllocateMemory();
+            DomainBuilder.AllocateSharedInfo(Context);
             Events = new EventChannelDomain(
                 Context, Id.Value, id => _manager.Find(id)?.Events, new WritableFrames(), options.MaxEventChannels);
             ConsoleChannel = Events.AllocateBackend(out EventChannelPort consolePort);
@@ -85,10 +92,18 @@ public sealed unsafe class Domain : IDisposable
             Context->State->VcpuCount = options.Vcpus;
             for (int i = 0; i < options.Vcpus; i++)
                 AddVcpu(machine, i, options);
-            Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
+            if (builder != null)
+            {
+                Layout = builder.Build(_vcpus[0].Context, ConsolePort, StorePort);
+                _vcpus[0].MarkInitialised();
+            }
+            else
+            {
+                Layout = new DomainRestorer(this, image!).Restore();
+            }
+
             Grants = new GrantTable(this, options.Vcpus);
             GrantRings();
-            _vcpus[0].MarkInitialised();
             Time.UpdateWallClock(Context->SharedInfo);
             _manager.Publish(this);
         }
@@ -104,8 +119,18 @@ public sealed unsafe class Domain : IDisposable
 
     public DomainId Id { get; }
 
-    /// <summary>Completes when the domain has stopped and no vCPU runs any more.</summary>
-    public Task<DomainExit> Completion => _completion.Task;
+    /// <summary>
+    /// Completes when the domain has stopped and no vCPU runs any more. After <see cref="Resume"/> it is another one, of the run that
+    /// began with it.
+    /// </summary>
+    public Task<DomainExit> Completion
+    {
+        get
+        {
+            lock (_threads)
+                return _completion.Task;
+        }
+    }
 
     /// <summary>Where the builder put things.</summary>
     public DomainLayout Layout { get; } = null!;
@@ -217,8 +242,15 @@ public sealed unsafe class Domain : IDisposable
     public bool TryConnect(uint guestPort, [NotNullWhen(true)] out EventChannelBackend? backend)
         => Events.TryBindBackend(new EventChannelPort(guestPort), out backend) == 0;
 
-    /// <summary>Starts the first vCPU.</summary>
-    public void Start() => _vcpus[0].Begin();
+    /// <summary>Starts the vCPUs that are up: the first one, of a domain that was restored all that were when it was saved.</summary>
+    public void Start()
+    {
+        foreach (Vcpu vcpu in _vcpus)
+        {
+            if (vcpu.IsUp)
+                vcpu.Begin();
+        }
+    }
 
     /// <summary>
     /// Stops all vCPUs until <see cref="Unpause"/> was called as often (XEN_DOMCTL_pausedomain): once this returns nothing of the guest is
@@ -250,8 +282,25 @@ public sealed unsafe class Domain : IDisposable
         return true;
     }
 
+    /// <summary>Makes a non-maskable interrupt pending on a vCPU (XEN_DOMCTL_sendtrigger). A guest without a handler for it does not notice.</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <returns>False where there is no such vCPU.</returns>
+    public bool SendNmi(int vcpu)
+    {
+        if (vcpu < 0 || FindVcpu((uint)vcpu) is not { } target)
+            return false;
+        Volatile.Write(ref target.Context->State->NmiPending, 1);
+        target.Cpu.Kick();
+        return true;
+    }
+
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
-    public void Destroy() => Stop(new DomainExit(ShutdownReason.PowerOff));
+    public void Destroy()
+    {
+        // One that is suspended is not resumed any more; where it was resumed before this, it stops again.
+        EndResumability();
+        Stop(new DomainExit(ShutdownReason.PowerOff));
+    }
 
     /// <summary>Ends the domain from outside with a report of where it is, for a guest that seems to hang.</summary>
     /// <param name="why">A sentence for the report.</param>
@@ -285,19 +334,21 @@ public sealed unsafe class Domain : IDisposable
             threads = [.. _threads];
         foreach (Thread thread in threads)
             thread.Join();
-        Watchdogs.Dispose();
+
+        // A constructor that failed may have come to any point.
+        Watchdogs?.Dispose();
         if (Grants != null)
             GrantMap.ReleaseAll(this);
-        Window.Dispose();
+        Window?.Dispose();
         Events?.Dispose();
 
         // Nobody looks at the domain's memory from here on, but who has some of it mapped.
-        bool lives = Outside.Close();
+        bool lives = Outside?.Close() ?? false;
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Dispose();
         Grants?.Dispose();
         _managersGrants.Dispose();
-        _memory.Dispose();
+        _memory?.Dispose();
         NativeMemory.Free(_handle);
         if (!lives)
             _manager.Remove(Id.Value);
@@ -353,7 +404,8 @@ public sealed unsafe class Domain : IDisposable
         {
             if (IsStopping)
                 return;
-            var thread = new Thread(() => RunVcpu(vcpu), VcpuStackSize) { Name = $"{Name} vcpu{vcpu.Id}", IsBackground = true };
+            int run = _run;
+            var thread = new Thread(() => RunVcpu(vcpu, run), VcpuStackSize) { Name = $"{Name} vcpu{vcpu.Id}", IsBackground = true };
             _threads.Add(thread);
             _running++;
             thread.Start();
@@ -377,7 +429,7 @@ public sealed unsafe class Domain : IDisposable
     {
         reason = _shutdownCode ?? reason;
         string? report = reason == ShutdownReason.Crash ? CrashReport.Write(vcpu, "The guest's kernel reported that it has crashed.") : null;
-        Stop(new DomainExit(reason, report));
+        Stop(new DomainExit(reason, report), vcpu);
     }
 
     /// <summary>SCHEDOP_shutdown_code: the reason that a later shutdown will have, the first one given counts.</summary>
@@ -386,17 +438,26 @@ public sealed unsafe class Domain : IDisposable
     /// <summary>The domain cannot go on: stops it with a report. Called on the vCPU's own thread.</summary>
     internal void Crash(Vcpu vcpu, string why) => Stop(new DomainExit(ShutdownReason.Crash, CrashReport.Write(vcpu, why)));
 
-    private void Stop(DomainExit exit)
+    private void Stop(DomainExit exit, Vcpu? asker = null)
     {
-        if (Interlocked.CompareExchange(ref _exit, exit, null) == null)
-            Volatile.Write(ref _stopping, 1);
-        Rest.End();
+        lock (_threads)
+        {
+            if (_exit == null)
+            {
+                _exit = exit;
+                _suspender = exit.Reason == ShutdownReason.Suspend ? asker : null;
+                Volatile.Write(ref _stopping, 1);
+            }
+
+            Rest.End();
+        }
+
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Cpu.Kick();
         lock (_threads)
         {
             if (_running == 0)
-                _ = _completion.TrySetResult(_exit!);
+                _ = _completion.TrySetResult(_exit);
         }
     }
 
@@ -421,12 +482,20 @@ public sealed unsafe class Domain : IDisposable
         });
     }
 
-    private void RunVcpu(Vcpu vcpu)
+    private void RunVcpu(Vcpu vcpu, int run)
     {
+        do
+            RunUntilStopped(vcpu);
+        while (AwaitResumption(ref run));
+    }
+
+    private void RunUntilStopped(Vcpu vcpu)
+    {
+        vcpu.HostThread.Begin();
         Rest.Leave();
         try
         {
-            if (vcpu.Id == 0)
+            if (vcpu is { Id: 0, HasRun: false })
                 BeforeFirstEntry?.Invoke();
             long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
@@ -439,16 +508,16 @@ public sealed unsafe class Domain : IDisposable
         }
 
         Rest.Enter();
+        vcpu.HostThread.End();
         lock (_threads)
         {
             if (--_running != 0)
                 return;
+            _ = _completion.TrySetResult(
+                _crashRequest is { } why && _exit is { Reason: ShutdownReason.Crash, Report: null }
+                    ? _exit with { Report = CrashReport.Write(vcpu, why) }
+                    : _exit!);
         }
-
-        DomainExit exit = _exit!;
-        if (_crashRequest is { } why && exit is { Reason: ShutdownReason.Crash, Report: null })
-            exit = exit with { Report = CrashReport.Write(vcpu, why) };
-        _ = _completion.TrySetResult(exit);
     }
 }
 

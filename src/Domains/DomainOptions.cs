@@ -30,8 +30,8 @@ public sealed record DomainOptions
     /// <summary>Domain id, 1..0x7fef; 0 for the next that is free.</summary>
     public ushort Id { get; init; }
 
-    /// <summary>The kernel.</summary>
-    public required KernelImage Kernel { get; init; }
+    /// <summary>The kernel. Null, and not looked at, for a domain that is restored.</summary>
+    public KernelImage? Kernel { get; init; }
 
     /// <summary>The initial ramdisk; empty for none.</summary>
     public ReadOnlyMemory<byte> Ramdisk { get; init; }

@@ -22,11 +22,7 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
 
     public Errno SetPageTableRoot(Mfn root) => MmuextOp.NewBaseptr(_vcpu.Context, root);
 
-    public void SetControlRegister4(ulong value)
-    {
-        _vcpu.Cpu.SetTimeStampDisable((value & Cr4Tsd) != 0);
-        _vcpu.Cpu.SetFsgsbase((value & Cr4Fsgsbase) != 0);
-    }
+    public void SetControlRegister4(ulong value) => LoadControlRegister4(_vcpu);
 
     public void SetXcr0(ulong value) => _vcpu.Cpu.SetXcr0(value);
 
@@ -54,6 +50,14 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
         GuestAccess.Written(_vcpu.Context, frame, 0, Paging.PageSize);
         _ = PageTables.PutPageAndType(_vcpu.Context, frame, info);
         return true;
+    }
+
+    /// <summary>Loads what the processor itself has of the guest's CR4.</summary>
+    public static void LoadControlRegister4(Vcpu vcpu)
+    {
+        ulong value = vcpu.Context->State->Cr4;
+        vcpu.Cpu.SetTimeStampDisable((value & Cr4Tsd) != 0);
+        vcpu.Cpu.SetFsgsbase((value & Cr4Fsgsbase) != 0);
     }
 
     /// <summary>Loads the processor's debug registers after <see cref="DebugRegisters.Set"/> changed one of them.</summary>

@@ -29,7 +29,10 @@ public sealed class Timekeeping
     private readonly TimeStampCounter _counter;
     private readonly Func<ulong> _hostTsc;
     private readonly Func<long> _monotonic;
-    private readonly long _bootTime;
+    private long _bootTime;
+
+    /// <summary>System time from which on this has kept the clock.</summary>
+    private long _startTime;
     private readonly double _nominalRate;
 
     /// <summary>Odd while the anchor changes: who reads it then reads again.</summary>
@@ -80,7 +83,25 @@ public sealed class Timekeeping
     public long BootTime => _bootTime;
 
     /// <summary>UTC at system time 0.</summary>
-    public DateTime BootUtc { get; }
+    public DateTime BootUtc { get; private set; }
+
+    /// <summary>
+    /// Lets the clock go on from another system time, as that of a domain that was saved: system time 0 was that long ago. Before any vCPU
+    /// runs.
+    /// </summary>
+    /// <param name="systemTime">Nanoseconds, not negative; not so many that UTC at system time 0 would be before 1970.</param>
+    public void ContinueFrom(long systemTime)
+    {
+        lock (_lock)
+        {
+            long step = systemTime - TrueTime;
+            _bootTime -= step;
+            BootUtc -= TimeSpan.FromTicks(step / TimeSpan.NanosecondsPerTick);
+            _measuredTime += step;
+            _anchorSystemTime = (ulong)((long)_anchorSystemTime + step);
+            _startTime = systemTime;
+        }
+    }
 
     /// <summary>Nanoseconds since the domain was made, as the guest computes them.</summary>
     public long SystemTime
@@ -164,7 +185,7 @@ public sealed class Timekeeping
 
         // The guest is given whole nanoseconds; what is left of one must not be lost each time.
         double elapsed = _anchorFraction + ((tsc - _anchorTsc) * _nanosecondsPerTick);
-        Period = Math.Clamp(now, ShortestPeriod, CalibrationPeriod);
+        Period = Math.Clamp(now - _startTime, ShortestPeriod, CalibrationPeriod);
         double correction = (now - (long)_anchorSystemTime - elapsed) / Period;
         _anchorTsc = tsc;
         _anchorSystemTime += (ulong)elapsed;

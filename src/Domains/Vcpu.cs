@@ -96,7 +96,10 @@ internal sealed unsafe class Vcpu : IDisposable
     public VcpuActivity Activity => new(
         Id, IsUp, Volatile.Read(in Context->PageTableWrites->Running) != 0, Waiting, Volatile.Read(in Context->Accessing) != 0,
         Volatile.Read(in Context->PageTableWrites->Count), Volatile.Read(in Context->PageTableWrites->FlushRequested) != 0, Context->Registers->Rip,
-        (HypercallNumber)Context->Registers->Rax, History.Count);
+        (HypercallNumber)Context->Registers->Rax, History.Count, HostThread.ProcessorTime, HostThread.Id);
+
+    /// <summary>The host's thread that runs it.</summary>
+    public VcpuThread HostThread { get; } = new();
 
     /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
     public VcpuTrace? Trace { get; init; }
@@ -113,14 +116,18 @@ internal sealed unsafe class Vcpu : IDisposable
     /// <summary>True while a multicall is being worked through.</summary>
     public bool InMulticall { get; set; }
 
-    /// <summary>Runs until the domain stops. The calling thread is the vCPU's from here on.</summary>
+    /// <summary>Whether <see cref="Run"/> was called before. The vCPU's own thread's to know.</summary>
+    public bool HasRun { get; private set; }
+
+    /// <summary>
+    /// Runs until the domain stops; again, and from where it was, once the domain was resumed. The calling thread is the vCPU's from here
+    /// on.
+    /// </summary>
     public void Run()
     {
         Runstate.Change(RunstateKind.Running);
-        Trace?.Boot();
-        Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
-        if (!GuestEntry.LoadSegments(Context))
-            Domain.Crash(this, "A vCPU starts with segments that cannot be loaded, and the guest has no kernel stack for its failsafe callback.");
+        if (!HasRun)
+            BeginFirstRun();
         while (!Domain.IsStopping)
         {
             if (Domain.Rest.Wanted)
@@ -176,6 +183,15 @@ internal sealed unsafe class Vcpu : IDisposable
         Cpu.Settle();
     }
 
+    private void BeginFirstRun()
+    {
+        HasRun = true;
+        Trace?.Boot();
+        Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
+        if (!GuestEntry.LoadSegments(Context))
+            Domain.Crash(this, "A vCPU starts with segments that cannot be loaded, and the guest has no kernel stack for its failsafe callback.");
+    }
+
     private void Rest()
     {
         // Others that have not come so far may wait for what this one has stored.
@@ -208,7 +224,7 @@ internal sealed unsafe class Vcpu : IDisposable
         }
     }
 
-    /// <summary>The domain builder has given the vCPU its state: it is up, and waits for <see cref="Begin"/>.</summary>
+    /// <summary>The domain builder, or a saved image, has given the vCPU its state: it is up, and waits for <see cref="Begin"/>.</summary>
     public void MarkInitialised()
     {
         IsInitialised = true;

@@ -99,6 +99,13 @@ internal sealed class VcpuRest(Timekeeping time)
         }
     }
 
+    /// <summary>Takes <see cref="End"/> back: the domain goes on.</summary>
+    public void BeginAnew()
+    {
+        lock (_gate)
+            _ended = false;
+    }
+
     /// <summary>The domain stops: nobody is kept any more.</summary>
     public void End()
     {

@@ -32,6 +32,8 @@ internal static class KvmRequest
     public const int SetDebugRegs = 0x4080AEA2;
     public const int SetFpu = 0x41A0AE8D;
     public const int GetTscKhz = 0xAEA3;
+    public const int GetXsave = unchecked((int)0x9000AEA4);
+    public const int SetXsave = 0x5000AEA5;
     public const int SetXcrs = 0x4188AEA7;
     public const int SetDeviceAttribute = 0x4018AEE1;
 }

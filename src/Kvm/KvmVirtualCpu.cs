@@ -227,6 +227,20 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetFpu, &state), "KVM_SET_FPU failed");
     }
 
+    public void GetExtendedState(Span<byte> area)
+    {
+        ArgumentOutOfRangeException.ThrowIfLessThan(area.Length, ExtendedState.Size);
+        fixed (byte* bytes = area)
+            KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetXsave, bytes), "KVM_GET_XSAVE failed");
+    }
+
+    public bool TrySetExtendedState(ReadOnlySpan<byte> area)
+    {
+        ArgumentOutOfRangeException.ThrowIfLessThan(area.Length, ExtendedState.Size);
+        fixed (byte* bytes = area)
+            return LibC.ioctl(_file, KvmRequest.SetXsave, bytes) == 0;
+    }
+
     public ulong TakeDebugStatus()
     {
         KvmDebugRegs registers;

@@ -44,6 +44,10 @@ internal sealed unsafe class FakeCpu : IVirtualCpu
 
     public void SetFpu(ReadOnlySpan<byte> image) => throw new NotSupportedException();
 
+    public void GetExtendedState(Span<byte> area) => throw new NotSupportedException();
+
+    public bool TrySetExtendedState(ReadOnlySpan<byte> area) => throw new NotSupportedException();
+
     public void Settle() => throw new NotSupportedException();
 
     public ulong TakeDebugStatus() => throw new NotSupportedException();

@@ -8,6 +8,7 @@ using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
 using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 

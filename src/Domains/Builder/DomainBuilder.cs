@@ -35,7 +35,7 @@ internal sealed unsafe class DomainBuilder
     {
         _domain = domain;
         _options = options;
-        _kernel = options.Kernel;
+        _kernel = options.Kernel ?? throw new DomainBuildException("A domain that is built needs a kernel: give it one.");
         _pages = DomainOptions.Pages(options.MemoryMiB);
     }
 
@@ -65,12 +65,10 @@ internal sealed unsafe class DomainBuilder
         public ulong End;
     }
 
-    /// <summary>Gives the domain its shared_info, before anything can send it an event.</summary>
-    public void AllocateSharedInfo()
+    /// <summary>Gives the domain its own pages: one run, before any other frame is taken.</summary>
+    public void AllocateMemory()
     {
         FrameTable* frames = FrameTable.Of(_domain);
-
-        // The domain's own pages come first, as one run; shared_info is the hypervisor's and lies behind them.
         _firstFrame = _domain->Memory.FirstFrame;
         for (ulong i = 0; i < _pages; i++)
         {
@@ -78,15 +76,19 @@ internal sealed unsafe class DomainBuilder
                 throw new DomainBuildException("The virtual machine has less memory than the domain was given.");
             _domain->MachineToPhys[i] = i;
         }
+    }
 
-        if (!frames->TryAllocate(FrameFlags.Special, 0, out Mfn shared))
+    /// <summary>Gives a domain its shared_info, which is the hypervisor's, before anything can send it an event.</summary>
+    public static void AllocateSharedInfo(DomainContext* domain)
+    {
+        if (!FrameTable.Of(domain)->TryAllocate(FrameFlags.Special, 0, out Mfn shared))
             throw new DomainBuildException("The virtual machine has no room for the domain's shared_info page.");
-        _domain->State->SharedInfoFrame = shared.Value;
-        _domain->SharedInfo = _domain->Memory.Page(shared);
+        domain->State->SharedInfoFrame = shared.Value;
+        domain->SharedInfo = domain->Memory.Page(shared);
 
         // As Xen has it: the guest starts with upcalls masked on every vCPU.
         for (int vcpu = 0; vcpu < SharedInfoLayout.LegacyVcpus; vcpu++)
-            ((VcpuInfo*)_domain->SharedInfo)[vcpu].EvtchnUpcallMask = 1;
+            ((VcpuInfo*)domain->SharedInfo)[vcpu].EvtchnUpcallMask = 1;
     }
 
     /// <summary>Places everything and points the vCPU at the kernel's entry.</summary>
@@ -129,7 +131,11 @@ internal sealed unsafe class DomainBuilder
             PageTableRoot = root,
         };
         foreach (ulong frame in layout.WrittenByManager)
-            HoldWritable(vcpu, new Mfn(frame));
+        {
+            if (!TryHoldWritable(vcpu, new Mfn(frame)))
+                throw new InvalidOperationException($"The boot page tables let {new Mfn(frame)} not be written.");
+        }
+
         return layout;
     }
 
@@ -137,11 +143,9 @@ internal sealed unsafe class DomainBuilder
     /// Takes the reference that dom0's own mapping would hold of a page on Xen, for as long as the domain lives: the guest may give up
     /// its mapping, but never make a page table of what is written behind its validation.
     /// </summary>
-    private static void HoldWritable(VcpuContext* vcpu, Mfn frame)
-    {
-        if (PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out _) != Errno.None)
-            throw new InvalidOperationException($"The boot page tables let {frame} not be written.");
-    }
+    /// <returns>False where the page is in use as something that must not be written to.</returns>
+    public static bool TryHoldWritable(VcpuContext* vcpu, Mfn frame)
+        => PageTables.GetPageAndType(vcpu, frame, PageType.Writable, out _) == Errno.None;
 
     private static ulong PagesOf(ulong bytes) => (bytes + Paging.PageSize - 1) >> Paging.PageShift;
 

@@ -79,7 +79,7 @@ public sealed class CpuidPolicy
     private const uint OsXsaveBit = 1 << 27;
 
     // Bits that leaf 0x80000001 EDX repeats from leaf 1 EDX on AMD.
-    private const uint CommonFeatureBits = 0x0183_f3ff;
+    internal const uint CommonFeatureBits = 0x0183_f3ff;
 
     private readonly CpuidLeaf[] _basic = new CpuidLeaf[LastBasicLeaf + 1];
     private readonly CpuidLeaf[] _extended = new CpuidLeaf[(LastExtendedLeafAmd & 0xffff) + 1];

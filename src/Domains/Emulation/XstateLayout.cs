@@ -67,7 +67,8 @@ internal sealed class XstateLayout
         }
     }
 
-    private uint StandardSize(ulong components)
+    /// <summary>Bytes of the XSAVE area in its standard form, with these components.</summary>
+    public uint StandardSize(ulong components)
     {
         uint size = LegacyAndHeader;
         for (ulong left = components & ~X87AndSse; left != 0; left &= left - 1)

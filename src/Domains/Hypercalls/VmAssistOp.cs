@@ -7,7 +7,7 @@ namespace XenSharp.Domains.Hypercalls;
 internal static unsafe class VmAssistOp
 {
     /// <summary>What Xen 4.17 lets a 64-bit PV domain set.</summary>
-    private const VmAssist Valid = VmAssist.FourGigabyteSegments | VmAssist.FourGigabyteSegmentsNotify | VmAssist.WritablePageTables
+    internal const VmAssist Valid = VmAssist.FourGigabyteSegments | VmAssist.FourGigabyteSegmentsNotify | VmAssist.WritablePageTables
         | VmAssist.PaeExtendedCr3 | VmAssist.ArchitecturalIopl | VmAssist.RunstateUpdateFlag | VmAssist.M2PStrict;
 
     private enum Command : uint

@@ -11,7 +11,14 @@ internal static unsafe class XenVersion
     /// <summary>The version that XenSharp's ABI follows: 4.17.</summary>
     public const uint Version = (4 << 16) | 17;
 
+    private const int ExtraVersionSize = 16;
+    private const int CompilerSize = 64;
+    private const int CompiledBySize = 16;
+    private const int CapabilitiesSize = 1024;
+    private const int ChangesetSize = 64;
+
     private const string ExtraVersion = ".xensharp";
+    private const string CompiledBy = "xensharp";
     private const string Changeset = "unavailable";
 
     /// <summary>What a domain gets that may not know.</summary>
@@ -32,6 +39,8 @@ internal static unsafe class XenVersion
         CommandLine = 9,
         BuildId = 10,
     }
+
+    private static string Compiler => $".NET {Environment.Version}";
 
     /// <summary>XENFEAT_* bits of feature map 0 (xen/features.h).</summary>
     [Flags]
@@ -62,13 +71,13 @@ internal static unsafe class XenVersion
             case Command.Version:
                 return Version;
             case Command.ExtraVersion:
-                return CopyText(context, argument, 16, ExtraVersion);
+                return CopyText(context, argument, ExtraVersionSize, ExtraVersion);
             case Command.CompileInfo:
                 return CopyCompileInfo(context, argument);
             case Command.Capabilities:
-                return CopyText(context, argument, 1024, Capabilities);
+                return CopyText(context, argument, CapabilitiesSize, Capabilities);
             case Command.Changeset:
-                return CopyText(context, argument, 64, Changeset);
+                return CopyText(context, argument, ChangesetSize, Changeset);
             case Command.PlatformParameters:
                 return GuestAccess.Write(context, argument, Paging.HypervisorVirtualStart) ? 0 : -(long)Errno.EFAULT;
             case Command.GetFeatures:
@@ -102,18 +111,43 @@ internal static unsafe class XenVersion
     /// <summary>struct xen_compile_info: compiler (64), by (16), domain (32), date (32).</summary>
     private static long CopyCompileInfo(VcpuContext* context, ulong argument)
     {
-        long result = CopyText(context, argument, 64, $".NET {Environment.Version}");
-        result = result == 0 ? CopyText(context, argument + 64, 16, "xensharp") : result;
+        long result = CopyText(context, argument, CompilerSize, Compiler);
+        result = result == 0 ? CopyText(context, argument + 64, CompiledBySize, CompiledBy) : result;
         result = result == 0 ? CopyText(context, argument + 80, 32, string.Empty) : result;
         return result == 0 ? CopyText(context, argument + 112, 32, string.Empty) : result;
+    }
+
+    /// <summary>
+    /// Extra version, compile_info, capabilities and changeset, one behind the other, as a core dump has them
+    /// (struct xen_dumpcore_elfnote_xen_version_desc).
+    /// </summary>
+    internal static byte[] Texts()
+    {
+        const int compileInfoSize = 144;
+        byte[] texts = new byte[ExtraVersionSize + compileInfoSize + CapabilitiesSize + ChangesetSize];
+        Span<byte> rest = texts;
+        FillText(rest[..ExtraVersionSize], ExtraVersion);
+        rest = rest[ExtraVersionSize..];
+        FillText(rest[..CompilerSize], Compiler);
+        FillText(rest.Slice(CompilerSize, CompiledBySize), CompiledBy);
+        rest = rest[compileInfoSize..];
+        FillText(rest[..CapabilitiesSize], Capabilities);
+        FillText(rest[CapabilitiesSize..], Changeset);
+        return texts;
+    }
+
+    /// <summary>Fills a field with a text, padded with zeros and always ended by one.</summary>
+    private static void FillText(Span<byte> field, string text)
+    {
+        field.Clear();
+        _ = Encoding.ASCII.GetBytes(text.AsSpan(0, Math.Min(text.Length, field.Length - 1)), field);
     }
 
     /// <summary>Copies a text, padded with zeros to the size of its field and always ended by one.</summary>
     private static long CopyText(VcpuContext* context, ulong argument, int size, string text)
     {
         Span<byte> field = stackalloc byte[size];
-        field.Clear();
-        _ = Encoding.ASCII.GetBytes(text.AsSpan(0, Math.Min(text.Length, size - 1)), field);
+        FillText(field, text);
         fixed (byte* bytes = field)
             return GuestAccess.CopyTo(context, argument, bytes, (ulong)size) ? 0 : -(long)Errno.EFAULT;
     }

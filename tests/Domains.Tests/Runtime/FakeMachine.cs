@@ -169,6 +169,17 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
     /// <summary>The last x87 and SSE state that was loaded; empty for none.</summary>
     public byte[] Fpu { get; private set; } = [];
 
+    /// <summary>The extended state, as an XSAVE area.</summary>
+    public byte[] Extended { get; } = new byte[ExtendedState.Size];
+
+    public void GetExtendedState(Span<byte> area) => Extended.CopyTo(area);
+
+    public bool TrySetExtendedState(ReadOnlySpan<byte> area)
+    {
+        area[..ExtendedState.Size].CopyTo(Extended);
+        return true;
+    }
+
     /// <summary>None: a step must not depend on how long it takes.</summary>
     public delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter => null;
 

@@ -2,7 +2,7 @@
 
 using XenSharp.Kvm;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>The KVM device and what the probes found out about it. May be used by any thread.</summary>
 /// <remarks>Nothing is opened before the first use: <c>xensharp --help</c> must work, and at once, where there is no KVM.</remarks>

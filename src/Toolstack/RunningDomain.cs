@@ -6,9 +6,10 @@ using XenSharp.Devices.Console;
 using XenSharp.Devices.Xenstore;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Migration;
 using XenSharp.Kvm;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>
 /// One domain in this process, from before its first instruction to after its last trace. Members may be called by any thread.
@@ -19,7 +20,8 @@ namespace XenSharp.Cli.Hosting;
 /// </remarks>
 public sealed class RunningDomain : IAsyncDisposable
 {
-    private readonly DomainManager _manager;
+    private readonly ToolstackContext _toolstack;
+    private readonly bool _ownsToolstack;
     private readonly Mfn _frames;
     private readonly KvmVirtualMachine _machine;
     private readonly IConsoleSink? _sink;
@@ -31,6 +33,9 @@ public sealed class RunningDomain : IAsyncDisposable
     /// <summary>Signalled when the vCPUs are to stop, whatever they wait for.</summary>
     private readonly CancellationTokenSource _stop = new();
 
+    /// <summary>Released when the domain goes on after it has suspended.</summary>
+    private readonly SemaphoreSlim _resumed = new(0);
+
     private readonly SemaphoreSlim _inputTurn = new(1, 1);
     private readonly TaskCompletionSource<DomainExit> _completion = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Lock _lock = new();
@@ -39,28 +44,30 @@ public sealed class RunningDomain : IAsyncDisposable
     private bool _inputClosed;
 
     private RunningDomain(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink, DomainManager? manager)
+        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink,
+        Func<DomainOptions, KvmVirtualMachine, Domain> build)
     {
+        _toolstack = toolstack;
+        _ownsToolstack = ownsToolstack;
         _sink = sink;
         _emergencySink = emergencySink;
         Specification = specification;
-        _manager = manager ?? new DomainManager();
+        KvmHost host = toolstack.Host;
         ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
-        _frames = _manager.TakeFrames(frames);
+        _frames = toolstack.Domains.TakeFrames(frames);
         try
         {
             _machine = new KvmVirtualMachine(
                 host.Kvm, host.Capabilities, frames << Paging.PageShift, DomainOptions.WindowFrames, _frames.Address.Value);
-            Domain = Build(host, specification, _machine, _manager);
+            Domain = build(OptionsOf(toolstack, specification), _machine);
             Domain.EmergencyOutput = WriteEmergencyOutput;
             Console = ConsoleOf(Domain);
-            Store = new XenstoreServer();
         }
         catch
         {
             Domain?.Dispose();
             _machine?.Dispose();
-            _manager.ReturnFrames(_frames);
+            toolstack.Domains.ReturnFrames(_frames);
             throw;
         }
     }
@@ -75,10 +82,10 @@ public sealed class RunningDomain : IAsyncDisposable
     /// a run must have ended before the domain is disposed, or end by itself when the domain does.</summary>
     public ConsoleBackend Console { get; }
 
-    /// <summary>The xenstore it is connected to, which is its own.</summary>
-    public XenstoreServer Store { get; }
+    /// <summary>The xenstore it is connected to.</summary>
+    public XenstoreServer Store => _toolstack.Store;
 
-    /// <summary>Completes when the domain's vCPUs have stopped for good.</summary>
+    /// <summary>Completes when the domain's vCPUs have stopped; for good, unless it is resumed.</summary>
     public Task<DomainExit> Stopped => Domain.Completion;
 
     /// <summary>Completes when the domain has stopped and the sink has been given all that it printed.</summary>
@@ -87,32 +94,74 @@ public sealed class RunningDomain : IAsyncDisposable
     /// <summary>Whether <see cref="Destroy"/> was called, so that <see cref="Stopped"/> may be no doing of the guest's.</summary>
     public bool Destroyed { get; private set; }
 
-    /// <summary>Makes a domain that is ready to start.</summary>
-    /// <param name="host">The KVM to run it with.</param>
+    /// <summary>Makes a domain that is ready to start, in a context that it shares with others.</summary>
+    /// <param name="toolstack">The KVM, the domains that it can find and that can find it, and their store; stays the caller's, until the
+    /// domain is disposed.</param>
     /// <param name="specification">What to make.</param>
     /// <param name="sink">Takes what the guest prints; stays the caller's. <see langword="null"/> if <see cref="Console"/> is
     /// to get its reader otherwise.</param>
     /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall, on the vCPU's own thread, which
     /// waits for it; stays the caller's. <see langword="null"/> to drop it.</param>
-    /// <param name="manager">The domains that it can find and that can find it; <see langword="null"/> for none but itself.</param>
     /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
     /// <exception cref="Domains.Builder.DomainBuildException">What was asked for cannot be built; a sentence says why.</exception>
     public static RunningDomain Create(
-        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
-        DomainManager? manager = null)
+        ToolstackContext toolstack, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
     {
-        ArgumentNullException.ThrowIfNull(host);
+        ArgumentNullException.ThrowIfNull(toolstack);
         ArgumentNullException.ThrowIfNull(specification);
-        var domain = new RunningDomain(host, specification, sink, emergencySink, manager);
+        return Create(toolstack, ownsToolstack: false, specification, sink, emergencySink);
+    }
+
+    /// <summary>Makes a domain that is ready to start and has a context, and so a store, of its own.</summary>
+    /// <inheritdoc cref="Create(ToolstackContext, DomainSpecification, IConsoleSink?, IConsoleSink?)"/>
+    public static RunningDomain Create(
+        KvmHost host, DomainSpecification specification, IConsoleSink? sink = null, IConsoleSink? emergencySink = null)
+    {
+        ArgumentNullException.ThrowIfNull(specification);
+        return Create(new ToolstackContext(host), ownsToolstack: true, specification, sink, emergencySink);
+    }
+
+    /// <summary>Makes a domain of an image that one was saved to; started, it goes on where that one suspended.</summary>
+    /// <param name="toolstack">What it is made in; stays the caller's, until the domain is disposed.</param>
+    /// <param name="specification">What is not in the image: kernel, ramdisk and command line are not looked at.</param>
+    /// <param name="image">The image; nothing behind it is read.</param>
+    /// <param name="sink">Takes what the guest prints; stays the caller's.</param>
+    /// <param name="emergencySink">Takes what the guest prints by the console_io hypercall; stays the caller's.</param>
+    /// <param name="progress">Is told how many pages have been read; on the calling thread.</param>
+    /// <param name="cancellation">Ends the work.</param>
+    /// <exception cref="KvmException">The host cannot run it; a sentence says why.</exception>
+    /// <exception cref="MigrationException">It is no image, or one that cannot be used here; a sentence says why.</exception>
+    /// <exception cref="Domains.Builder.DomainBuildException">The domain cannot be made as asked.</exception>
+    public static RunningDomain Restore(
+        ToolstackContext toolstack, DomainSpecification specification, Stream image, IConsoleSink? sink = null, IConsoleSink? emergencySink = null,
+        IProgress<PageProgress>? progress = null, CancellationToken cancellation = default)
+    {
+        ArgumentNullException.ThrowIfNull(toolstack);
+        ArgumentNullException.ThrowIfNull(specification);
+        return Connect(new RunningDomain(
+            toolstack, ownsToolstack: false, specification, sink, emergencySink,
+            (options, machine) => Domain.Restore(options, image, machine, toolstack.Domains, progress, cancellation)));
+    }
+
+    private static RunningDomain Create(
+        ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
+    {
+        RunningDomain domain = Connect(new RunningDomain(
+            toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
+        if (!specification.Image.Reusable)
+        {
+            // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+        }
+
+        return domain;
+    }
+
+    private static RunningDomain Connect(RunningDomain domain)
+    {
         try
         {
             domain.ConnectStore();
-            if (!specification.Image.Reusable)
-            {
-                // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
-                GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
-            }
-
             return domain;
         }
         catch
@@ -190,6 +239,24 @@ public sealed class RunningDomain : IAsyncDisposable
         }
     }
 
+    /// <summary>
+    /// Lets a domain go on that has suspended itself and was kept (<see cref="DomainSpecification.KeepSuspended"/>), as if it had not:
+    /// <see cref="Stopped"/> is another task afterwards.
+    /// </summary>
+    /// <exception cref="InvalidOperationException">It is not suspended, was not to be kept, or was destroyed.</exception>
+    public void Resume()
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_disposal is not null, this);
+            if (!Specification.KeepSuspended)
+                throw new InvalidOperationException("The domain was not to be kept when it suspends, so it has ended.");
+            Store.ResumeDomain(Domain.Id.Value);
+            Domain.Resume();
+            _ = _resumed.Release();
+        }
+    }
+
     /// <summary>Ends the domain at once, as <c>xl destroy</c> does. <see cref="Stopped"/> says when.</summary>
     public void Destroy()
     {
@@ -223,11 +290,14 @@ public sealed class RunningDomain : IAsyncDisposable
         _inputClosed = true;
         _inputTurn.Release();
 
+        // The nodes go before the domain does: its number may be another's at once.
         _ = await Store.ReleaseDomainAsync(Domain.Id.Value).ConfigureAwait(false);
-        await Store.DisposeAsync().ConfigureAwait(false);
+        XenstoreDomainTree.Remove(Store.Domain0, Domain.Id.Value);
         Domain.Dispose();
         _machine.Dispose();
-        _manager.ReturnFrames(_frames);
+        _toolstack.Domains.ReturnFrames(_frames);
+        if (_ownsToolstack)
+            await _toolstack.DisposeAsync().ConfigureAwait(false);
         _abandon.Dispose();
         _stop.Dispose();
     }
@@ -240,26 +310,26 @@ public sealed class RunningDomain : IAsyncDisposable
 
     /// <summary>A method of its own, so that nothing refers to the image any more when the collector is asked to look.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Domain Build(KvmHost host, DomainSpecification specification, KvmVirtualMachine machine, DomainManager manager)
+    private static Domain Build(DomainOptions options, DomainImage image, KvmVirtualMachine machine, DomainManager manager)
     {
-        (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = specification.Image.Take();
-        var options = new DomainOptions
-        {
-            Name = specification.Name,
-            Kernel = kernel,
-            Ramdisk = ramdisk,
-            MemoryMiB = specification.MemoryMiB,
-            MaxMemoryMiB = specification.MaxMemoryMiB,
-            Vcpus = specification.Vcpus,
-            CommandLine = specification.CommandLine,
-            Uuid = specification.Uuid,
-            HostTsc = static () => HostClock.TimeStampCounter,
-            ShadowPageTables = host.Capabilities.ShadowPageTables,
-            Trace = specification.Trace,
-            AuditInterval = specification.AuditInterval,
-        };
-        return new Domain(options, machine, manager);
+        (KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = image.Take();
+        return new Domain(options with { Kernel = kernel, Ramdisk = ramdisk }, machine, manager);
     }
+
+    private static DomainOptions OptionsOf(ToolstackContext toolstack, DomainSpecification specification) => new()
+    {
+        Name = specification.Name,
+        MemoryMiB = specification.MemoryMiB,
+        MaxMemoryMiB = specification.MaxMemoryMiB,
+        Vcpus = specification.Vcpus,
+        MaxEventChannels = specification.MaxEventChannels,
+        CommandLine = specification.CommandLine,
+        Uuid = specification.Uuid,
+        HostTsc = static () => HostClock.TimeStampCounter,
+        ShadowPageTables = toolstack.Host.Capabilities.ShadowPageTables,
+        Trace = specification.Trace,
+        AuditInterval = specification.AuditInterval,
+    };
 
     private static unsafe ConsoleBackend ConsoleOf(Domain domain) => new(domain.ConsolePage, domain.ConsoleChannel);
 
@@ -269,7 +339,6 @@ public sealed class RunningDomain : IAsyncDisposable
 
     private void ConnectStore()
     {
-        XenstoreDomainTree.WriteDomain0(Store.Domain0);
         XenstoreDomainTree.Create(
             Store.Domain0,
             new XenstoreDomainDescription
@@ -280,7 +349,7 @@ public sealed class RunningDomain : IAsyncDisposable
                 MaximumMemoryKiB = KiB(Specification.MaxMemoryMiB),
                 TargetMemoryKiB = KiB(Specification.MemoryMiB),
                 MaximumVcpus = Specification.Vcpus,
-                OnlineVcpus = Specification.Vcpus,
+                OnlineVcpus = Specification.OnlineVcpus,
                 ConsolePort = Domain.ConsolePort,
                 ConsoleFrame = Domain.Layout.Console.Value,
                 StorePort = Domain.StorePort,
@@ -295,8 +364,14 @@ public sealed class RunningDomain : IAsyncDisposable
 
     private async Task FollowAsync(Task showing)
     {
-        DomainExit exit = await Domain.Completion.ConfigureAwait(false);
-        Store.AnnounceShutdown(Domain.Id.Value);
+        DomainExit exit;
+        do
+        {
+            exit = await Domain.Completion.ConfigureAwait(false);
+            Store.AnnounceShutdown(Domain.Id.Value);
+        }
+        while (exit.Reason == ShutdownReason.Suspend && Specification.KeepSuspended && await IsResumedAsync().ConfigureAwait(false));
+
         try
         {
             if (_sink is not null)
@@ -312,6 +387,21 @@ public sealed class RunningDomain : IAsyncDisposable
         {
             // A sink that throws, against its contract: the one who awaits the domain gets to know.
             _completion.SetException(failure);
+        }
+    }
+
+    /// <summary>Waits for what becomes of a suspended domain.</summary>
+    /// <returns>False when it is destroyed.</returns>
+    private async Task<bool> IsResumedAsync()
+    {
+        try
+        {
+            await _resumed.WaitAsync(_stop.Token).ConfigureAwait(false);
+            return true;
+        }
+        catch (OperationCanceledException)
+        {
+            return false;
         }
     }
 

@@ -2,14 +2,14 @@
 
 using System.Globalization;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>Facts about this machine from proc(5).</summary>
-internal static class HostMachine
+public static class HostMachine
 {
     /// <summary>The machine's memory in MiB.</summary>
     /// <exception cref="IOException">/proc is not mounted, or not Linux's.</exception>
-    internal static int MemoryMiB
+    public static int MemoryMiB
     {
         get
         {
@@ -28,5 +28,5 @@ internal static class HostMachine
     }
 
     /// <summary>What <c>uname -r</c> says.</summary>
-    internal static string KernelRelease => File.ReadAllText("/proc/sys/kernel/osrelease").Trim();
+    public static string KernelRelease => File.ReadAllText("/proc/sys/kernel/osrelease").Trim();
 }

@@ -4,7 +4,7 @@ using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 
-namespace XenSharp.Cli.Hosting;
+namespace XenSharp.Toolstack;
 
 /// <summary>What <see cref="RunningDomain"/> makes a domain from. One specification can be run any number of times.</summary>
 public sealed record DomainSpecification
@@ -15,7 +15,7 @@ public sealed record DomainSpecification
     /// <summary>The domain's name, for people and xenstore.</summary>
     public required string Name { get; init; }
 
-    /// <summary>Kernel and ramdisk.</summary>
+    /// <summary>Kernel and ramdisk; not looked at for a domain that is restored.</summary>
     public required DomainImage Image { get; init; }
 
     /// <summary>Memory in MiB that it boots with, from <see cref="DomainOptions.MinMemoryMiB"/> on.</summary>
@@ -30,6 +30,22 @@ public sealed record DomainSpecification
 
     /// <summary>vCPUs that the guest may bring up.</summary>
     public int Vcpus { get; init; } = 1;
+
+    /// <summary>vCPUs that it is to have up in the beginning, as xenstore tells it; at most, and where it is 0, <see cref="Vcpus"/>.</summary>
+    public int OnlineVcpus
+    {
+        get => field == 0 ? Vcpus : Math.Min(field, Vcpus);
+        init;
+    }
+
+    /// <summary>The highest event-channel port that the guest may have (<see cref="DomainOptions.MaxEventChannels"/>).</summary>
+    public uint MaxEventChannels { get; init; } = 1023;
+
+    /// <summary>
+    /// A guest that suspends itself is kept as it is, to be saved and resumed (<see cref="RunningDomain.Resume"/>), until it is destroyed;
+    /// otherwise that is an end like any other.
+    /// </summary>
+    public bool KeepSuspended { get; init; }
 
     /// <summary>The kernel's command line, at most 1023 bytes in UTF-8.</summary>
     public string CommandLine { get; init; } = string.Empty;
@@ -56,10 +72,13 @@ public sealed record DomainSpecification
 /// </summary>
 /// <param name="kernel">The kernel.</param>
 /// <param name="ramdisk">The initial ramdisk; empty for none.</param>
-public sealed class DomainImage(KernelImage kernel, ReadOnlyMemory<byte> ramdisk = default)
+public sealed class DomainImage(KernelImage? kernel, ReadOnlyMemory<byte> ramdisk = default)
 {
     private KernelImage? _kernel = kernel;
     private ReadOnlyMemory<byte> _ramdisk = ramdisk;
+
+    /// <summary>No kernel at all, for a domain that is restored.</summary>
+    public static DomainImage None { get; } = new(null);
 
     /// <summary>Whether any number of domains may be made from it.</summary>
     public bool Reusable { get; init; } = true;

@@ -8,6 +8,7 @@ using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
 using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
+using XenSharp.Cli.Management;
 using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
@@ -74,6 +75,8 @@ public static class Tool
             CompareCommand.Create(services),
             TraceCommand.Create(),
         };
+        foreach (Command command in ManagementCommands.Create())
+            root.Add(command);
         root.Add(device);
         root.SetAction(parsed =>
         {

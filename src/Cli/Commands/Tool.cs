@@ -8,6 +8,7 @@ using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
 using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
+using XenSharp.Cli.Xenstore;
 using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
@@ -73,6 +74,7 @@ public static class Tool
             BenchCommand.Create(services),
             CompareCommand.Create(services),
             TraceCommand.Create(),
+            XenstoreCommand.Create(),
         };
         root.Add(device);
         root.SetAction(parsed =>

@@ -74,6 +74,7 @@ public static class Tool
             BenchCommand.Create(services),
             CompareCommand.Create(services),
             TraceCommand.Create(),
+            DaemonCommand.Create(services),
         };
         foreach (Command command in ManagementCommands.Create())
             root.Add(command);

@@ -73,9 +73,6 @@ public sealed partial class ManagedDomain
 
     internal RunningDomain Running { get; }
 
-    /// <summary>The task that sees to what becomes of it when the guest ends.</summary>
-    internal Task Follower { get; set; } = Task.CompletedTask;
-
     private XenstoreClient Store => Running.Store.Domain0;
 
     private string Folder => string.Create(CultureInfo.InvariantCulture, $"/local/domain/{Id}");

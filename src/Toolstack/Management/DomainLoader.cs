@@ -2,6 +2,8 @@
 
 using XenSharp.Api;
 using XenSharp.Configuration;
+using XenSharp.Configuration.Boot;
+using XenSharp.Configuration.Devices;
 using XenSharp.Domains.Builder;
 using XenSharp.Kvm;
 
@@ -47,12 +49,12 @@ internal static class DomainLoader
         return ineffective;
     }
 
-    /// <summary>Reads kernel and ramdisk.</summary>
+    /// <summary>Reads kernel and ramdisk, from the host's files or out of the first disk.</summary>
     /// <exception cref="ToolstackException">They cannot be read, or are none; a sentence says which.</exception>
-    internal static DomainImage Load(DomainConfiguration configuration)
+    internal static DomainSpecification Load(DomainConfiguration configuration)
     {
-        if (configuration.Bootloader is not null)
-            throw Refusal(ProblemKind.NotSupported, "A kernel inside a disk image (bootloader=) is not supported by this build: name it with kernel=.");
+        if (configuration.Bootloader is { } bootloader)
+            return LoadFromDisk(configuration, bootloader);
         if (configuration.Kernel is not { } kernel)
             throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} has no kernel: name it with kernel=.");
         try
@@ -63,7 +65,7 @@ internal static class DomainLoader
                     Absolute(ramdisk, "ramdisk"), "ramdisk=", (int)Math.Min((long)configuration.MemoryMiB << 20, Array.MaxLength),
                     $"does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.")
                 : [];
-            return new DomainImage(KernelImage.Parse(image), disk) { Reusable = false };
+            return Describe(configuration, new DomainImage(KernelImage.Parse(image), disk) { Reusable = false });
         }
         catch (HostFileException failure)
         {
@@ -91,6 +93,35 @@ internal static class DomainLoader
         RamdiskFile = configuration.Ramdisk,
         KeepSuspended = true,
     };
+
+    /// <summary>What pygrub does: the kernel that the guest's own disk says is to be booted.</summary>
+    private static DomainSpecification LoadFromDisk(DomainConfiguration configuration, BootloaderConfiguration bootloader)
+    {
+        DiskConfiguration disk = configuration.Disks.FirstOrDefault(static disk => disk.Format != DiskFormat.Empty)
+            ?? throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} is to boot from its first disk, and has none: add disk=, or name a kernel with kernel=.");
+        if (disk.Format != DiskFormat.Raw)
+        {
+            throw Refusal(
+                ProblemKind.NotSupported,
+                $"A kernel is looked for in raw images only, and {disk.Target} is another (format={disk.Format.ToString().ToLowerInvariant()}): convert it, or name the kernel with kernel=.");
+        }
+
+        try
+        {
+            using var image = new RawImageReader(disk.Target);
+            GuestBoot boot = GuestBootLoader.Load(image, bootloader, configuration.CommandLine);
+            return Describe(configuration, new DomainImage(KernelImage.Parse(boot.Kernel), boot.Ramdisk) { Reusable = false }) with
+            {
+                CommandLine = boot.CommandLine,
+                KernelFile = $"{disk.Target}:{boot.KernelPath}",
+                RamdiskFile = boot.RamdiskPaths.Count == 0 ? null : string.Join(' ', boot.RamdiskPaths.Select(path => $"{disk.Target}:{path}")),
+            };
+        }
+        catch (Exception failure) when (failure is BootException or KernelImageException)
+        {
+            throw Refusal(ProblemKind.BadConfiguration, $"The disk {disk.Target} of {configuration.Name} cannot be booted: {failure.Message}", failure);
+        }
+    }
 
     private static string Absolute(string path, string key) => Path.IsPathRooted(path)
         ? path

@@ -19,4 +19,14 @@ public sealed record BootloaderConfiguration
 
     /// <summary>Where the file system begins in the image, in bytes (--offset); null to look for it.</summary>
     public long? Offset { get; init; }
+
+    /// <summary>The same as options of pygrub.</summary>
+    public IReadOnlyList<string> ToArguments() => [.. new[]
+    {
+        Entry is null ? null : $"--entry={Entry}",
+        Arguments is null ? null : $"--args={Arguments}",
+        Kernel is null ? null : $"--kernel={Kernel}",
+        Ramdisk is null ? null : $"--ramdisk={Ramdisk}",
+        Offset is null ? null : string.Create(System.Globalization.CultureInfo.InvariantCulture, $"--offset={Offset}"),
+    }.OfType<string>()];
 }

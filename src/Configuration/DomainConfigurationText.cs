@@ -51,14 +51,7 @@ public static class DomainConfigurationText
             if (bootloader is null)
                 return;
             Text("bootloader", "pygrub");
-            List("bootloader_args", new[]
-            {
-                bootloader.Entry is null ? null : $"--entry={bootloader.Entry}",
-                bootloader.Arguments is null ? null : $"--args={bootloader.Arguments}",
-                bootloader.Kernel is null ? null : $"--kernel={bootloader.Kernel}",
-                bootloader.Ramdisk is null ? null : $"--ramdisk={bootloader.Ramdisk}",
-                bootloader.Offset is null ? null : string.Create(CultureInfo.InvariantCulture, $"--offset={bootloader.Offset}"),
-            }.OfType<string>());
+            List("bootloader_args", bootloader.ToArguments());
         }
 
         void Text(string key, string? value)

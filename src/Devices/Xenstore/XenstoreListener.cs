@@ -1,8 +1,5 @@
 // The Unix socket on which the host's own tools find the store, with the wire format of Xen's xenstored.
 using System.Net.Sockets;
-using System.Runtime.InteropServices;
-using System.Text;
-using Tmds.Linux;
 
 namespace XenSharp.Devices.Xenstore;
 
@@ -67,22 +64,7 @@ public sealed class XenstoreListener : IAsyncDisposable
         ArgumentException.ThrowIfNullOrEmpty(path);
         options ??= new XenstoreListenerOptions();
         ArgumentOutOfRangeException.ThrowIfLessThan(options.MaximumClients, 1);
-        UnixDomainSocketEndPoint endPoint = XenstoreSocketPath.EndPoint(path);
-        RemoveStale(path, endPoint);
-        var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            // Between bind and listen nobody can connect, so nobody gets in before the mode is set.
-            socket.Bind(endPoint);
-            SetMode(path, options.Mode);
-            socket.Listen(Backlog);
-        }
-        catch (Exception failure) when (failure is SocketException or IOException or UnauthorizedAccessException)
-        {
-            socket.Dispose();
-            throw new IOException($"The xenstore socket {path} cannot be made: {failure.Message.TrimEnd('.')}. Its folder must exist, and this user must " +
-                "be allowed to write there.", failure);
-        }
+        Socket socket = LocalSocket.Listen(path, options.Mode, Backlog, "the xenstore socket");
         return new XenstoreListener(server, path, socket, options);
     }
 
@@ -101,46 +83,6 @@ public sealed class XenstoreListener : IAsyncDisposable
             client.Stop();
         foreach (XenstoreConnection client in clients)
             await client.Completion.ConfigureAwait(false);
-    }
-
-    private static void RemoveStale(string path, UnixDomainSocketEndPoint endPoint)
-    {
-        if (!File.Exists(path))
-            return;
-        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
-        {
-            probe.Connect(endPoint);
-        }
-        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused && IsSocket(path))
-        {
-            // Bound, but nobody listens: whoever made it is dead.
-            File.Delete(path);
-            return;
-        }
-        catch (SocketException)
-        {
-            throw new IOException($"{path} exists and is no socket that can be replaced; remove it, or name another path for xenstore's socket.");
-        }
-        throw new IOException($"Another xenstore serves {path}; end it, or name another path for the socket.");
-    }
-
-    // Connecting to a file of any other kind is refused, too.
-    private static unsafe bool IsSocket(string path)
-    {
-        stat status;
-        fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))
-            return LibC.stat(name, &status) == 0 && ((uint)status.st_mode & (uint)LibC.S_IFMT) == (uint)LibC.S_IFSOCK;
-    }
-
-    private static unsafe void SetMode(string path, UnixFileMode mode)
-    {
-        // The members of UnixFileMode are the bits of the system's mode.
-        fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))
-        {
-            if (LibC.chmod(name, (mode_t)(uint)mode) != 0)
-                throw new IOException($"its mode cannot be set ({Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())})");
-        }
     }
 
     private async Task AcceptAsync()

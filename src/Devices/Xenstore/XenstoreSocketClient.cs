@@ -44,7 +44,7 @@ public sealed class XenstoreSocketClient : IAsyncDisposable
     public static async Task<XenstoreSocketClient> ConnectAsync(string path, CancellationToken cancellation = default)
     {
         ArgumentException.ThrowIfNullOrEmpty(path);
-        UnixDomainSocketEndPoint endPoint = XenstoreSocketPath.EndPoint(path);
+        UnixDomainSocketEndPoint endPoint = LocalSocket.EndPoint(path);
         var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
@@ -56,7 +56,7 @@ public sealed class XenstoreSocketClient : IAsyncDisposable
             socket.Dispose();
             throw new IOException(failure.SocketErrorCode == SocketError.AccessDenied
                 ? $"You may not connect to the xenstore at {path}; ask for the rights on that socket, or be root."
-                : $"No xenstore answers at {path} ({failure.Message}); start the daemon, or name its socket.", failure);
+                : $"No xenstore answers at {path} ({Reason(path, failure)}); start the daemon, or name its socket.", failure);
         }
         catch (OperationCanceledException)
         {
@@ -182,6 +182,13 @@ public sealed class XenstoreSocketClient : IAsyncDisposable
         await _receiving.ConfigureAwait(false);
         _sendTurn.Dispose();
     }
+
+    private static string Reason(string path, SocketException failure) => failure.SocketErrorCode switch
+    {
+        _ when !File.Exists(path) => "there is no such file",
+        SocketError.ConnectionRefused => "nobody listens there",
+        _ => failure.Message,
+    };
 
     private static byte[] Strings(params ReadOnlySpan<string> strings) => Encoding.Latin1.GetBytes(string.Join('\0', strings!) + '\0');
 

@@ -1,7 +1,4 @@
 // Where the store's socket is.
-using System.Net.Sockets;
-using System.Text;
-
 namespace XenSharp.Devices.Xenstore;
 
 /// <summary>Paths of the Unix socket between the store and the host's tools.</summary>
@@ -9,9 +6,6 @@ public static class XenstoreSocketPath
 {
     /// <summary>Where the daemon of root has its socket. Xen's own tools find it with XENSTORED_RUNDIR=/run/xensharp/xenstored.</summary>
     public const string SystemDaemon = "/run/xensharp/xenstored/socket";
-
-    // Size of sun_path, its closing NUL included.
-    private const int AddressSize = 108;
 
     /// <summary>Where the daemon of this user has its socket: <see cref="SystemDaemon"/>, or below XDG_RUNTIME_DIR for other users.</summary>
     public static string Default
@@ -33,14 +27,5 @@ public static class XenstoreSocketPath
                 return path;
             return Environment.GetEnvironmentVariable("XENSTORED_RUNDIR") is { Length: > 0 } folder ? folder + "/socket" : Default;
         }
-    }
-
-    /// <summary>The path as a socket address.</summary>
-    /// <exception cref="IOException">It is too long for one.</exception>
-    internal static UnixDomainSocketEndPoint EndPoint(string path)
-    {
-        if (Encoding.UTF8.GetByteCount(path) >= AddressSize)
-            throw new IOException($"The path {path} is too long for a socket: Linux takes {AddressSize - 1} bytes; use a shorter one.");
-        return new UnixDomainSocketEndPoint(path);
     }
 }

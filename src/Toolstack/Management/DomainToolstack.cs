@@ -108,6 +108,14 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         }
     }
 
+    /// <summary>Sentences about settings of a configuration that have no effect here.</summary>
+    /// <exception cref="ToolstackException">Such a domain cannot be had here.</exception>
+    public static IReadOnlyList<string> Ineffective(DomainConfiguration configuration)
+    {
+        ArgumentNullException.ThrowIfNull(configuration);
+        return DomainLoader.Check(configuration);
+    }
+
     /// <summary>Checks whether a domain could be made, and reads its files; makes nothing.</summary>
     /// <returns>Sentences about settings that have no effect.</returns>
     public async Task<IReadOnlyList<string>> CheckAsync(DomainConfiguration configuration)

@@ -346,7 +346,7 @@ internal sealed class XenstoreSocketTests
             await using XenstoreSocketClient client = await XenstoreSocketClient.ConnectAsync(path);
             Assert.That(await client.ReadAsync("/"), Is.Empty);
             IOException busy = Assert.Throws<IOException>(() => XenstoreListener.Start(_store.Server, path))!;
-            Assert.That(busy.Message, Does.Contain("Another xenstore serves " + path));
+            Assert.That(busy.Message, Does.Contain($"Somebody serves {path} already"));
         }
 
         await File.WriteAllTextAsync(path, "precious");

@@ -9,17 +9,7 @@ namespace XenSharp.Devices.Tests.Xenstore;
 [CancelAfter(120_000)]
 internal sealed class XenstoreToolsTests
 {
-    private const string Control = "usr/lib/xen-4.17/bin/xenstore-control";
-
-    // xen-utils for xenstore-control alone: it depends on Python, which that does not need.
-    private static readonly PackageSet Tools = new("xenstore-tools", Control)
-    {
-        WithDependencies = ["xenstore-utils", "libxenmisc4.17"],
-        Alone = ["xen-utils-4.17"],
-        Advice = "They are in Debian 12 (bookworm).",
-    };
-
-    private string _root = null!;
+    private XenstoreTools _tools = null!;
     private string _folder = null!;
     private StoreFixture _store = null!;
     private XenstoreListener _listener = null!;
@@ -29,7 +19,7 @@ internal sealed class XenstoreToolsTests
     {
         try
         {
-            _root = await new GuestCache(GuestCache.DefaultRoot()).GetPackagesAsync(Tools);
+            _tools = await XenstoreTools.GetAsync(new GuestCache(GuestCache.DefaultRoot()));
         }
         catch (GuestFetchException missing)
         {
@@ -115,11 +105,11 @@ internal sealed class XenstoreToolsTests
     [Test]
     public async Task The_store_is_controlled()
     {
-        Assert.That(await RunAsync(Control, "check"), Is.EqualTo("OK\n"));
-        Assert.That(await RunAsync(Control, "quota"), Does.StartWith("Quota settings:\nnodes "));
-        Assert.That(await RunAsync(Control, "quota", "set", "watches", "77"), Is.EqualTo("OK\n"));
-        Assert.That(await RunAsync(Control, "quota"), Does.Match("watches +: +77 "));
-        using Process unknown = Start(Control, "frobnicate");
+        Assert.That(await RunAsync("xenstore-control", "check"), Is.EqualTo("OK\n"));
+        Assert.That(await RunAsync("xenstore-control", "quota"), Does.StartWith("Quota settings:\nnodes "));
+        Assert.That(await RunAsync("xenstore-control", "quota", "set", "watches", "77"), Is.EqualTo("OK\n"));
+        Assert.That(await RunAsync("xenstore-control", "quota"), Does.Match("watches +: +77 "));
+        using Process unknown = Start("xenstore-control", "frobnicate");
         Task<string> complaint = unknown.StandardError.ReadToEndAsync();
         await unknown.WaitForExitAsync();
         Assert.That(unknown.ExitCode, Is.EqualTo(3));
@@ -153,16 +143,10 @@ internal sealed class XenstoreToolsTests
         return process.ExitCode;
     }
 
-    // With the loader and the libraries of the same packages; the host needs neither.
-    private Process Start(string program, params string[] arguments)
+    private Process Start(string tool, params string[] arguments)
     {
-        string library = string.Join(':', new[] { "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu" }.Select(folder => Path.Combine(_root, folder)));
-        ProcessStartInfo start = new(Path.Combine(_root, "lib64/ld-linux-x86-64.so.2"),
-            ["--library-path", library, Path.Combine(_root, program.Contains('/') ? program : "usr/bin/" + program), .. arguments])
-        {
-            RedirectStandardOutput = true,
-            RedirectStandardError = true,
-        };
+        Command command = _tools.Command(tool, arguments);
+        ProcessStartInfo start = new(command.Program, command.Arguments) { RedirectStandardOutput = true, RedirectStandardError = true };
         start.Environment["XENSTORED_PATH"] = _listener.Path;
         return Process.Start(start)!;
     }

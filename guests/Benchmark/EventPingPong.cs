@@ -22,6 +22,7 @@ public enum PingPongWait
 /// its own, first running and then sleeping. The first writes <see cref="Marker"/> and <see cref="ResultBytes"/> bytes for
 /// <see cref="Nanoseconds"/>, and both power off.
 /// </summary>
+/// <remarks>Without rounds they are a storm: see <see cref="BuildFlood"/>.</remarks>
 public static class EventPingPong
 {
     /// <summary>What precedes the results on the first guest's console.</summary>
@@ -64,6 +65,11 @@ public static class EventPingPong
         ArgumentOutOfRangeException.ThrowIfNegativeOrZero(rounds);
         return new Builder(peer, rounds).Build(isFirst);
     }
+
+    /// <summary>The image of one of two that, once connected as the others, send to each other without a pause and without end.</summary>
+    /// <param name="peer">Domain id of the other.</param>
+    /// <param name="isFirst">Whether it is the one that the other connects to.</param>
+    public static byte[] BuildFlood(ushort peer, bool isFirst) => new Builder(peer, rounds: 0).Build(isFirst);
 
     private sealed class Builder
     {
@@ -135,6 +141,7 @@ public static class EventPingPong
             // The second says that it is there.
             _code.xor(ebx, ebx);
             WaitForMore(PingPongWait.Running);
+            FloodIfWithoutRounds();
             foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
             {
                 _upcalls.ReadTsc();
@@ -173,6 +180,7 @@ public static class EventPingPong
             _code.xor(ebx, ebx);
             Unmask();
             EventOperation(Send, _port);
+            FloodIfWithoutRounds();
             foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
             {
                 Repeat(() =>
@@ -181,6 +189,16 @@ public static class EventPingPong
                     EventOperation(Send, _port);
                 });
             }
+        }
+
+        private void FloodIfWithoutRounds()
+        {
+            if (_rounds != 0)
+                return;
+            Label loop = _code.CreateLabel();
+            _code.Label(ref loop);
+            EventOperation(Send, _port);
+            _code.jmp(loop);
         }
 
         /// <summary>Runs the body once for each round; R12 counts.</summary>

@@ -54,7 +54,6 @@ public sealed unsafe partial class Domain : IDisposable
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
         _manager = manager ?? new DomainManager();
-        Id = new DomainId(_manager.Reserve(options.Id));
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
@@ -65,21 +64,22 @@ public sealed unsafe partial class Domain : IDisposable
             EndOfMachineFrames = machine.Memory.EndFrame,
             VcpuCount = options.Vcpus,
         });
-        Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
-        _handle = (byte*)NativeMemory.Alloc(16);
-        _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
-        _memory = new DomainMemory(
-            machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
-            DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
-        Context->KnownDomains = _manager.Known;
-        Context->MachineFrames = _manager.MachineFrames;
-        Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
-        Window = new GrantWindow(Context, machine, _manager);
-        Granted = new BackendGrants(this);
-        Scrubber = new Scrubber(Context, machine);
-        Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
+        Id = new DomainId(_manager.Reserve(options.Id));
         try
         {
+            Watchdogs = new Watchdogs(() => Stop(new DomainExit(ShutdownReason.Watchdog)));
+            _handle = (byte*)NativeMemory.Alloc(16);
+            _ = options.Uuid.TryWriteBytes(new Span<byte>(_handle, 16), bigEndian: true, out _);
+            _memory = new DomainMemory(
+                machine, Id.Value, options.Vcpus, DomainOptions.MaxPages(options.MemoryMiB),
+                DomainOptions.Pages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB)), options.ShadowPageTables);
+            Context->KnownDomains = _manager.Known;
+            Context->MachineFrames = _manager.MachineFrames;
+            Outside = new OutsideUse(Context, machine, () => _manager.Remove(Id.Value));
+            Window = new GrantWindow(Context, machine, _manager);
+            Granted = new BackendGrants(this);
+            Scrubber = new Scrubber(Context, machine);
+            Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
             DomainBuilder? builder = image == null ? new DomainBuilder(_memory.Context, options) : null;
             builder?.AllocateMemory();
             DomainBuilder.AllocateSharedInfo(Context);
@@ -282,6 +282,18 @@ public sealed unsafe partial class Domain : IDisposable
         return true;
     }
 
+    /// <summary>Makes a non-maskable interrupt pending on a vCPU (XEN_DOMCTL_sendtrigger). A guest without a handler for it does not notice.</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <returns>False where there is no such vCPU.</returns>
+    public bool SendNmi(int vcpu)
+    {
+        if (vcpu < 0 || FindVcpu((uint)vcpu) is not { } target)
+            return false;
+        Volatile.Write(ref target.Context->State->NmiPending, 1);
+        target.Cpu.Kick();
+        return true;
+    }
+
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy()
     {
@@ -322,19 +334,21 @@ public sealed unsafe partial class Domain : IDisposable
             threads = [.. _threads];
         foreach (Thread thread in threads)
             thread.Join();
-        Watchdogs.Dispose();
+
+        // A constructor that failed may have come to any point.
+        Watchdogs?.Dispose();
         if (Grants != null)
             GrantMap.ReleaseAll(this);
-        Window.Dispose();
+        Window?.Dispose();
         Events?.Dispose();
 
         // Nobody looks at the domain's memory from here on, but who has some of it mapped.
-        bool lives = Outside.Close();
+        bool lives = Outside?.Close() ?? false;
         foreach (Vcpu vcpu in _vcpus)
             vcpu.Dispose();
         Grants?.Dispose();
         _managersGrants.Dispose();
-        _memory.Dispose();
+        _memory?.Dispose();
         NativeMemory.Free(_handle);
         if (!lives)
             _manager.Remove(Id.Value);
@@ -477,6 +491,7 @@ public sealed unsafe partial class Domain : IDisposable
 
     private void RunUntilStopped(Vcpu vcpu)
     {
+        vcpu.HostThread.Begin();
         Rest.Leave();
         try
         {
@@ -493,6 +508,7 @@ public sealed unsafe partial class Domain : IDisposable
         }
 
         Rest.Enter();
+        vcpu.HostThread.End();
         lock (_threads)
         {
             if (--_running != 0)

@@ -96,7 +96,10 @@ internal sealed unsafe class Vcpu : IDisposable
     public VcpuActivity Activity => new(
         Id, IsUp, Volatile.Read(in Context->PageTableWrites->Running) != 0, Waiting, Volatile.Read(in Context->Accessing) != 0,
         Volatile.Read(in Context->PageTableWrites->Count), Volatile.Read(in Context->PageTableWrites->FlushRequested) != 0, Context->Registers->Rip,
-        (HypercallNumber)Context->Registers->Rax, History.Count);
+        (HypercallNumber)Context->Registers->Rax, History.Count, HostThread.ProcessorTime, HostThread.Id);
+
+    /// <summary>The host's thread that runs it.</summary>
+    public VcpuThread HostThread { get; } = new();
 
     /// <summary>Records what the guest asks for; null where nobody wants it.</summary>
     public VcpuTrace? Trace { get; init; }

@@ -13,6 +13,8 @@ namespace XenSharp.Domains;
 /// <param name="Rip">Of the guest, as it last came out.</param>
 /// <param name="Rax">Of the guest: the hypercall, where it came out for one.</param>
 /// <param name="Hypercalls">Hypercalls that it has made, each part of one that was continued counted.</param>
+/// <param name="ProcessorTime">What the host has given it by now.</param>
+/// <param name="ThreadId">Linux's number of its thread; 0 where it has none, yet or any more.</param>
 public readonly record struct VcpuActivity(
     int Id, bool IsUp, bool InGuest, WaitState Waiting, bool Accessing, int QueuedWrites, bool FlushRequested, ulong Rip, HypercallNumber Rax,
-    ulong Hypercalls);
+    ulong Hypercalls, TimeSpan ProcessorTime, int ThreadId);

@@ -1,11 +1,11 @@
 // The stock Linux balloon driver: a Debian domain shrinks and grows as its owner says, and the host has the memory meanwhile.
 
 using System.Security.Cryptography;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

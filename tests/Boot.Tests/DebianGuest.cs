@@ -1,8 +1,8 @@
 // Debian's kernel with a busybox initramfs, as the tests of this project boot it in their own process.
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

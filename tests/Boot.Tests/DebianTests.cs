@@ -6,6 +6,7 @@ using XenSharp.Cli.Tests;
 using XenSharp.Cli.Tests.Terminal;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -47,7 +48,7 @@ public sealed class DebianTests : KvmFixture
     [TestCase(8192, Category = "Long")]
     public async Task The_kernel_finds_nothing_wrong(int memory)
     {
-        if (memory > Cli.Hosting.HostMachine.MemoryMiB / 2)
+        if (memory > HostMachine.MemoryMiB / 2)
             Assert.Ignore($"this machine has too little memory for a domain of {memory} MiB.");
         CommandEnd end = await CommandProcess.RunAsync(
             "echo \"[dmesg]\"; dmesg; echo \"[cpuinfo]\"; cat /proc/cpuinfo; echo \"[meminfo]\"; cat /proc/meminfo; echo \"[end]\"\n",

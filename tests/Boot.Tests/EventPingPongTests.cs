@@ -1,10 +1,10 @@
 // Two guests of one manager that send each other events in turn: none is lost, and none comes twice.
 
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Benchmark;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -19,10 +19,10 @@ public sealed class EventPingPongTests : KvmFixture
     [Category("Long")]
     public async Task Each_event_comes_once(CancellationToken cancellation)
     {
-        var manager = new DomainManager();
+        await using var toolstack = new ToolstackContext(Host);
         using var output = new MemoryStream();
-        await using RunningDomain first = Create(manager, 1, 2, new StreamSink(output));
-        await using RunningDomain second = Create(manager, 2, 1, null);
+        await using RunningDomain first = Create(toolstack, 1, 2, new StreamSink(output));
+        await using RunningDomain second = Create(toolstack, 2, 1, null);
         Assert.That((first.Domain.Id.Value, second.Domain.Id.Value), Is.EqualTo(((ushort)1, (ushort)2)), "what the kernels are built for");
         first.Start();
         second.Start();
@@ -32,14 +32,13 @@ public sealed class EventPingPongTests : KvmFixture
         Assert.That(received, Is.EqualTo(1 + (2 * Rounds)));
     }
 
-    private RunningDomain Create(DomainManager manager, ushort id, ushort peer, IConsoleSink? sink) => RunningDomain.Create(
-        Host,
+    private static RunningDomain Create(ToolstackContext toolstack, ushort id, ushort peer, IConsoleSink? sink) => RunningDomain.Create(
+        toolstack,
         new DomainSpecification
         {
             Name = $"ping-pong-{id}",
             MemoryMiB = 16,
             Image = new DomainImage(KernelImage.Parse(EventPingPong.Build(peer, isFirst: id < peer, Rounds))),
         },
-        sink,
-        manager: manager);
+        sink);
 }

@@ -2,10 +2,10 @@
 
 using System.Diagnostics;
 using System.Globalization;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

@@ -1,9 +1,9 @@
 // What the tests that run guests have in common.
 
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

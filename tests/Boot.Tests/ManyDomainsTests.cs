@@ -1,11 +1,13 @@
-// Many domains at once: all answer, whatever others of them do.
+// Many domains at once: all answer, whatever others of them do to a processor or to each other.
 
 using System.Text;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
+using XenSharp.Domains.Builder;
 using XenSharp.Guests;
+using XenSharp.Guests.Benchmark;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -43,19 +45,34 @@ public sealed class ManyDomainsTests : KvmFixture
         using var end = new CancellationTokenSource(TimeSpan.FromMinutes(5));
         DomainImage debian = await DebianGuest.ImageAsync(
             DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { Banner = string.Empty }, reusable: true, end.Token);
-        var manager = new DomainManager();
+        await using var toolstack = new ToolstackContext(Host);
         var all = new List<Member>();
-        Member Begin(DomainSpecification specification, bool isDebian = false)
+        Member Make(DomainSpecification specification, bool isDebian = false)
         {
             var console = new ConsoleLines();
-            var member = new Member(RunningDomain.Create(Host, specification, console, manager: manager), console, isDebian);
+            var member = new Member(RunningDomain.Create(toolstack, specification, console), console, isDebian);
             all.Add(member);
+            return member;
+        }
+
+        Member Begin(DomainSpecification specification, bool isDebian = false)
+        {
+            Member member = Make(specification, isDebian);
             member.Domain.Start();
             return member;
         }
 
         try
         {
+            // These know each other by number, and begin when the others are there.
+            (ushort first, ushort second) = (1, 2);
+            Member[] storm =
+            [
+                Make(Guest("storm-1", EventPingPong.BuildFlood(second, isFirst: true))),
+                Make(Guest("storm-2", EventPingPong.BuildFlood(first, isFirst: false))),
+            ];
+            Assert.That(storm.Select(static member => member.Domain.Domain.Id.Value), Is.EqualTo(new[] { first, second }), "what the kernels are built for");
+
             Member[] members =
             [
                 .. Enumerable.Range(0, DebianGuests).Select(i => Begin(
@@ -72,7 +89,16 @@ public sealed class ManyDomainsTests : KvmFixture
             foreach (string spinner in spinners)
                 _ = Begin(Tiny(TinyGuestBehaviour.SpinForever) with { Name = spinner });
             await AskAllAsync(members, 2, end.Token);
-            await ExpectFairShareAsync(members[0], spinners, end.Token);
+
+            // Two that send events to each other all the time.
+            foreach (Member member in storm)
+                member.Domain.Start();
+            await AskAllAsync(members, 3, end.Token);
+            ulong sent = storm.Aggregate(0UL, static (sum, member) => sum + member.Domain.Domain.HypercallCount);
+            await ExpectFairShareAsync(members[0], [.. spinners, .. storm.Select(static member => member.Domain.Specification.Name)], end.Token);
+            sent = storm.Aggregate(0UL, static (sum, member) => sum + member.Domain.Domain.HypercallCount) - sent;
+            TestContext.Out.WriteLine($"{sent} hypercalls of those that send events meanwhile");
+            Assert.That(sent, Is.GreaterThan(1_000));
             foreach (Member member in members)
                 _ = await member.Domain.WriteInputAsync(member.IsDebian ? "poweroff -f\n"u8.ToArray() : new byte[] { 4 }, end.Token);
             foreach (Member member in members)
@@ -88,16 +114,19 @@ public sealed class ManyDomainsTests : KvmFixture
         }
     }
 
+    private static DomainSpecification Guest(string name, byte[] kernel)
+        => new() { Name = name, MemoryMiB = 16, Image = new DomainImage(KernelImage.Parse(kernel)) };
+
     private static Task AskAllAsync(IEnumerable<Member> members, int question, CancellationToken cancellation)
         => Task.WhenAll(members.Select(member => member.AskAsync(question, cancellation)));
 
-    /// <summary>A guest that is busy gets as much of the processors as those that spin do, give or take a half.</summary>
-    private static async Task ExpectFairShareAsync(Member busy, string[] spinners, CancellationToken cancellation)
+    /// <summary>A guest that is busy gets as much of the processors as those that spin or send events do, give or take a half.</summary>
+    private static async Task ExpectFairShareAsync(Member busy, string[] others, CancellationToken cancellation)
     {
         const string answer = "busy=";
         _ = await busy.Domain.WriteInputAsync("while :; do :; done & echo bu''sy=\n"u8.ToArray(), cancellation);
         _ = await busy.Console.WaitForAsync(answer, busy.Domain.Stopped, cancellation);
-        string[] names = [busy.Domain.Specification.Name, .. spinners];
+        string[] names = [busy.Domain.Specification.Name, .. others];
         double[] before = [.. names.Select(VcpuThreads.ProcessorTime)];
         await Task.Delay(s_shareInterval, cancellation);
         double[] shares = [.. names.Select((name, i) => VcpuThreads.ProcessorTime(name) - before[i])];

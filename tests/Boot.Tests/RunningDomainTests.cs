@@ -1,11 +1,11 @@
 // Tiny guests run in this process: how each ends, what it leaves behind, what its owner may do to it.
 
 using System.Text;
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

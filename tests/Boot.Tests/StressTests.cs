@@ -1,9 +1,9 @@
 // Debian under stress: memory, processes and mappings come and go for a while, and nothing breaks.
 
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

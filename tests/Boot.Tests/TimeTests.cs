@@ -1,6 +1,5 @@
 // The guest's clock against the host's, and what a domain costs that has nothing to do.
 using System.Diagnostics;
-using XenSharp.Cli.Hosting;
 using XenSharp.Core;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
@@ -8,6 +7,7 @@ using XenSharp.Guests;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

@@ -5,6 +5,7 @@ using XenSharp.Cli.Tests;
 using XenSharp.Core;
 using XenSharp.Core.Trace;
 using XenSharp.Guests;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -227,7 +228,7 @@ public sealed class TraceTests : KvmFixture
         ulong counted;
         using (var recorder = new TraceRecorder(bytes, new TraceHeader(1_000_000, 0, DateTimeOffset.UnixEpoch, "tiny", "4.17", "test")))
         {
-            await using var running = Cli.Hosting.RunningDomain.Create(
+            await using var running = RunningDomain.Create(
                 Host, Tiny(TinyGuestBehaviour.ConsoleFlood, floodBytes: 200_000) with { Trace = recorder }, new Devices.Console.StreamSink(Stream.Null));
             running.Start();
             Assert.That((await running.Completion).Reason, Is.EqualTo(Domains.ShutdownReason.PowerOff));

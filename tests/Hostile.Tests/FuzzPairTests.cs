@@ -3,11 +3,11 @@
 using System.Diagnostics;
 using System.Globalization;
 using XenSharp.Boot.Tests;
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fuzz;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Hostile.Tests;
 
@@ -35,8 +35,8 @@ public sealed class FuzzPairTests : KvmFixture
         int mapped = 0;
         for (ulong seed = 1; figures.Calls < s_calls; seed += 2, pairs++)
         {
-            var manager = new DomainManager();
-            FuzzPeer[] peers = [new(Host, manager, seed, CallsPerSeed, vcpus), new(Host, manager, seed + 1, CallsPerSeed, vcpus)];
+            await using var toolstack = new ToolstackContext(Host);
+            FuzzPeer[] peers = [new(toolstack, seed, CallsPerSeed, vcpus), new(toolstack, seed + 1, CallsPerSeed, vcpus)];
             Task<string?>[] ends = [.. peers.Select(peer => peer.RunAsync(limit.Token))];
             string?[] troubles = await Task.WhenAll(ends);
             Assert.That(troubles, Is.All.Null, $"Seed {seed} on {vcpus} vCPUs.");
@@ -53,7 +53,7 @@ public sealed class FuzzPairTests : KvmFixture
             await peers[0].DisposeAsync();
             Assert.That(peers[1].Domain.Domain.AuditFrames(), Is.Null, $"Seed {seed} on {vcpus} vCPUs, when the other is gone.");
             await peers[1].DisposeAsync();
-            Assert.That(manager.Domains, Is.Empty);
+            Assert.That(toolstack.Domains.Domains, Is.Empty);
             Assert.That(lost, Has.Count.LessThanOrEqualTo(1 + (pairs / 4)), string.Join(Environment.NewLine, lost));
         }
 
@@ -72,9 +72,9 @@ public sealed class FuzzPairTests : KvmFixture
         var random = new Random(vcpus);
         for (ulong round = 1; round <= Rounds; round++)
         {
-            var manager = new DomainManager();
-            var survivor = new FuzzPeer(Host, manager, round, CallsPerSeed / 2, vcpus);
-            var victim = new FuzzPeer(Host, manager, round + 100, ulong.MaxValue / 2, vcpus);
+            await using var toolstack = new ToolstackContext(Host);
+            var survivor = new FuzzPeer(toolstack, round, CallsPerSeed / 2, vcpus);
+            var victim = new FuzzPeer(toolstack, round + 100, ulong.MaxValue / 2, vcpus);
             Task<string?> end = survivor.RunAsync(limit.Token);
             Task<string?> killed = victim.RunAsync(limit.Token);
             _ = await Task.WhenAny(end, Task.Delay(random.Next(50, 800)));
@@ -83,14 +83,14 @@ public sealed class FuzzPairTests : KvmFixture
             await victim.DisposeAsync();
 
             // It comes back, with the same number.
-            var again = new FuzzPeer(Host, manager, round + 200, 2_000, vcpus);
+            var again = new FuzzPeer(toolstack, round + 200, 2_000, vcpus);
             Task<string?> endOfAgain = again.RunAsync(limit.Token);
             Assert.That((await end, await endOfAgain), Is.EqualTo(((string?)null, (string?)null)), $"Round {round} on {vcpus} vCPUs.");
             Assert.That(survivor.Domain.Domain.AuditFrames(), Is.Null, $"Round {round} on {vcpus} vCPUs.");
             Assert.That(again.Domain.Domain.AuditFrames(), Is.Null, $"Round {round} on {vcpus} vCPUs.");
             await survivor.DisposeAsync();
             await again.DisposeAsync();
-            Assert.That(manager.Domains, Is.Empty);
+            Assert.That(toolstack.Domains.Domains, Is.Empty);
         }
     }
 
@@ -100,7 +100,7 @@ public sealed class FuzzPairTests : KvmFixture
         private readonly MemoryStream _output = new();
         private readonly int _vcpus;
 
-        public FuzzPeer(KvmHost host, DomainManager manager, ulong seed, ulong calls, int vcpus)
+        public FuzzPeer(ToolstackContext toolstack, ulong seed, ulong calls, int vcpus)
         {
             _vcpus = vcpus;
             var specification = new DomainSpecification
@@ -110,7 +110,7 @@ public sealed class FuzzPairTests : KvmFixture
                 Vcpus = FuzzGuest.DomainVcpus(vcpus),
                 Image = new DomainImage(KernelImage.Parse(FuzzGuest.Build(seed, calls, vcpus, hasPeer: true))),
             };
-            Domain = RunningDomain.Create(host, specification, new StreamSink(_output), manager: manager);
+            Domain = RunningDomain.Create(toolstack, specification, new StreamSink(_output));
         }
 
         public RunningDomain Domain { get; }

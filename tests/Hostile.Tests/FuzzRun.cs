@@ -1,11 +1,11 @@
 // One run of the fuzz guest in this process, and what is found when it has ended.
 
 using System.Runtime.CompilerServices;
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fuzz;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Hostile.Tests;
 

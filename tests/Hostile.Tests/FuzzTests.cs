@@ -18,6 +18,9 @@ public sealed class FuzzTests : KvmFixture
     /// <summary>Of each operation but those that are always refused, one of so many calls in all must succeed at least.</summary>
     private const ulong CallsPerSuccess = 5_000;
 
+    /// <summary>A guest that its own calls take the ground from under is no trouble of the manager's, as long as it is rare.</summary>
+    private const ulong CallsPerLostGuest = 2_000_000;
+
     /// <summary>What Xen has for no such guest, or what is wrong on purpose.</summary>
     private static readonly string[] AlwaysRefused =
     [
@@ -42,10 +45,15 @@ public sealed class FuzzTests : KvmFixture
         FuzzFigures figures = FuzzFigures.None;
         long resident = 0;
         int seeds = 0;
+        List<string> lost = [];
         for (ulong seed = FirstSeed; figures.Calls < Calls; seed++)
         {
             FuzzRun run = await FuzzRun.RunAsync(Host, seed, Math.Min(CallsPerSeed, Calls), limit.Token);
-            if ((run.Trouble ?? run.Lost) is not null)
+            if (run.Lost is { } end)
+                lost.Add($"Seed {seed}: {end}");
+
+            // Once in some millions of calls what lies in a page by chance is a request that unmaps the guest's own kernel.
+            if (run.Trouble is not null || lost.Count > (int)(Calls / CallsPerLostGuest))
             {
                 FuzzRun least = await run.NarrowAsync(Host, limit.Token);
                 Assert.Fail(
@@ -61,7 +69,7 @@ public sealed class FuzzTests : KvmFixture
 
         long growth = seeds > 8 ? Resident() - resident : 0;
         await TestContext.Out.WriteLineAsync(
-            $"{figures.Calls} calls of {seeds} seeds in {time.Elapsed.TotalSeconds:0} s, {growth >> 10} KiB more resident memory.\n{figures}");
+            $"{figures.Calls} calls of {seeds} seeds in {time.Elapsed.TotalSeconds:0} s, {growth >> 10} KiB more resident memory, {lost.Count} guests lost.\n{figures}{string.Join('\n', lost)}");
         Assert.That(growth, Is.LessThan(MaxGrowth));
         if (Calls >= 1_000_000)
             AssertDepth(figures);

@@ -7,6 +7,7 @@ using Microsoft.Extensions.DependencyInjection;
 using Spectre.Console;
 using XenSharp.Cli.Commands;
 using XenSharp.Cli.Hosting;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Bench;
 

@@ -1,13 +1,13 @@
 // The measurements of xensharp bench.
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Benchmark;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Bench;
 
@@ -148,10 +148,10 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     {
         const ushort first = 1, second = 2;
         double before = MeasureFloor(floor);
-        var manager = new DomainManager();
+        await using var toolstack = new ToolstackContext(host);
         var sink = new MarkerSink();
-        await using RunningDomain pinger = CreatePingPong(manager, first, second, sink);
-        await using RunningDomain ponger = CreatePingPong(manager, second, first, new MarkerSink());
+        await using RunningDomain pinger = CreatePingPong(toolstack, first, second, sink);
+        await using RunningDomain ponger = CreatePingPong(toolstack, second, first, new MarkerSink());
         pinger.Start();
         ponger.Start();
         Expect(await pinger.Completion.WaitAsync(cancellation).ConfigureAwait(false));
@@ -163,11 +163,11 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             Add(NameOf(wait), EventPingPong.Nanoseconds(wait, results, kiloHertz, plan.Iterations), mean);
     }
 
-    private RunningDomain CreatePingPong(DomainManager manager, ushort id, ushort peer, MarkerSink sink)
+    private RunningDomain CreatePingPong(ToolstackContext toolstack, ushort id, ushort peer, MarkerSink sink)
     {
         KernelImage kernel = KernelImage.Parse(EventPingPong.Build(peer, isFirst: id < peer, plan.Iterations));
         RunningDomain domain = RunningDomain.Create(
-            host, new DomainSpecification { Name = $"ping-pong-{id}", Image = new DomainImage(kernel), MemoryMiB = GuestMemoryMiB }, sink, manager: manager);
+            toolstack, new DomainSpecification { Name = $"ping-pong-{id}", Image = new DomainImage(kernel), MemoryMiB = GuestMemoryMiB }, sink);
         return domain.Domain.Id.Value == id
             ? domain
             : throw new InvalidOperationException($"A domain of the benchmark has the id {domain.Domain.Id.Value}, and its kernel expects {id}.");
@@ -235,6 +235,25 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         {
             progress($"Debian: boot {round} of {Math.Min(3, plan.Rounds)}");
             await MeasureDebianBootAsync(floor, kernel.Image, ramdisk, round == 1, cancellation).ConfigureAwait(false);
+        }
+
+        if (kernel.Modules is { } modules)
+            await MeasureDiskAsync(floor, kernel.Image, busybox, modules, cancellation).ConfigureAwait(false);
+    }
+
+    private async Task MeasureDiskAsync(RawExitLoop floor, string kernelFile, string busybox, string modules, CancellationToken cancellation)
+    {
+        progress("Debian: reads of its disk");
+        double before = MeasureFloor(floor);
+        IReadOnlyList<DiskFigure> figures =
+            await new DiskBenchmark(host, ramdisk => Load(kernelFile, ramdisk)).RunAsync(busybox, modules, cancellation).ConfigureAwait(false);
+        double mean = (before + MeasureFloor(floor)) / 2;
+        foreach (DiskFigure figure in figures)
+        {
+            string name = $"Debian: {figure.Name} 4 KiB reads of its disk, 32 at once";
+            Add(name, figure.GuestNanoseconds, mean);
+            _counts.Add(new BenchCount($"{name}: the same by a process of the host", figure.HostNanoseconds / 1000, "µs"));
+            _counts.Add(new BenchCount($"{name}: hypercalls for each", Math.Round(figure.Hypercalls, 2), "hypercalls"));
         }
     }
 

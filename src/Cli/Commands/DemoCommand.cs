@@ -8,6 +8,7 @@ using XenSharp.Domains.Builder;
 using XenSharp.Guests;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 using Command = System.CommandLine.Command;
 
 namespace XenSharp.Cli.Commands;

@@ -11,6 +11,9 @@ internal static class ExitStatus
     /// <summary>The guest crashed, or stopped for a reason that Xen's interface does not define.</summary>
     internal const int GuestCrash = 1;
 
+    /// <summary>What the daemon was asked to do was not done; a sentence on standard error says why. xl's status for it.</summary>
+    internal const int Failed = 1;
+
     /// <summary>What was compared differs, and nothing says why.</summary>
     internal const int Different = 1;
 

@@ -3,9 +3,9 @@
 using System.CommandLine;
 using System.CommandLine.Parsing;
 using System.Globalization;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 

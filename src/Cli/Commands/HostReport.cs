@@ -3,8 +3,8 @@
 using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text.Json.Serialization;
-using XenSharp.Cli.Hosting;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 

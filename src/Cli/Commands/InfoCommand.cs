@@ -4,7 +4,7 @@ using System.CommandLine;
 using System.Text.Json;
 using Microsoft.Extensions.DependencyInjection;
 using Spectre.Console;
-using XenSharp.Cli.Hosting;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 

@@ -5,6 +5,7 @@ using System.CommandLine.Parsing;
 using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Hosting;
 using XenSharp.Domains.Builder;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 

@@ -8,6 +8,9 @@ using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Cli.Bench;
 using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
+using XenSharp.Cli.Management;
+using XenSharp.Cli.Xenstore;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 
@@ -72,7 +75,10 @@ public static class Tool
             BenchCommand.Create(services),
             CompareCommand.Create(services),
             TraceCommand.Create(),
+            XenstoreCommand.Create(),
         };
+        foreach (Command command in ManagementCommands.Create())
+            root.Add(command);
         root.Add(device);
         root.SetAction(parsed =>
         {

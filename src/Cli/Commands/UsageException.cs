@@ -1,9 +1,11 @@
 // What is wrong with what the user asked for, or with the host, as the sentence that the command prints before it gives up.
 
+using XenSharp.Devices.Xenstore;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fetching;
 using XenSharp.Kvm;
 using XenSharp.Oracle;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
 
@@ -16,9 +18,9 @@ internal static class FailureSentence
     /// <summary>The sentence for the user, or <see langword="null"/> if the exception is a defect of XenSharp's.</summary>
     internal static string? Of(Exception exception) => exception switch
     {
-        UsageException or KernelImageException or DomainBuildException or GuestFetchException or IOException => Sentence(exception.Message),
+        UsageException or HostFileException or KernelImageException or DomainBuildException or GuestFetchException or IOException => Sentence(exception.Message),
         OracleException => exception.Message,
-        KvmException => Sentence(exception.Message),
+        KvmException or XenstoreException => Sentence(exception.Message),
         OutOfMemoryException => "There is not enough memory on this host for the domain; give it less with --memory, or end other programs.",
 
         // What fails in preparing a class is thrown wrapped.

@@ -10,6 +10,7 @@ using XenSharp.Oracle;
 using XenSharp.Oracle.Beds;
 using XenSharp.Oracle.Comparison;
 using XenSharp.Oracle.Differences;
+using XenSharp.Toolstack;
 using Command = System.CommandLine.Command;
 
 namespace XenSharp.Cli.Compare;

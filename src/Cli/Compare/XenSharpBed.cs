@@ -1,11 +1,11 @@
 // XenSharp itself as a test bed: each guest in a domain of this process.
 using System.Runtime.CompilerServices;
 using System.Text;
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Oracle.Beds;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Compare;
 
@@ -29,19 +29,19 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             }
 
             var sink = new MemorySink();
-            yield return await RunAsync(guests[i], Create(guests[i], sink, null), sink, cancellation).ConfigureAwait(false);
+            yield return await RunAsync(guests[i], Create(guests[i], sink), sink, cancellation).ConfigureAwait(false);
         }
     }
 
     private async Task<GuestRun[]> RunPairAsync(BedGuest first, BedGuest second, CancellationToken cancellation)
     {
-        var manager = new DomainManager();
+        await using var toolstack = new ToolstackContext(host);
         (MemorySink sinkOfFirst, MemorySink sinkOfSecond) = (new MemorySink(), new MemorySink());
-        RunningDomain domain = Create(first, sinkOfFirst, manager);
+        RunningDomain domain = Create(first, sinkOfFirst, toolstack);
         RunningDomain next;
         try
         {
-            next = Create(second, sinkOfSecond, manager);
+            next = Create(second, sinkOfSecond, toolstack);
         }
         catch
         {
@@ -54,7 +54,7 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             .ConfigureAwait(false);
     }
 
-    private RunningDomain Create(BedGuest guest, MemorySink sink, DomainManager? manager)
+    private RunningDomain Create(BedGuest guest, MemorySink sink, ToolstackContext? toolstack = null)
     {
         var specification = new DomainSpecification
         {
@@ -64,7 +64,7 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
             Vcpus = guest.Vcpus,
             CommandLine = guest.CommandLine,
         };
-        return RunningDomain.Create(host, specification, sink, manager: manager);
+        return toolstack is null ? RunningDomain.Create(host, specification, sink) : RunningDomain.Create(toolstack, specification, sink);
     }
 
     /// <summary>Runs a domain and disposes of it.</summary>

@@ -6,6 +6,7 @@ using XenSharp.Cli.Terminal;
 using XenSharp.Core.Trace;
 using XenSharp.Devices.Console;
 using XenSharp.Domains;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Hosting;
 

@@ -3,6 +3,7 @@
 using XenSharp.Cli.Commands;
 using XenSharp.Core.Trace;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Hosting;
 

@@ -73,6 +73,35 @@ public sealed class TerminalAttachment : IDisposable
         }
     }
 
+    /// <summary>Serves the console of a domain that runs elsewhere until it ends or the user leaves.</summary>
+    /// <param name="console">What is read from it was printed, what is written to it is typed; it ends with the domain.</param>
+    /// <param name="cancellation">Ends the call.</param>
+    /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled.</exception>
+    public async Task<SessionEnd> ServeAsync(Stream console, CancellationToken cancellation = default)
+    {
+        ArgumentNullException.ThrowIfNull(console);
+        using var stop = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+        Task showing = ShowAsync(console, stop.Token);
+        Task typing = PassInputAsync(console, stop.Token);
+        try
+        {
+            Task first = await Task.WhenAny(showing, _reader.DetachRequested, _screen.Closed).ConfigureAwait(false);
+            cancellation.ThrowIfCancellationRequested();
+            if (first == _reader.DetachRequested)
+                return new SessionEnd(SessionEndReason.Detached, null, _reader.Failure);
+            if (first == _screen.Closed)
+                return new SessionEnd(SessionEndReason.OutputClosed, await _screen.Closed.ConfigureAwait(false), _reader.Failure);
+            await showing.ConfigureAwait(false);
+            return new SessionEnd(SessionEndReason.DomainEnded, null, _reader.Failure);
+        }
+        finally
+        {
+            await stop.CancelAsync().ConfigureAwait(false);
+            await EndAsync(showing).ConfigureAwait(false);
+            await EndAsync(typing).ConfigureAwait(false);
+        }
+    }
+
     /// <summary>Puts the terminal back, after the last byte is out. Not to be called while a domain is served.</summary>
     public void Dispose()
     {
@@ -100,6 +129,68 @@ public sealed class TerminalAttachment : IDisposable
         // The end of the run: by the domain's, by cancellation, or by a failure of the log, which is the caller's to hear of.
         await showing.ConfigureAwait(false);
         return SessionEndReason.DomainEnded;
+    }
+
+    /// <summary>Copies what is printed to the screen, until the stream ends or the screen is closed.</summary>
+    private async Task ShowAsync(Stream console, CancellationToken cancellation)
+    {
+        byte[] buffer = new byte[4096];
+        while (true)
+        {
+            int count;
+            try
+            {
+                count = await console.ReadAsync(buffer, cancellation).ConfigureAwait(false);
+            }
+            catch (IOException)
+            {
+                // The other side is gone, with the domain or before it: there is no more.
+                return;
+            }
+
+            if (count == 0)
+                return;
+
+            // Writing blocks while a terminal is stopped, and then the detach key still works.
+            int shown = await Task.Run(() => WriteAll(buffer.AsSpan(0, count)), CancellationToken.None).ConfigureAwait(false);
+            if (shown < count)
+                return;
+        }
+
+        int WriteAll(ReadOnlySpan<byte> bytes)
+        {
+            int done = 0;
+            while (done < bytes.Length && _screen.Write(bytes[done..], cancellation) is > 0 and var written)
+                done += written;
+            return done;
+        }
+    }
+
+    private async Task PassInputAsync(Stream console, CancellationToken cancellation)
+    {
+        while (!_inputEnded)
+        {
+            ReadResult read = await _reader.Input.ReadAsync(cancellation).ConfigureAwait(false);
+            _inputEnded = read.IsCompleted && !IsTerminal;
+            try
+            {
+                foreach (ReadOnlyMemory<byte> part in read.Buffer)
+                    await console.WriteAsync(part, cancellation).ConfigureAwait(false);
+                await console.FlushAsync(cancellation).ConfigureAwait(false);
+            }
+            catch (IOException)
+            {
+                // Nobody takes it any more; the other direction says when it is over.
+                return;
+            }
+            finally
+            {
+                _reader.Input.AdvanceTo(read.Buffer.End);
+            }
+
+            if (read.IsCompleted)
+                return;
+        }
     }
 
     private async Task PassInputAsync(ConsoleBackend console, CancellationToken cancellation)

@@ -45,6 +45,15 @@ public sealed unsafe class DomainManagerTests
         Assert.That((_manager.Reserve(0), _manager.Reserve(0)), Is.EqualTo((3, 9)));
     }
 
+    /// <summary>No processor identity has room for so many vCPUs, which shows before the builder begins.</summary>
+    [Test]
+    public void A_domain_that_cannot_be_made_gives_its_number_back()
+    {
+        Assert.That(() => new FakeDomain(change: static options => options with { Id = 5, Vcpus = int.MaxValue }, manager: _manager), Throws.InstanceOf<ArgumentException>());
+        using FakeDomain next = Create(5);
+        Assert.That(_manager.Domains, Is.EqualTo(new[] { next.Domain }));
+    }
+
     [Test]
     public void Each_domain_has_machine_frames_of_its_own()
     {

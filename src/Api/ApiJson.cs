@@ -1,0 +1,43 @@
+// How the API's types are written as JSON, without reflection.
+
+using System.Text.Json;
+using System.Text.Json.Serialization;
+
+namespace XenSharp.Api;
+
+/// <summary>Names in camel case, enumerations by name, nulls left out.</summary>
+[JsonSourceGenerationOptions(
+    JsonSerializerDefaults.Web,
+    UseStringEnumConverter = true,
+    NumberHandling = JsonNumberHandling.Strict,
+    DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull,
+    RespectNullableAnnotations = true,
+    UnmappedMemberHandling = JsonUnmappedMemberHandling.Disallow)]
+[JsonSerializable(typeof(ApiProblem))]
+[JsonSerializable(typeof(HostInfo))]
+[JsonSerializable(typeof(DomainInfo))]
+[JsonSerializable(typeof(IReadOnlyList<DomainInfo>))]
+[JsonSerializable(typeof(IReadOnlyList<VcpuInfo>))]
+[JsonSerializable(typeof(IReadOnlyList<LostDomain>))]
+[JsonSerializable(typeof(IReadOnlyList<BlockDeviceInfo>))]
+[JsonSerializable(typeof(IReadOnlyList<NetworkDeviceInfo>))]
+[JsonSerializable(typeof(DomainEvent))]
+[JsonSerializable(typeof(OperationUpdate))]
+[JsonSerializable(typeof(CreateDomainRequest))]
+[JsonSerializable(typeof(CreateDomainResult))]
+[JsonSerializable(typeof(ShutdownRequest))]
+[JsonSerializable(typeof(RenameRequest))]
+[JsonSerializable(typeof(SetVcpusRequest))]
+[JsonSerializable(typeof(SetMemoryRequest))]
+[JsonSerializable(typeof(SysrqRequest))]
+[JsonSerializable(typeof(TriggerRequest))]
+[JsonSerializable(typeof(SaveDomainRequest))]
+[JsonSerializable(typeof(RestoreDomainRequest))]
+[JsonSerializable(typeof(DumpCoreRequest))]
+[JsonSerializable(typeof(AttachDeviceRequest))]
+[JsonSerializable(typeof(DomainConfigurationDocument))]
+[JsonSerializable(typeof(string))]
+[JsonSerializable(typeof(bool))]
+[JsonSerializable(typeof(int))]
+[JsonSerializable(typeof(Guid))]
+public sealed partial class ApiJson : JsonSerializerContext;

@@ -1,0 +1,82 @@
+// completion: a script with which a shell completes this command's words.
+
+using System.CommandLine;
+using XenSharp.Cli.Commands;
+
+namespace XenSharp.Cli.Management;
+
+/// <summary>Prints completion scripts; they ask the command itself, by System.CommandLine's [suggest] directive.</summary>
+internal static class CompletionCommand
+{
+    /// <summary>Options are offered where one is begun; where nothing fits, the shell completes names of files.</summary>
+    private const string Bash = """
+        # Completion of xensharp's words in bash. To have it in every shell:
+        #   xensharp completion bash > /etc/bash_completion.d/xensharp
+        _xensharp() {
+            local word="${COMP_WORDS[COMP_CWORD]}" line
+            COMPREPLY=()
+            while IFS= read -r line; do
+                case "$line" in
+                    -*|/*) [[ "$word" == -* ]] || continue ;;
+                esac
+                [[ "$line" == "$word"* ]] && COMPREPLY+=("$(printf '%q' "$line")")
+            done < <("${COMP_WORDS[0]}" "[suggest:${COMP_POINT}]" "${COMP_LINE}" 2>/dev/null)
+        }
+        complete -o default -F _xensharp xensharp
+        """;
+
+    private const string Zsh = """
+        #compdef xensharp
+        # Completion of xensharp's words in zsh. To have it in every shell, in a folder of $fpath:
+        #   xensharp completion zsh > /usr/local/share/zsh/site-functions/_xensharp
+        _xensharp() {
+            local -a found
+            local line
+            while IFS= read -r line; do
+                case "$line" in
+                    -*|/*) [[ "$PREFIX" == -* ]] || continue ;;
+                esac
+                found+=("$line")
+            done < <("${words[1]}" "[suggest:${CURSOR}]" "${BUFFER}" 2>/dev/null)
+            compadd -a found || _files
+        }
+        if [ "$funcstack[1]" = "_xensharp" ]; then
+            _xensharp "$@"
+        else
+            compdef _xensharp xensharp
+        fi
+        """;
+
+    private const string Fish = """
+        # Completion of xensharp's words in fish. To have it in every shell:
+        #   xensharp completion fish > /etc/fish/completions/xensharp.fish
+        function __xensharp_complete
+            set -l word (commandline -ct)
+            for line in (xensharp "[suggest:"(commandline -C)"]" (commandline -p) 2>/dev/null)
+                if string match -q -- '-*' $line; or string match -q -- '/*' $line
+                    string match -q -- '-*' $word; or continue
+                end
+                echo $line
+            end
+        end
+        complete -c xensharp -a '(__xensharp_complete)'
+        """;
+
+    internal static Command Create()
+    {
+        var shell = new Argument<string>("shell") { Description = "bash, zsh or fish.", HelpName = "bash|zsh|fish" };
+        shell.CompletionSources.Add("bash", "zsh", "fish");
+        shell.Validators.Add(static result =>
+        {
+            if (result.Tokens is [{ Value: var text }] && text is not ("bash" or "zsh" or "fish"))
+                result.AddError($"There is completion for bash, zsh and fish; \"{text}\" is none of them.");
+        });
+        var command = new Command("completion", "Prints a script with which a shell completes commands, options and names of domains.") { shell };
+        command.SetAction(parsed =>
+        {
+            Console.Out.WriteLine(parsed.GetRequiredValue(shell) switch { "bash" => Bash, "zsh" => Zsh, _ => Fish });
+            return ExitStatus.Success;
+        });
+        return command;
+    }
+}

@@ -1,0 +1,416 @@
+// One ring of a block device: takes requests, checks them, has the image do them, and answers.
+using Tmds.Linux;
+using XenSharp.Core;
+using XenSharp.Devices.Block.Images;
+using XenSharp.Devices.Xenbus;
+using XenSharp.Domains.Grants;
+using XenSharp.EventChannels;
+
+namespace XenSharp.Devices.Block;
+
+/// <summary>What the queues of one device have in common.</summary>
+internal sealed record BlockQueueSettings(IBlockImage Image, bool IsReadOnly, bool CanDiscard, int MaxIndirectSegments, BlockCounters Counters, Action<string> Report)
+{
+    /// <summary>Sectors of 512 bytes.</summary>
+    internal ulong Sectors { get; } = Image.Size >> BlkifAbi.SectorShift;
+
+    /// <summary>Requests begin and end at multiples of this, in sectors of 512 bytes.</summary>
+    internal ulong SectorMask { get; } = (Image.SectorSize >> BlkifAbi.SectorShift) - 1;
+}
+
+/// <summary>
+/// Serves a ring. One loop takes requests, in order, each copied once and checked in the copy; the image does them at the same time and
+/// in any order; whoever completes one puts its response into the ring. As many are under way at most as the ring has entries.
+/// </summary>
+/// <remarks>A front end that says it has made more requests than its ring has entries ends the connection; whatever else it says wrongly
+/// comes to an error of that request.</remarks>
+internal sealed class BlockQueue : IAsyncDisposable
+{
+    /// <summary>After so many requests responses are shown and the thread is offered to others.</summary>
+    private const int BatchSize = 64;
+
+    private static readonly TimeSpan CareInterval = TimeSpan.FromSeconds(10);
+
+    private readonly BlockQueueSettings _settings;
+    private readonly BackendGrants _grants;
+    private readonly EventChannelBackend _channel;
+    private readonly BlkifRing _ring;
+    private readonly BlkifAbi _abi;
+    private readonly CancellationTokenSource _stop = new();
+    private readonly TaskCompletionSource _failure = new(TaskCreationOptions.RunContinuationsAsynchronously);
+    private readonly byte[] _request = new byte[BlkifAbi.LongestRequest];
+    private readonly byte[] _indirect;
+    private readonly BlkifSegment[] _segments;
+
+    /// <summary>Guards all below, and the ring's responses.</summary>
+    private readonly Lock _gate = new();
+    private readonly GrantCache _cache;
+    private readonly Stack<BlockRequest> _unused = [];
+    private readonly Timer? _care;
+    private TaskCompletionSource? _idle;
+    private int _inFlight;
+    private bool _batching;
+
+    private Task _run = Task.CompletedTask;
+
+    private enum Taken
+    {
+        /// <summary>There are no more requests; the front end notifies of the next.</summary>
+        All,
+
+        /// <summary>There may be more.</summary>
+        Some,
+
+        /// <summary>The request at hand has to wait until those before it are done, and those behind it for that one.</summary>
+        Barrier,
+    }
+
+    /// <param name="settings">The device.</param>
+    /// <param name="grants">The guest's grants.</param>
+    /// <param name="ring">The ring; the queue's from here on.</param>
+    /// <param name="channel">Its event channel; the queue's too.</param>
+    /// <param name="abi">The layout of its entries.</param>
+    /// <param name="persistentGrants">The most pages that stay mapped; 0 for a front end that does not use pages again.</param>
+    internal BlockQueue(
+        BlockQueueSettings settings, BackendGrants grants, BlkifRing ring, EventChannelBackend channel, BlkifAbi abi, int persistentGrants)
+    {
+        (_settings, _grants, _ring, _channel, _abi) = (settings, grants, ring, channel, abi);
+        _cache = new GrantCache(grants, persistentGrants > 0, persistentGrants);
+        int segments = Math.Max(settings.MaxIndirectSegments, BlkifAbi.MaxDirectSegments);
+        _segments = new BlkifSegment[segments];
+        _indirect = new byte[Math.Min(segments, BlkifAbi.SegmentsPerIndirectPage) * BlkifSegment.Size];
+        if (persistentGrants > 0)
+            _care = new Timer(static queue => ((BlockQueue)queue!).DropUnused(GrantCache.IdleTime), this, CareInterval, CareInterval);
+    }
+
+    /// <summary>Completes only when the front end has broken the protocol.</summary>
+    internal Task Failure => _failure.Task;
+
+    /// <summary>Pages of the guest's that are mapped between requests.</summary>
+    internal int PersistentGrants
+    {
+        get
+        {
+            lock (_gate)
+                return _cache.Count;
+        }
+    }
+
+    /// <summary>Begins to serve, with what is in the ring already.</summary>
+    internal void Start() => _run = Task.Run(RunAsync);
+
+    /// <summary>Takes no more requests, waits for those under way, and lets go of the guest's memory and event channel.</summary>
+    public async ValueTask DisposeAsync()
+    {
+        await _stop.CancelAsync().ConfigureAwait(false);
+        await _run.ConfigureAwait(false);
+        await WhenIdle().ConfigureAwait(false);
+        if (_care is not null)
+            await _care.DisposeAsync().ConfigureAwait(false);
+        lock (_gate)
+        {
+            _cache.DropUnused(long.MaxValue);
+            while (_unused.TryPop(out BlockRequest? request))
+                request.Dispose();
+        }
+
+        _ring.Dispose();
+        _channel.Dispose();
+    }
+
+    /// <summary>Gives back pages that were not used for a while.</summary>
+    internal void DropUnused(TimeSpan idle)
+    {
+        lock (_gate)
+            _cache.DropUnused(Environment.TickCount64 - (long)idle.TotalMilliseconds);
+    }
+
+    /// <summary>An operation on the image has ended. Any thread.</summary>
+    internal void Completed(BlockRequest request, int error)
+    {
+        if (error == 0 && request.Proceed())
+        {
+            _settings.Image.Submit(request);
+            return;
+        }
+
+        if (error != 0)
+            Report(request, error);
+        else
+            _settings.Counters.Count(request.Operation, request.Bytes);
+        Finish(request, error == 0 ? BlkifStatus.Okay : error == LibC.EOPNOTSUPP ? BlkifStatus.OperationNotSupported : BlkifStatus.Error);
+    }
+
+    private async Task RunAsync()
+    {
+        try
+        {
+            while (true)
+            {
+                _stop.Token.ThrowIfCancellationRequested();
+                switch (TakeBatch())
+                {
+                    case Taken.All:
+                        if (!await _channel.WaitAsync(_stop.Token).ConfigureAwait(false))
+                            return;
+                        _settings.Counters.CountWakeup();
+                        break;
+
+                    case Taken.Barrier:
+                        await WhenIdle().ConfigureAwait(false);
+                        Handle();
+                        await WhenIdle().ConfigureAwait(false);
+                        break;
+
+                    default:
+                        await Task.Yield();
+                        break;
+                }
+            }
+        }
+        catch (OperationCanceledException) when (_stop.IsCancellationRequested)
+        {
+            // Disposed.
+        }
+        catch (Exception failure)
+        {
+            _failure.TrySetException(failure);
+        }
+    }
+
+    private Taken TakeBatch()
+    {
+        lock (_gate)
+            _batching = true;
+        Taken taken;
+        try
+        {
+            taken = TakeRequests();
+        }
+        finally
+        {
+            bool notify;
+            lock (_gate)
+            {
+                _batching = false;
+                notify = _ring.Push();
+            }
+
+            if (notify)
+                Notify();
+        }
+
+        return taken == Taken.All && _ring.AwaitRequests() ? Taken.Some : taken;
+    }
+
+    private Taken TakeRequests()
+    {
+        for (int i = 0; i < BatchSize; i++)
+        {
+            if (!_ring.TryTake(_request, out bool overflow))
+            {
+                return overflow
+                    ? throw new XenbusException(Errno.EACCES, $"the front end says that it has made more requests than its ring of {_ring.Size} holds")
+                    : Taken.All;
+            }
+
+            if (BlkifAbi.Operation(_request) == BlkifOperation.WriteBarrier)
+                return Taken.Barrier;
+            Handle();
+        }
+
+        return Taken.Some;
+    }
+
+    /// <summary>Checks the request at hand, and gives it to the image or answers it.</summary>
+    private void Handle()
+    {
+        BlockRequest request;
+        lock (_gate)
+        {
+            _inFlight++;
+            if (!_unused.TryPop(out request!))
+                request = new BlockRequest(this);
+        }
+
+        BlkifStatus status = Prepare(request);
+        if (status == BlkifStatus.Okay)
+        {
+            _settings.Image.Submit(request);
+            return;
+        }
+
+        _settings.Counters.CountError();
+        Finish(request, status);
+    }
+
+    private BlkifStatus Prepare(BlockRequest request)
+    {
+        BlkifOperation operation = BlkifAbi.Operation(_request);
+        ulong sector = _abi.Sector(_request);
+        int count = 0;
+        bool readable = true;
+        switch (operation)
+        {
+            case BlkifOperation.Read:
+            case BlkifOperation.Write:
+            case BlkifOperation.WriteBarrier:
+            case BlkifOperation.FlushDiskCache:
+                count = BlkifAbi.Segments(_request);
+                readable = count <= BlkifAbi.MaxDirectSegments;
+                for (int i = 0; readable && i < count; i++)
+                    _segments[i] = _abi.Segment(_request, i);
+                break;
+
+            case BlkifOperation.Indirect:
+                operation = BlkifAbi.IndirectOperation(_request);
+                count = BlkifAbi.IndirectSegments(_request);
+                readable = operation is BlkifOperation.Read or BlkifOperation.Write && count <= _settings.MaxIndirectSegments
+                    && ReadIndirectSegments(count);
+                break;
+        }
+
+        request.Begin(_abi.Id(_request), operation, readable ? count : 0);
+        if (!readable)
+            return BlkifStatus.Error;
+        switch (operation)
+        {
+            case BlkifOperation.Read:
+            case BlkifOperation.Write:
+                if (count == 0 || !TryAddSegments(request, count, sector, operation == BlkifOperation.Write))
+                    return BlkifStatus.Error;
+                request.Transfer(operation == BlkifOperation.Read ? BlockOperationKind.Read : BlockOperationKind.Write, sector);
+                return BlkifStatus.Okay;
+
+            case BlkifOperation.WriteBarrier:
+            case BlkifOperation.FlushDiskCache:
+                if (count != 0 && !TryAddSegments(request, count, sector, write: true))
+                    return BlkifStatus.Error;
+                request.Flush(sector);
+                return BlkifStatus.Okay;
+
+            case BlkifOperation.Discard:
+                return PrepareDiscard(request, sector);
+
+            default:
+                return BlkifStatus.OperationNotSupported;
+        }
+    }
+
+    private BlkifStatus PrepareDiscard(BlockRequest request, ulong sector)
+    {
+        // What a secure discard promises cannot be kept here.
+        if (!_settings.CanDiscard || (BlkifAbi.DiscardFlags(_request) & BlkifAbi.DiscardSecure) != 0)
+            return BlkifStatus.OperationNotSupported;
+        ulong sectors = _abi.DiscardSectors(_request);
+        if (_settings.IsReadOnly || sectors == 0 || !IsOnDisk(sector, sectors))
+            return BlkifStatus.Error;
+        request.Discard(sector, sectors);
+        return BlkifStatus.Okay;
+    }
+
+    /// <summary>Copies the segments of an indirect request out of the guest's pages.</summary>
+    private bool ReadIndirectSegments(int count)
+    {
+        for (int page = 0; page * BlkifAbi.SegmentsPerIndirectPage < count; page++)
+        {
+            int first = page * BlkifAbi.SegmentsPerIndirectPage;
+            int here = Math.Min(count - first, BlkifAbi.SegmentsPerIndirectPage);
+            Span<byte> bytes = _indirect.AsSpan(0, here * BlkifSegment.Size);
+            if (_grants.CopyFrom(_abi.IndirectReference(_request, page), 0, bytes) != GrantStatus.Okay)
+                return false;
+            for (int i = 0; i < here; i++)
+                _segments[first + i] = BlkifSegment.Read(bytes[(i * BlkifSegment.Size)..]);
+        }
+
+        return true;
+    }
+
+    /// <summary>Checks the segments at hand against the disk, and maps their pages.</summary>
+    private bool TryAddSegments(BlockRequest request, int count, ulong sector, bool write)
+    {
+        ReadOnlySpan<BlkifSegment> segments = _segments.AsSpan(0, count);
+        ulong sectors = 0;
+        foreach (BlkifSegment segment in segments)
+        {
+            if (!segment.IsValid || ((ulong)segment.Sectors & _settings.SectorMask) != 0)
+                return false;
+            sectors += (ulong)segment.Sectors;
+        }
+
+        if (!IsOnDisk(sector, sectors) || (write && _settings.IsReadOnly))
+            return false;
+        lock (_gate)
+        {
+            foreach (BlkifSegment segment in segments)
+            {
+                if (_cache.Acquire(segment.Reference, writable: !write) is not { } page)
+                    return false;
+                request.Add(page, segment);
+            }
+        }
+
+        return true;
+    }
+
+    private bool IsOnDisk(ulong sector, ulong sectors)
+        => sector <= _settings.Sectors && sectors <= _settings.Sectors - sector && ((sector | sectors) & _settings.SectorMask) == 0;
+
+    /// <summary>Answers a request, and is done with it.</summary>
+    private void Finish(BlockRequest request, BlkifStatus status)
+    {
+        lock (_gate)
+        {
+            foreach (GrantedBlockPage page in request.Pages)
+                _cache.Release(page);
+            request.Pages.Clear();
+            _ring.Put(request.Id, request.Operation, status);
+            _unused.Push(request);
+
+            // Before the count, since the ring and the channel may go once nothing is under way.
+            if (!_batching && _ring.Push())
+                Notify();
+            if (--_inFlight == 0 && _idle is not null)
+            {
+                _idle.SetResult();
+                _idle = null;
+            }
+        }
+    }
+
+    private void Notify()
+    {
+        _settings.Counters.CountNotification();
+        _channel.Notify();
+    }
+
+    /// <summary>Completes when no request is under way.</summary>
+    private Task WhenIdle()
+    {
+        lock (_gate)
+        {
+            if (_inFlight == 0)
+                return Task.CompletedTask;
+            _idle ??= new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+            return _idle.Task;
+        }
+    }
+
+    private void Report(BlockRequest request, int error)
+    {
+        _settings.Counters.CountError();
+        if (error == LibC.EOPNOTSUPP)
+            return;
+        string what = request.Kind switch
+        {
+            BlockOperationKind.Read => "be read from",
+            BlockOperationKind.Write => "be written to",
+            BlockOperationKind.Flush => "be flushed to",
+            _ => "be discarded in",
+        };
+        string why = error == LibC.ENOSPC
+            ? "there is no room left where it is; make some, the guest gets errors meanwhile"
+            : System.Runtime.InteropServices.Marshal.GetPInvokeErrorMessage(error);
+        _settings.Report($"data could not {what} {_settings.Image.Description} (byte {request.Offset}, {request.Length} bytes): {why}");
+    }
+}

@@ -1,0 +1,95 @@
+// Threads that wait for the disk, so that no thread of the pool has to.
+namespace XenSharp.Devices.Block.Images;
+
+/// <summary>
+/// Runs the operations of one image that may block, several at a time, in the order in which they came. Threads are started when there
+/// is work for them, and end when there was none for a while.
+/// </summary>
+internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, int maximum)
+{
+    private const int StackSize = 256 << 10;
+
+    private static readonly TimeSpan IdleTime = TimeSpan.FromSeconds(5);
+
+    private readonly object _gate = new();
+    private readonly List<Thread> _threads = [];
+    private BlockOperation? _first;
+    private BlockOperation? _last;
+    private int _idle;
+    private int _woken;
+    private bool _stopping;
+
+    /// <summary>Queues an operation for a worker.</summary>
+    internal void Queue(BlockOperation operation)
+    {
+        lock (_gate)
+        {
+            operation.Next = null;
+            if (_last is null)
+                _first = operation;
+            else
+                _last.Next = operation;
+            _last = operation;
+            if (_idle > _woken)
+            {
+                _woken++;
+                Monitor.Pulse(_gate);
+            }
+            else if (_threads.Count < maximum)
+            {
+                var thread = new Thread(Run, StackSize) { IsBackground = true, Name = name };
+                _threads.Add(thread);
+                thread.Start();
+            }
+        }
+    }
+
+    /// <summary>Ends the threads once all that was queued is done, and waits for that.</summary>
+    internal void Stop()
+    {
+        Thread[] threads;
+        lock (_gate)
+        {
+            _stopping = true;
+            threads = [.. _threads];
+            Monitor.PulseAll(_gate);
+        }
+
+        foreach (Thread thread in threads)
+            thread.Join();
+    }
+
+    private void Run()
+    {
+        while (Take() is { } operation)
+            perform(operation);
+    }
+
+    private BlockOperation? Take()
+    {
+        lock (_gate)
+        {
+            while (_first is null)
+            {
+                if (_stopping)
+                    return null;
+                _idle++;
+                bool pulsed = Monitor.Wait(_gate, IdleTime);
+                _idle--;
+                if (_woken > 0 && (pulsed || _first is not null))
+                    _woken--;
+                if (!pulsed && _first is null)
+                {
+                    _ = _threads.Remove(Thread.CurrentThread);
+                    return null;
+                }
+            }
+
+            BlockOperation operation = _first;
+            _first = operation.Next;
+            if (_first is null)
+                _last = null;
+            return operation;
+        }
+    }
+}

@@ -1,0 +1,160 @@
+// Images that are the disk byte for byte: files, and block devices of the host.
+using Tmds.Linux;
+
+namespace XenSharp.Devices.Block.Images;
+
+/// <summary>
+/// A raw file or block device. What is in the host's page cache is read on the spot; all else is done by threads that may wait. Data
+/// moves between the host's cache and the operation's memory without a copy in between; a flush is fdatasync.
+/// </summary>
+/// <remarks>The size is what it was when the image was opened; a file that is cut short meanwhile comes to EIO behind its end.</remarks>
+public sealed unsafe class RawImage : IBlockImage
+{
+    private const int MaxWorkers = 8;
+    private const uint DefaultSector = 512;
+    private const uint PageUnit = 4096;
+
+    private readonly ImageFile _file;
+    private readonly BlockWorkers _workers;
+    private readonly bool _isDevice;
+    private volatile bool _readsOnTheSpot = true;
+    private volatile int _flushError;
+
+    private RawImage(ImageFile file)
+    {
+        _file = file;
+        _isDevice = file.Device is not null;
+        (SectorSize, PhysicalSectorSize) = (DefaultSector, DefaultSector);
+        if (file.Device is { } device)
+        {
+            (SectorSize, PhysicalSectorSize) = (device.SectorSize, Math.Max(device.SectorSize, device.PhysicalSectorSize));
+            Discard = device.Discard;
+        }
+        else
+        {
+            // A disk has to be a whole number of these.
+            PhysicalSectorSize = file.Size % PageUnit == 0 ? PageUnit : DefaultSector;
+            Discard = new DiscardLimits(file.BlockSize, 0);
+        }
+
+        Size = file.Size & ~(ulong)(SectorSize - 1);
+        _workers = new BlockWorkers("block I/O", operation => operation.Complete(Perform(operation)), MaxWorkers);
+    }
+
+    /// <inheritdoc/>
+    public ulong Size { get; }
+
+    /// <inheritdoc/>
+    public uint SectorSize { get; }
+
+    /// <inheritdoc/>
+    public uint PhysicalSectorSize { get; }
+
+    /// <inheritdoc/>
+    public bool IsReadOnly => _file.IsReadOnly;
+
+    /// <inheritdoc/>
+    public DiscardLimits? Discard { get; }
+
+    /// <inheritdoc/>
+    public string Description => _file.Path;
+
+    /// <summary>Opens a file or block device, and locks it against a second use to write.</summary>
+    /// <param name="path">The file.</param>
+    /// <param name="readOnly">Whether it is only read.</param>
+    /// <exception cref="BlockImageException">It cannot be opened or is in use; the message says what to do.</exception>
+    public static RawImage Open(string path, bool readOnly)
+    {
+        ImageFile file = ImageFile.Open(path, readOnly);
+        if (file.Size >= DefaultSector)
+            return new RawImage(file);
+        file.Dispose();
+        throw new BlockImageException($"{path} holds less than one sector; make it as large as the disk is to be (truncate --size=8G FILE).");
+    }
+
+    /// <inheritdoc/>
+    public void Submit(BlockOperation operation)
+    {
+        ArgumentNullException.ThrowIfNull(operation);
+        if (operation.Kind == BlockOperationKind.Read && _readsOnTheSpot && TryReadCached(operation, out int error))
+            operation.Complete(error);
+        else
+            _workers.Queue(operation);
+    }
+
+    /// <inheritdoc/>
+    public ValueTask DisposeAsync()
+    {
+        return new ValueTask(Task.Run(() =>
+        {
+            _workers.Stop();
+            _file.Dispose();
+        }));
+    }
+
+    /// <summary>Reads if all of it is in the page cache.</summary>
+    private bool TryReadCached(BlockOperation operation, out int error)
+    {
+        error = 0;
+        long read = HostIo.Transfer(
+            _file.Descriptor, write: false, operation.Vectors, operation.VectorCount, operation.Offset, HostIo.NoWait);
+        if (read == (long)operation.Length)
+            return true;
+
+        // Not every file system knows this; then all reads are the workers'.
+        if (read == -LibC.EOPNOTSUPP)
+            _readsOnTheSpot = false;
+        return false;
+    }
+
+    private int Perform(BlockOperation operation)
+    {
+        if (operation.Kind != BlockOperationKind.Read && IsReadOnly && operation.Kind != BlockOperationKind.Flush)
+            return LibC.EROFS;
+        switch (operation.Kind)
+        {
+            case BlockOperationKind.Flush:
+                return IsReadOnly ? 0 : Flush();
+
+            case BlockOperationKind.Discard:
+                if (_isDevice)
+                    return HostIo.DiscardDevice(_file.Descriptor, operation.Offset, operation.Length);
+                int mode = LibC.FALLOC_FL_PUNCH_HOLE | LibC.FALLOC_FL_KEEP_SIZE;
+                return LibC.fallocate(_file.Descriptor, mode, (long)operation.Offset, (long)operation.Length) == 0 ? 0 : LibC.errno;
+
+            default:
+                return Transfer(operation);
+        }
+    }
+
+    // Linux reports a write that failed in the background once, and then holds the page for clean: a later flush must not say that all is well.
+    private int Flush()
+    {
+        if (_flushError == 0 && LibC.fdatasync(_file.Descriptor) != 0)
+            _flushError = LibC.errno;
+        return _flushError;
+    }
+
+    private int Transfer(BlockOperation operation)
+    {
+        IoVector* vectors = operation.Vectors;
+        int count = operation.VectorCount;
+        ulong offset = operation.Offset;
+        ulong left = operation.Length;
+        while (left > 0)
+        {
+            long moved = HostIo.Transfer(_file.Descriptor, operation.Kind == BlockOperationKind.Write, vectors, count, offset, flags: 0);
+            if (moved < 0)
+                return (int)-moved;
+
+            // The file has become shorter.
+            if (moved == 0)
+                return LibC.EIO;
+            offset += (ulong)moved;
+            left -= (ulong)moved;
+            HostIo.Advance(ref vectors, ref count, (ulong)moved);
+        }
+
+        return 0;
+    }
+}

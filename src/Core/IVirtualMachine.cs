@@ -158,6 +158,14 @@ public unsafe interface IVirtualMachine : IDisposable
     void Discard(Mfn first, ulong count);
 
     /// <summary>
+    /// How many neighbouring frames from one on take no memory of the host's: they read as zeroes, and would take some by being read. Any
+    /// thread; only a look, where others may write to them.
+    /// </summary>
+    /// <param name="first">A frame of <see cref="Memory"/>.</param>
+    /// <returns>0 where this one takes memory, or it is not known.</returns>
+    ulong CountEmpty(Mfn first);
+
+    /// <summary>
     /// Reserved frames behind which frames of other VMs can be shown, outside <see cref="Memory"/> and there from the start; of no size
     /// where there are none. Nobody can access one that shows nothing.
     /// </summary>

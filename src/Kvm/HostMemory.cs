@@ -77,6 +77,18 @@ internal sealed unsafe class HostMemory : IDisposable
             NativeMemory.Clear(Address + offset, (nuint)length);
     }
 
+    /// <summary>Where the next part begins that takes memory of the host's; all in front of it reads as zeroes, and would take some by being read.</summary>
+    /// <param name="offset">In bytes, a multiple of the page size below <see cref="Size"/>.</param>
+    /// <returns>In bytes, a multiple of the page size; <paramref name="offset"/> itself where there is memory, or the host does not say.</returns>
+    public ulong NextUsed(ulong offset)
+    {
+        const int seekData = 3;
+        long found = (long)LibC.lseek(_file, (long)offset, seekData);
+        if (found >= 0)
+            return Math.Max((ulong)found & ~Paging.PageOffsetMask, offset);
+        return LibC.errno == LibC.ENXIO ? Size : offset;
+    }
+
     /// <summary>One holder more, to be ended by <see cref="Dispose"/>.</summary>
     public void Hold() => Interlocked.Increment(ref _holders);
 

@@ -155,6 +155,13 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     public void Discard(Mfn first, ulong count) => _ram.Discard(Memory.IndexOf(first) << Paging.PageShift, count << Paging.PageShift);
 
     /// <inheritdoc/>
+    public ulong CountEmpty(Mfn first)
+    {
+        ulong offset = Memory.IndexOf(first) << Paging.PageShift;
+        return (_ram.NextUsed(offset) - offset) >> Paging.PageShift;
+    }
+
+    /// <inheritdoc/>
     public bool TryShow(Mfn window, IVirtualMachine owner, Mfn frame, bool writable)
         => owner is KvmVirtualMachine other
             && _window.TryShow(Window.IndexOf(window) << Paging.PageShift, other._ram, other.Memory.IndexOf(frame) << Paging.PageShift, writable);

@@ -76,6 +76,9 @@ internal sealed class SavableDomain : IAsyncDisposable
     /// <summary>The first of its machine frames.</summary>
     internal Mfn FirstFrame => _frames;
 
+    /// <summary>Bytes of the host's memory that its own takes.</summary>
+    internal ulong ResidentMemory => _machine.ResidentRam;
+
     /// <summary>Builds a domain.</summary>
     internal static SavableDomain Build(KvmHost host, DomainManager manager, DomainOptions options)
         => new(host, manager, options, (machine, made) => new Domain(made, machine, manager));

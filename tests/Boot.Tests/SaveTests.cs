@@ -94,8 +94,10 @@ public sealed class SaveTests : KvmFixture
         Look before = await LookAsync(source, "source", cancellation);
         await SuspendAsync(source, cancellation);
         using var image = new MemoryStream();
+        ulong resident = source.ResidentMemory;
         long begin = Stopwatch.GetTimestamp();
         source.Domain.Save(image);
+        Assert.That(source.ResidentMemory, Is.EqualTo(resident), "what takes no memory is not read");
         TestContext.Out.WriteLine($"saved {image.Length >> 20} MiB in {Stopwatch.GetElapsedTime(begin).TotalMilliseconds:F0} ms");
 
         // While the source is there, the other can have neither its machine frames nor its number.
@@ -112,6 +114,11 @@ public sealed class SaveTests : KvmFixture
 
         target.Domain.Start();
         await ShowsToBeWholeAsync(target, "target", before, vcpus, cancellation);
+
+        // By its new xenstore connection it is asked to do all that again.
+        await SuspendAsync(target, cancellation);
+        target.Domain.Save(Stream.Null);
+        target.Resume();
         await target.TypeAsync("off", cancellation);
         Assert.That((await target.Domain.Completion.WaitAsync(cancellation)).Reason, Is.EqualTo(ShutdownReason.PowerOff), target.Lines.Text);
     }

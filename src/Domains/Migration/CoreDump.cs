@@ -198,6 +198,7 @@ internal sealed unsafe class CoreDump(Domain domain, IProgress<PageProgress>? pr
     private void WritePages(Stream stream, List<P2MEntry> pages)
     {
         byte[] data = new byte[PagesAtOnce << Paging.PageShift];
+        var empty = new EmptyFrames(domain.Outside.Machine);
         progress?.Report(new PageProgress(0, (ulong)pages.Count));
         for (int done = 0; done < pages.Count;)
         {
@@ -205,8 +206,12 @@ internal sealed unsafe class CoreDump(Domain domain, IProgress<PageProgress>? pr
             int count = Math.Min(PagesAtOnce, pages.Count - done);
             for (int i = 0; i < count; i++)
             {
-                new ReadOnlySpan<byte>(_context->Memory.Page(new Mfn(pages[done + i].Mfn)), (int)Paging.PageSize)
-                    .CopyTo(data.AsSpan(i << Paging.PageShift));
+                var frame = new Mfn(pages[done + i].Mfn);
+                Span<byte> to = data.AsSpan(i << Paging.PageShift, (int)Paging.PageSize);
+                if (empty.Contains(frame))
+                    to.Clear();
+                else
+                    new ReadOnlySpan<byte>(_context->Memory.Page(frame), to.Length).CopyTo(to);
             }
 
             stream.Write(data.AsSpan(0, count << Paging.PageShift));

@@ -20,6 +20,7 @@ internal sealed unsafe class DomainSaver(Domain domain, MigrationWriter writer, 
     private readonly DomainContext* _context = domain.Context;
     private readonly ulong[] _pfns = new ulong[MigrationFormat.BatchPages];
     private readonly byte[] _data = new byte[MigrationFormat.BatchPages << Paging.PageShift];
+    private readonly EmptyFrames _empty = new(domain.Outside.Machine);
     private GuestP2M _p2m = null!;
     private int _count;
     private int _dataLength;
@@ -138,6 +139,10 @@ internal sealed unsafe class DomainSaver(Domain domain, MigrationWriter writer, 
         if (level != 0)
         {
             CanonicalisePageTable(pfn, frame, level, MemoryMarshal.Cast<byte, PageTableEntry>(to));
+        }
+        else if (_empty.Contains(frame))
+        {
+            type = PageInfoType.AllocateOnly;
         }
         else
         {

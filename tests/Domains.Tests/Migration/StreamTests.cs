@@ -7,7 +7,7 @@ namespace XenSharp.Domains.Tests.Migration;
 internal sealed class StreamTests
 {
     private static readonly Gen<(RecordType Type, byte[] Body)[]> s_records
-        = Gen.Select(Gen.UInt[1, 0x20].Select(static type => (RecordType)type), Gen.Byte.Array[0, 40]).Array[0, 8];
+        = Gen.Select(Gen.UInt[2, 0x20].Select(static type => (RecordType)type), Gen.Byte.Array[0, 40]).Array[0, 8];
 
     [Test]
     public void What_is_written_is_read() => s_records.Sample(static records =>

@@ -80,8 +80,7 @@ internal sealed unsafe class SuspendingGuest : IDisposable
     /// <summary>Says where the p2m list is, and names the rings by their pfns, as a guest does before it suspends.</summary>
     public void Prepare()
     {
-        ulong pages = Domain.OwnedPages;
-        *(ulong*)(SharedInfo + SharedInfoLayout.MaxPfn) = pages;
+        *(ulong*)(SharedInfo + SharedInfoLayout.MaxPfn) = StartInfo->PageCount;
         *(ulong*)(SharedInfo + SharedInfoLayout.P2MCr3) = Context->State->KernelRoot << Paging.PageShift;
         *(ulong*)(SharedInfo + SharedInfoLayout.P2MAddress) = StartInfo->MfnList;
         StartInfo->StoreMfn = PfnOf(new Mfn(StartInfo->StoreMfn));

@@ -101,6 +101,9 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
         NativeMemory.Clear(Memory.Page(first), (nuint)(count << Paging.PageShift));
     }
 
+    /// <summary>Not known.</summary>
+    public ulong CountEmpty(Mfn first) => 0;
+
     public IVirtualCpu CreateVcpu(int number) => Vcpu = new FakeVcpu(this);
 
     public void Dispose()

@@ -25,7 +25,7 @@ public static class DebianRootImage
         "Or make an image by hand: any ext4 with a Debian system in it will do.";
 
     private static readonly string[] Packages =
-        ["systemd-sysv", "dbus", "udev", "linux-image-cloud-amd64", "initramfs-tools", "e2fsprogs", "iproute2", "iputils-ping", "kmod"];
+        ["systemd-sysv", "dbus", "udev", "linux-image-cloud-amd64", "initramfs-tools", "e2fsprogs", "iproute2", "iputils-ping", "kmod", "fio", "iperf3"];
 
     /// <summary>Run by mmdebstrap when all packages are configured, with the root's path as $1.</summary>
     private static readonly string[] Hooks =

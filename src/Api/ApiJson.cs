@@ -36,4 +36,8 @@ namespace XenSharp.Api;
 [JsonSerializable(typeof(DumpCoreRequest))]
 [JsonSerializable(typeof(AttachDeviceRequest))]
 [JsonSerializable(typeof(DomainConfigurationDocument))]
+[JsonSerializable(typeof(string))]
+[JsonSerializable(typeof(bool))]
+[JsonSerializable(typeof(int))]
+[JsonSerializable(typeof(Guid))]
 public sealed partial class ApiJson : JsonSerializerContext;

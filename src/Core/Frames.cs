@@ -65,6 +65,9 @@ public static class Paging
     public const ulong PageOffsetMask = PageSize - 1;
     public const int EntriesPerTable = 512;
 
+    /// <summary>Bytes that an L4 entry maps.</summary>
+    public const ulong SlotSize = 1UL << 39;
+
     /// <summary>First L4 slot reserved for the hypervisor (ROOT_PAGETABLE_FIRST_XEN_SLOT).</summary>
     public const int FirstHypervisorSlot = 256;
 

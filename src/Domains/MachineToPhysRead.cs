@@ -5,8 +5,8 @@ using XenSharp.Mmu;
 namespace XenSharp.Domains;
 
 /// <summary>
-/// Reads of the M2P table at its classic address, for a guest that does not ask where it is, on a host where that address
-/// cannot be used.
+/// Reads of the M2P table where it is on other hosts: at its classic address, for a guest that does not ask where it is, or was saved on a
+/// host where that address can be used; or one slot further, for a guest that was saved where it cannot.
 /// </summary>
 internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
 {
@@ -19,8 +19,10 @@ internal sealed unsafe class MachineToPhysRead(VcpuContext* vcpu)
     {
         DomainContext* domain = _vcpu->Domain;
         ulong offset = address.Value - Paging.HypervisorVirtualStart;
-        if (_vcpu->State->KernelMode == 0 || domain->MachineToPhysStart.Value == Paging.HypervisorVirtualStart || (error & (PageFaultError.Write | PageFaultError.InstructionFetch)) != 0
-            || offset >= domain->Memory.EndFrame.Value * sizeof(ulong))
+        if (offset >= Paging.SlotSize)
+            offset -= Paging.SlotSize;
+        if (_vcpu->State->KernelMode == 0 || domain->MachineToPhysStart.Value == address.Value - offset
+            || (error & (PageFaultError.Write | PageFaultError.InstructionFetch)) != 0 || offset >= domain->Memory.EndFrame.Value * sizeof(ulong))
         {
             return false;
         }

@@ -28,24 +28,22 @@ internal static class MonitorLayout
     public const ulong MaxWindow = 256 * 1024 * Paging.PageSize;
 
     /// <summary>Guest-physical end of all RAM: what <see cref="DirectMapStart"/>'s slot can show.</summary>
-    public const ulong EndOfRam = SlotSize;
-
-    private const ulong SlotSize = 1UL << 39;
+    public const ulong EndOfRam = Paging.SlotSize;
 
     /// <summary>The classic place of the M2P table, slot 256.</summary>
     public const ulong ClassicMachineToPhys = Paging.HypervisorVirtualStart;
 
     /// <summary>Slot 257: the M2P table where slot 256 cannot be used.</summary>
-    public const ulong AlternativeMachineToPhys = Paging.HypervisorVirtualStart + SlotSize;
+    public const ulong AlternativeMachineToPhys = Paging.HypervisorVirtualStart + Paging.SlotSize;
 
     /// <summary>Slot 258: the monitor's code, tables and stacks.</summary>
-    public const ulong MonitorStart = Paging.HypervisorVirtualStart + (2 * SlotSize);
+    public const ulong MonitorStart = Paging.HypervisorVirtualStart + (2 * Paging.SlotSize);
 
     /// <summary>Slot 259: all guest-physical memory, for the monitor's own stores.</summary>
-    public const ulong DirectMapStart = Paging.HypervisorVirtualStart + (3 * SlotSize);
+    public const ulong DirectMapStart = Paging.HypervisorVirtualStart + (3 * Paging.SlotSize);
 
     /// <summary>Slot 260: a window for each vCPU's descriptor tables, the global one and then the local one.</summary>
-    public const ulong DescriptorTablesStart = Paging.HypervisorVirtualStart + (4 * SlotSize);
+    public const ulong DescriptorTablesStart = Paging.HypervisorVirtualStart + (4 * Paging.SlotSize);
 
     /// <summary>Pages of the global table in a window: 14 of the guest, then the reserved ones.</summary>
     public const int GdtWindowPages = DescriptorWindow.GdtPages;

@@ -90,6 +90,9 @@ public static unsafe class MemoryOp
         public MemoryMap Map;
     }
 
+    /// <summary>Entries that the M2P table has by its place, 256 GiB long (MACH2PHYS_NR_ENTRIES).</summary>
+    private const ulong MachineToPhysEntries = (256UL << 30) / sizeof(ulong);
+
     /// <summary>struct xen_machphys_mapping.</summary>
     [StructLayout(LayoutKind.Sequential)]
     private struct MachphysMapping
@@ -391,9 +394,14 @@ public static unsafe class MemoryOp
 
     private static long GetMachphysMapping(VcpuContext* vcpu, ulong pointer)
     {
-        ulong end = vcpu->Domain->Memory.EndFrame.Value;
+        // The same for every domain, as Xen's: one that is saved goes on with what it was told, among other machine frames. There are holes.
         ulong start = vcpu->Domain->MachineToPhysStart.Value;
-        var mapping = new MachphysMapping { Start = start, End = start + (end * sizeof(ulong)), MaxMfn = end - 1 };
+        var mapping = new MachphysMapping
+        {
+            Start = start,
+            End = start + (MachineToPhysEntries * sizeof(ulong)),
+            MaxMfn = MachineToPhysEntries - 1,
+        };
         return GuestAccess.Write(vcpu, pointer, mapping) ? 0 : -(long)Errno.EFAULT;
     }
 

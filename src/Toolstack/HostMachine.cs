@@ -9,24 +9,49 @@ public static class HostMachine
 {
     /// <summary>The machine's memory in MiB.</summary>
     /// <exception cref="IOException">/proc is not mounted, or not Linux's.</exception>
-    public static int MemoryMiB
-    {
-        get
-        {
-            const string Key = "MemTotal:";
-            foreach (string line in File.ReadLines("/proc/meminfo"))
-            {
-                // "MemTotal:       24684208 kB"
-                if (line.StartsWith(Key, StringComparison.Ordinal)
-                    && long.TryParse(line.AsSpan(Key.Length).Trim().TrimEnd("kB").Trim(), CultureInfo.InvariantCulture, out long kiB))
-                {
-                    return (int)Math.Min(kiB >> 10, int.MaxValue);
-                }
-            }
-            throw new IOException("/proc/meminfo does not say how much memory this machine has; XenSharp runs on Linux only.");
-        }
-    }
+    public static int MemoryMiB => ReadMemory("MemTotal:");
 
     /// <summary>What <c>uname -r</c> says.</summary>
     public static string KernelRelease => File.ReadAllText("/proc/sys/kernel/osrelease").Trim();
+
+    /// <summary>Memory in MiB that programs can be given without others being swapped out.</summary>
+    /// <exception cref="IOException">/proc is not mounted, or not Linux's.</exception>
+    public static int AvailableMemoryMiB => ReadMemory("MemAvailable:");
+
+    /// <summary>The processor that a thread of this process is on, or was last (proc(5), stat's field 39).</summary>
+    /// <param name="thread">Linux's number of the thread.</param>
+    /// <returns>Null where there is no such thread.</returns>
+    public static int? ProcessorOf(int thread)
+    {
+        const int FieldBehindName = 36;
+        if (thread == 0)
+            return null;
+        try
+        {
+            // The name is in parentheses, and may have spaces and parentheses in it.
+            string text = File.ReadAllText(string.Create(CultureInfo.InvariantCulture, $"/proc/self/task/{thread}/stat"));
+            string[] fields = text[(text.LastIndexOf(')') + 2)..].Split(' ');
+            return fields.Length > FieldBehindName && int.TryParse(fields[FieldBehindName], NumberStyles.None, CultureInfo.InvariantCulture, out int processor)
+                ? processor : null;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
+    }
+
+    private static int ReadMemory(string key)
+    {
+        foreach (string line in File.ReadLines("/proc/meminfo"))
+        {
+            // "MemTotal:       24684208 kB"
+            if (line.StartsWith(key, StringComparison.Ordinal)
+                && long.TryParse(line.AsSpan(key.Length).Trim().TrimEnd("kB").Trim(), CultureInfo.InvariantCulture, out long kiB))
+            {
+                return (int)Math.Min(kiB >> 10, int.MaxValue);
+            }
+        }
+
+        throw new IOException($"/proc/meminfo does not have {key.TrimEnd(':')}; XenSharp runs on Linux only.");
+    }
 }

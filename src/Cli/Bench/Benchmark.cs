@@ -236,6 +236,25 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             progress($"Debian: boot {round} of {Math.Min(3, plan.Rounds)}");
             await MeasureDebianBootAsync(floor, kernel.Image, ramdisk, round == 1, cancellation).ConfigureAwait(false);
         }
+
+        if (kernel.Modules is { } modules)
+            await MeasureDiskAsync(floor, kernel.Image, busybox, modules, cancellation).ConfigureAwait(false);
+    }
+
+    private async Task MeasureDiskAsync(RawExitLoop floor, string kernelFile, string busybox, string modules, CancellationToken cancellation)
+    {
+        progress("Debian: reads of its disk");
+        double before = MeasureFloor(floor);
+        IReadOnlyList<DiskFigure> figures =
+            await new DiskBenchmark(host, ramdisk => Load(kernelFile, ramdisk)).RunAsync(busybox, modules, cancellation).ConfigureAwait(false);
+        double mean = (before + MeasureFloor(floor)) / 2;
+        foreach (DiskFigure figure in figures)
+        {
+            string name = $"Debian: {figure.Name} 4 KiB reads of its disk, 32 at once";
+            Add(name, figure.GuestNanoseconds, mean);
+            _counts.Add(new BenchCount($"{name}: the same by a process of the host", figure.HostNanoseconds / 1000, "µs"));
+            _counts.Add(new BenchCount($"{name}: hypercalls for each", Math.Round(figure.Hypercalls, 2), "hypercalls"));
+        }
     }
 
     private async Task MeasureDebianBootAsync(RawExitLoop floor, string kernelFile, byte[] ramdisk, bool measureMemory, CancellationToken cancellation)

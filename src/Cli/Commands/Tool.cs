@@ -9,6 +9,7 @@ using XenSharp.Cli.Bench;
 using XenSharp.Cli.Compare;
 using XenSharp.Cli.Hosting;
 using XenSharp.Cli.Management;
+using XenSharp.Cli.Xenstore;
 using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Commands;
@@ -74,6 +75,7 @@ public static class Tool
             BenchCommand.Create(services),
             CompareCommand.Create(services),
             TraceCommand.Create(),
+            XenstoreCommand.Create(),
         };
         foreach (Command command in ManagementCommands.Create())
             root.Add(command);

@@ -1,5 +1,6 @@
 // What is wrong with what the user asked for, or with the host, as the sentence that the command prints before it gives up.
 
+using XenSharp.Devices.Xenstore;
 using XenSharp.Domains.Builder;
 using XenSharp.Guests.Fetching;
 using XenSharp.Kvm;
@@ -19,7 +20,7 @@ internal static class FailureSentence
     {
         UsageException or HostFileException or KernelImageException or DomainBuildException or GuestFetchException or IOException => Sentence(exception.Message),
         OracleException => exception.Message,
-        KvmException => Sentence(exception.Message),
+        KvmException or XenstoreException => Sentence(exception.Message),
         OutOfMemoryException => "There is not enough memory on this host for the domain; give it less with --memory, or end other programs.",
 
         // What fails in preparing a class is thrown wrapped.

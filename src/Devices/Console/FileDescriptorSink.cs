@@ -168,5 +168,5 @@ public sealed unsafe partial class FileDescriptorSink : IConsoleSink, IDisposabl
 
     /// <summary>poll(2), whose errno Tmds.LibC does not keep.</summary>
     [LibraryImport("libc", EntryPoint = "poll", SetLastError = true)]
-    private static partial int Poll(pollfd* descriptors, nuint count, int timeout);
+    internal static partial int Poll(pollfd* descriptors, nuint count, int timeout);
 }

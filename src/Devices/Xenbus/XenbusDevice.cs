@@ -48,6 +48,8 @@ public readonly record struct XenbusDevice(string Kind, ushort DomainId, uint Id
         store.Write(FrontEnd + "/state", initialising, guestOwns);
         foreach ((string name, string value) in nodes.FrontEnd)
             store.Write($"{FrontEnd}/{name}", value, guestOwns);
+        foreach ((string name, string value) in nodes.ReadOnlyFrontEnd)
+            store.Write($"{FrontEnd}/{name}", value, guestReads);
 
         store.Write(BackEnd, "", guestReads);
         store.Write(BackEnd + "/frontend", FrontEnd);
@@ -91,4 +93,7 @@ public sealed record XenbusNodes
 
     /// <summary>Nodes of the front end, which the guest owns.</summary>
     public IReadOnlyList<(string Name, string Value)> FrontEnd { get; init; } = [];
+
+    /// <summary>Nodes in the front end's folder that the guest can only read.</summary>
+    public IReadOnlyList<(string Name, string Value)> ReadOnlyFrontEnd { get; init; } = [];
 }

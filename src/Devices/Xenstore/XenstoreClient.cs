@@ -151,16 +151,18 @@ public sealed class XenstoreClient : XenstoreAccessor, IAsyncDisposable
     /// <param name="path">The node, which need not exist.</param>
     /// <param name="callback">Gets the path that changed; relative if <paramref name="path"/> was. Changes that follow each other
     /// quickly can be told by one call.</param>
+    /// <param name="depth">How many levels below the path to watch; <see langword="null"/> for all. For a special event 1: the path
+    /// told is @releaseDomain/N then, with the domain's id.</param>
     /// <returns>Dispose it to end the watch; a callback may then still be running, but none starts.</returns>
     /// <exception cref="XenstoreException">The path is malformed.</exception>
-    public IDisposable Watch(string path, Action<string> callback)
+    public IDisposable Watch(string path, Action<string> callback, int? depth = null)
     {
         ArgumentNullException.ThrowIfNull(callback);
         lock (Gate())
         {
             // The token only has to be unique among this client's watches.
             string token = _database.NextSequence().ToString(System.Globalization.CultureInfo.InvariantCulture);
-            Check(_database.AddWatch(_session, path, token, out XenstoreWatch? watch, callback), "watch", path);
+            Check(_database.AddWatch(_session, path, token, depth, out XenstoreWatch? watch, callback), "watch", path);
             XenstoreDatabase.FireFirst(watch!);
             return new Registration(_database, watch!);
         }
@@ -268,8 +270,8 @@ public sealed class XenstoreClient : XenstoreAccessor, IAsyncDisposable
 
 /// <summary>A watch of the manager's own.</summary>
 internal sealed class XenstoreCallbackWatch(
-    XenstoreSession session, string path, string token, bool relative, ulong sequence, Action<string> callback)
-    : XenstoreWatch(session, path, token, relative, sequence)
+    XenstoreSession session, string path, string token, bool relative, int depth, ulong sequence, Action<string> callback)
+    : XenstoreWatch(session, path, token, relative, depth, sequence)
 {
     private volatile bool _ended;
 

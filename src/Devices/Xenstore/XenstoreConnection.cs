@@ -289,7 +289,16 @@ public sealed class XenstoreConnection
     private sealed class WireSession(XenstoreConnection connection, XenstoreDatabase database, XenstoreDomain domain, bool privileged)
         : XenstoreSession(database, domain, privileged)
     {
+        // A guest's are bounded by its memory quota.
+        protected override int EventLimit => Privileged ? Database.Options.EventBacklog : int.MaxValue;
+
         public override void Wake() => connection._signal.Set();
+
+        protected override void Overrun()
+        {
+            connection.Error = XenstoreConnectionError.Communication;
+            connection.Stop();
+        }
     }
 }
 

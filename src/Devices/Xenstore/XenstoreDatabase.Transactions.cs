@@ -78,8 +78,15 @@ internal sealed partial class XenstoreDatabase
     }
 
     /// <summary>Registers a watch. The caller queues its reply and then fires the watch once with <see cref="FireFirst"/>.</summary>
+    /// <param name="session">Whose it is.</param>
+    /// <param name="path">As the client gave it.</param>
+    /// <param name="token">What its events carry.</param>
+    /// <param name="depth">Levels below the path to watch, which docs/misc/xenstore.txt of Xen 4.17 defines and its xenstored does
+    /// not know yet; <see langword="null"/> for all. For special events only 1 is defined: the domain's id is told.</param>
+    /// <param name="watch">The watch.</param>
+    /// <param name="callback">Whom to call; <see langword="null"/> for a client that takes messages.</param>
     public XenstoreError AddWatch(
-        XenstoreSession session, string path, string token, out XenstoreWatch? watch, Action<string>? callback = null)
+        XenstoreSession session, string path, string token, int? depth, out XenstoreWatch? watch, Action<string>? callback = null)
     {
         watch = null;
         bool special = XenstorePath.IsSpecial(path);
@@ -87,13 +94,16 @@ internal sealed partial class XenstoreDatabase
         string absolute = XenstorePath.Canonicalize(path, session.Folder);
         if (special ? absolute.Length > XenstoreWire.RelativePathMaximum : !XenstorePath.IsValid(absolute, Quotas.PathLength))
             return XenstoreError.EINVAL;
+        if (depth < 0 || (special && depth is not (null or 1)))
+            return XenstoreError.EINVAL;
+        int levels = depth ?? (special ? 0 : XenstoreWatch.AnyDepth);
         if (FindWatch(session, absolute, token) is not null)
             return XenstoreError.EEXIST;
         if (!session.Privileged && session.Watches.Count > Quotas.Watches)
             return XenstoreError.E2BIG;
         watch = callback is null
-            ? new XenstoreWatch(session, absolute, token, relative, NextSequence())
-            : new XenstoreCallbackWatch(session, absolute, token, relative, NextSequence(), callback);
+            ? new XenstoreWatch(session, absolute, token, relative, levels, NextSequence())
+            : new XenstoreCallbackWatch(session, absolute, token, relative, levels, NextSequence(), callback);
         if (!session.Privileged && session.Domain.Memory + watch.Size > Quotas.Memory)
         {
             watch = null;
@@ -154,7 +164,7 @@ internal sealed partial class XenstoreDatabase
         domain.Introduced = true;
         domain.Shutdown = false;
         if (first)
-            FireSpecial(IntroduceEvent);
+            FireSpecial(IntroduceEvent, domain.Id);
     }
 
     /// <summary>The domain has shut down or crashed; announced once until <see cref="Resume"/> or a new introduction.</summary>
@@ -163,7 +173,7 @@ internal sealed partial class XenstoreDatabase
         if (domain.Shutdown)
             return;
         domain.Shutdown = true;
-        FireSpecial(ReleaseEvent);
+        FireSpecial(ReleaseEvent, domain.Id);
     }
 
     public static void Resume(XenstoreDomain domain) => domain.Shutdown = false;
@@ -189,7 +199,7 @@ internal sealed partial class XenstoreDatabase
         if (domain.Introduced)
         {
             domain.Introduced = false;
-            FireSpecial(ReleaseEvent);
+            FireSpecial(ReleaseEvent, domain.Id);
         }
         return connection;
     }
@@ -278,13 +288,22 @@ internal sealed partial class XenstoreDatabase
         }
     }
 
-    private void FireSpecial(string name)
+    // Those who watch the event, and those who watch it for this domain alone (@releaseDomain only).
+    private void FireSpecial(string name, ushort domainId)
     {
-        _watches.Match(name, exact: true, _matches);
+        string detailed = string.Create(System.Globalization.CultureInfo.InvariantCulture, $"{name}/{domainId}");
+        FireSpecialOn(name, name, detailed);
+        if (name == ReleaseEvent)
+            FireSpecialOn(detailed, name, detailed);
+    }
+
+    private void FireSpecialOn(string watched, string name, string detailed)
+    {
+        _watches.Match(watched, exact: true, _matches);
         foreach (XenstoreWatch watch in _matches)
         {
             if ((SpecialAccess(watch.Session, name) & XenstoreAccess.Read) != 0)
-                Send(watch, name, null);
+                Send(watch, watch.Depth == 0 ? watched : detailed, null);
         }
     }
 

@@ -1,6 +1,7 @@
 // The store itself: nodes with their permissions, domains with their accounts, transactions. What a request means is decided
 // here, by the rules of Xen's docs/misc/xenstore.txt and, where that is silent, of Xen 4.17's xenstored.
 using System.Collections.Immutable;
+using System.Globalization;
 using System.Runtime.CompilerServices;
 
 // The tests look at the accounts and put the tree beside a model.
@@ -69,10 +70,16 @@ internal sealed partial class XenstoreDatabase
     /// <summary>The quotas now; XS_CONTROL can change them.</summary>
     public XenstoreQuotas Quotas { get; set; }
 
+    /// <summary>Whether each request is told to <see cref="XenstoreOptions.Log"/>.</summary>
+    public bool LogsRequests { get; set; }
+
     public XenstoreDomain Domain0 { get; }
 
     /// <summary>The tree as everyone outside transactions sees it.</summary>
     public XenstoreNode Root => _root;
+
+    /// <summary>How many watches there are, whoever has them.</summary>
+    public int WatchCount => _watches.Count;
 
     public ulong NextSequence() => ++_sequence;
 
@@ -214,6 +221,18 @@ internal sealed partial class XenstoreDatabase
             nodes[node.Permissions.Owner] = nodes.GetValueOrDefault(node.Permissions.Owner) + 1;
             foreach (XenstoreNode child in node.Children)
                 Count(child);
+        }
+    }
+
+    /// <summary>What the domains occupy, a line each.</summary>
+    public IEnumerable<string> Report()
+    {
+        yield return string.Create(CultureInfo.InvariantCulture, $"{_domains.Count} domains, {_watches.Count} watches");
+        foreach (XenstoreDomain domain in _domains.Values.OrderBy(static domain => domain.Id))
+        {
+            yield return string.Create(CultureInfo.InvariantCulture,
+                $"domain {domain.Id}: {domain.Nodes} nodes, {domain.Memory} bytes, " +
+                $"{domain.Connection?.QueuedMessages ?? 0} messages waiting{(domain.Introduced ? "" : ", not introduced")}");
         }
     }
 

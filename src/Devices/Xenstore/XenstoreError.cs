@@ -72,6 +72,10 @@ internal static class XenstoreErrors
         _ => "EINVAL\0"u8,
     };
 
+    /// <summary>The error of a name on the wire; <see cref="XenstoreError.EINVAL"/> for one that io/xs_wire.h does not have.</summary>
+    public static XenstoreError OfName(ReadOnlySpan<char> name) =>
+        name.StartsWith('E') && Enum.TryParse(name, out XenstoreError error) ? error : XenstoreError.EINVAL;
+
     /// <summary>The sentence for people who called the in-process interface.</summary>
     public static string Explain(XenstoreError error) => error switch
     {

@@ -58,6 +58,18 @@ public sealed record XenstoreOptions
     /// </summary>
     public Func<ushort, ulong, uint, IXenstoreTransport?>? Connector { get; init; }
 
+    /// <summary>
+    /// Watch events that may wait for a client of the host. One that has more pending does not read: it is disconnected, so that it
+    /// cannot make the manager grow.
+    /// </summary>
+    public int EventBacklog { get; init; } = 16 * 1024;
+
+    /// <summary>
+    /// Told what XS_CONTROL's "print", "memreport" and "log" have to say, a line each. Called with the store locked: it must not
+    /// call back into it.
+    /// </summary>
+    public Action<string> Log { get; init; } = static line => System.Console.Error.WriteLine($"xensharp: xenstore: {line}");
+
     /// <summary>Told about an exception that a watch callback let escape; later events are delivered all the same.</summary>
     public Action<Exception> CallbackFailed { get; init; } =
         static exception => System.Console.Error.WriteLine($"xensharp: a xenstore watch callback failed: {exception}");

@@ -79,8 +79,8 @@ internal sealed partial class XenstoreRequests
     }
 
     /// <summary>
-    /// The commands of Xen's xenstore-control that make sense without a daemon of its own: check, quota, help. Others are
-    /// refused like unknown ones.
+    /// The commands of Xen's xenstore-control that make sense without a daemon of its own: check, log, memreport, print, quota and
+    /// help. Others, and those that would have the manager write files, are refused like unknown ones.
     /// </summary>
     private XenstoreError Control(in Request request)
     {
@@ -92,7 +92,18 @@ internal sealed partial class XenstoreRequests
             case "check" when count == 1:
                 return database.IsConsistent() ? request.Acknowledge() : XenstoreError.EIO;
             case "help" when count == 1:
-                return request.ReplyText("check\t\nquota\t[set <name> <val>|<domid>]\nhelp\t\n");
+                return request.ReplyText(
+                    "check\t\nlog\ton|off\nmemreport\t\nprint\t<string>\nquota\t[set <name> <val>|<domid>]\nhelp\t\n");
+            case "log" when count == 2 && request.Arguments.Text(1) is ("on" or "off"):
+                database.LogsRequests = request.Arguments.Text(1) == "on";
+                return request.Acknowledge();
+            case "memreport" when count == 1:
+                foreach (string line in database.Report())
+                    database.Options.Log(line);
+                return request.Acknowledge();
+            case "print" when count == 2:
+                database.Options.Log(XenstoreRequestLog.Printable(request.Arguments.Text(1)));
+                return request.Acknowledge();
             case "quota" when count == 1:
                 return request.ReplyText(DescribeQuotas(database.Quotas));
             case "quota" when count == 2:

@@ -23,6 +23,8 @@ internal sealed partial class XenstoreRequests(XenstoreDatabase database, IXenst
             XenstoreTicket? ticket = session.Privileged ? null : new XenstoreTicket(session);
             Request request = new(session, header, new XenstoreArguments(payload), ticket);
             XenstoreError error = Dispatch(ref request);
+            if (database.LogsRequests)
+                database.Options.Log(XenstoreRequestLog.Describe(session, header, payload, error));
             if (error != XenstoreError.None)
                 session.Enqueue(XenstoreMessage.Reply(
                     header with { Type = XenstoreMessageType.Error }, XenstoreErrors.WireName(error).ToArray(), ticket));
@@ -174,10 +176,18 @@ internal sealed partial class XenstoreRequests(XenstoreDatabase database, IXenst
 
     private XenstoreError Watch(in Request request)
     {
-        if (request.Arguments.Count != 2)
+        int count = request.Arguments.Count;
+        if (count is not (2 or 3))
             return XenstoreError.EINVAL;
+        int? depth = null;
+        if (count == 3)
+        {
+            if (!int.TryParse(request.Arguments.Text(2), NumberStyles.None, CultureInfo.InvariantCulture, out int levels))
+                return XenstoreError.EINVAL;
+            depth = levels;
+        }
         XenstoreError error = database.AddWatch(
-            request.Session, request.Arguments.Text(0), request.Arguments.Text(1), out XenstoreWatch? watch);
+            request.Session, request.Arguments.Text(0), request.Arguments.Text(1), depth, out XenstoreWatch? watch);
         if (error != XenstoreError.None)
             return error;
         request.Acknowledge();

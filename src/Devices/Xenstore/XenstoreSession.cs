@@ -13,6 +13,7 @@ internal abstract class XenstoreSession
     private readonly LinkedList<XenstoreMessage> _outgoing = new();
     private readonly HashSet<XenstoreWatchEvent> _pendingEvents = [];
     private ITimer? _expiry;
+    private int _queuedEvents;
 
     protected XenstoreSession(XenstoreDatabase database, XenstoreDomain domain, bool privileged)
     {
@@ -62,6 +63,14 @@ internal abstract class XenstoreSession
     /// <summary>Tells the client's loop that there is something to do. Called with the lock held: must not block.</summary>
     public abstract void Wake();
 
+    /// <summary>Watch events that may wait.</summary>
+    protected virtual int EventLimit => int.MaxValue;
+
+    /// <summary>More than <see cref="EventLimit"/> would wait. Called with the lock held: must not block.</summary>
+    protected virtual void Overrun()
+    {
+    }
+
     /// <summary>Queues a reply or a watch event.</summary>
     /// <returns><see langword="false"/> when it was dropped, as the client is gone, has the same event pending, or exhausted its
     /// memory quota.</returns>
@@ -71,6 +80,12 @@ internal abstract class XenstoreSession
             return false;
         if (message.Event is { } pending)
         {
+            if (_queuedEvents >= EventLimit)
+            {
+                Overrun();
+                return false;
+            }
+
             // The same event twice in the queue tells nothing more than once. Special events are counted by their takers.
             if (!XenstorePath.IsSpecial(pending.Path) && !_pendingEvents.Add(pending))
                 return false;
@@ -79,6 +94,7 @@ internal abstract class XenstoreSession
                 _pendingEvents.Remove(pending);
                 return false;
             }
+            _queuedEvents++;
         }
         Domain.Memory += message.Size;
         message.Ticket?.Hold();
@@ -93,9 +109,7 @@ internal abstract class XenstoreSession
     {
         if (_outgoing.First is not { } first)
             return null;
-        _outgoing.RemoveFirst();
-        if (first.Value.Event is { } pending)
-            _pendingEvents.Remove(pending);
+        Unlink(first);
         return first.Value;
     }
 
@@ -135,10 +149,18 @@ internal abstract class XenstoreSession
 
     private void Discard(LinkedListNode<XenstoreMessage> node)
     {
+        Unlink(node);
+        Delivered(node.Value);
+    }
+
+    private void Unlink(LinkedListNode<XenstoreMessage> node)
+    {
         _outgoing.Remove(node);
         if (node.Value.Event is { } pending)
+        {
             _pendingEvents.Remove(pending);
-        Delivered(node.Value);
+            _queuedEvents--;
+        }
     }
 
     // Only events that another guest pays for expire: they would hold that guest up. Those that the host caused are worth

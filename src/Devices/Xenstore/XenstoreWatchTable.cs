@@ -2,8 +2,11 @@
 namespace XenSharp.Devices.Xenstore;
 
 /// <summary>One registered watch.</summary>
-internal class XenstoreWatch(XenstoreSession session, string path, string token, bool relative, ulong sequence)
+internal class XenstoreWatch(XenstoreSession session, string path, string token, bool relative, int depth, ulong sequence)
 {
+    /// <summary>The depth of a watch that has none.</summary>
+    public const int AnyDepth = int.MaxValue;
+
     public XenstoreSession Session { get; } = session;
 
     /// <summary>The absolute path, or a special one.</summary>
@@ -11,6 +14,9 @@ internal class XenstoreWatch(XenstoreSession session, string path, string token,
 
     /// <summary>What the client wants to be told with each event, one character for each byte.</summary>
     public string Token { get; } = token;
+
+    /// <summary>How many levels below the path are watched. Of a special event: 1 if it is to name the domain.</summary>
+    public int Depth { get; } = depth;
 
     public ulong Sequence { get; } = sequence;
 
@@ -57,13 +63,14 @@ internal sealed class XenstoreWatchTable
         matches.Clear();
         if (Count == 0)
             return;
-        Collect(path, matches);
+        Collect(path, 0, matches);
         if (!exact)
         {
+            int levels = 0;
             for (string at = path; at.Length > 1;)
             {
                 at = XenstorePath.ParentOf(at);
-                Collect(at, matches);
+                Collect(at, ++levels, matches);
             }
         }
         if (matches.Count > 1)
@@ -76,9 +83,14 @@ internal sealed class XenstoreWatchTable
         }
     }
 
-    private void Collect(string path, List<XenstoreWatch> matches)
+    private void Collect(string path, int levels, List<XenstoreWatch> matches)
     {
-        if (_watches.TryGetValue(path, out List<XenstoreWatch>? list))
-            matches.AddRange(list);
+        if (!_watches.TryGetValue(path, out List<XenstoreWatch>? list))
+            return;
+        foreach (XenstoreWatch watch in list)
+        {
+            if (watch.Depth >= levels)
+                matches.Add(watch);
+        }
     }
 }

@@ -67,7 +67,7 @@ internal sealed class XenstoreRequestTests
     [TestCase(XenstoreMessageType.SetPermissions, "@releaseDomain\0n5\0", "EACCES")]
     [TestCase(XenstoreMessageType.SetPermissions, "@other\0n5\0", "EINVAL")]
     [TestCase(XenstoreMessageType.Watch, "a\0", "EINVAL")]
-    [TestCase(XenstoreMessageType.Watch, "a\0t\01\0", "EINVAL")]
+    [TestCase(XenstoreMessageType.Watch, "a\0t\01\02\0", "EINVAL")]
     [TestCase(XenstoreMessageType.Watch, "a//b\0t\0", "EINVAL")]
     [TestCase(XenstoreMessageType.Unwatch, "a\0t\0", "ENOENT")]
     [TestCase(XenstoreMessageType.Unwatch, "a\0", "EINVAL")]
@@ -235,6 +235,33 @@ internal sealed class XenstoreRequestTests
         FakeGuest.Until(() => Volatile.Read(ref late.Page.Word(FakeGuest.RequestProducer)) == 0, "the ring is reset");
         Assert.That(late.Watch("x", "t"), Is.Empty, "the earlier watch is gone, the half message too");
         Assert.That(asked, Has.Count.EqualTo(2));
+    }
+
+    [Test]
+    public void Control_prints_and_logs_where_the_manager_wants_it()
+    {
+        List<string> lines = [];
+        using StoreFixture store = new(new XenstoreOptions { Log = lines.Add });
+        FakeGuest tool = store.Tool();
+        FakeGuest guest = store.Guest(5);
+        Assert.That(tool.Do(XenstoreMessageType.Control, "print\0to\u0001 all\0"), Is.Empty);
+        Assert.That(lines, Is.EqualTo(new[] { "to? all" }));
+
+        lines.Clear();
+        Assert.That(tool.Do(XenstoreMessageType.Control, "memreport\0"), Is.Empty);
+        Assert.That(lines, Has.Some.Match("^domain 5: 1 nodes, [0-9]+ bytes, 0 messages waiting$"));
+
+        Assert.That(tool.Do(XenstoreMessageType.Control, "log\0on\0"), Is.Empty);
+        lines.Clear();
+        guest.Write("x", new string('v', 1000));
+        guest.Read("absent");
+        Assert.That(tool.Do(XenstoreMessageType.Control, "log\0off\0"), Is.Empty);
+        guest.Read("x");
+        Assert.That(lines, Has.Count.EqualTo(2));
+        Assert.That(lines[0], Does.Match("^domain 5, client [0-9]+: Write \"x\\|v+\\.\\.\\.\": OK$"));
+        Assert.That(lines[1], Does.Match("^domain 5, client [0-9]+: Read \"absent\\|\": ENOENT$"));
+        foreach (string wrong in new[] { "log\0", "log\0maybe\0", "print\0", "memreport\0/tmp/file\0", "logfile\0/tmp/file\0" })
+            Assert.That(tool.Do(XenstoreMessageType.Control, wrong), Is.EqualTo("EINVAL"), wrong);
     }
 
     [Test]

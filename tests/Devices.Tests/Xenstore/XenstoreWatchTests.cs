@@ -196,4 +196,78 @@ internal sealed class XenstoreWatchTests
         Assert.That(done.Wait(TimeSpan.FromSeconds(20)), Is.True);
         Assert.That(_guest.Read("answer"), Is.EqualTo("why!"));
     }
+
+    [TestCase("0", "w|t")]
+    [TestCase("1", "w|t w/a|t w/c|t")]
+    [TestCase("2", "w|t w/a|t w/a/b|t w/c|t")]
+    [TestCase("2147483647", "w|t w/a|t w/a/b|t w/a/b/deep|t w/c|t")]
+    public void A_watch_can_be_limited_in_depth(string depth, string events)
+    {
+        Assert.That(_guest.Do(XenstoreMessageType.Watch, $"w\0t\0{depth}\0"), Is.Empty);
+        _guest.AllEvents();
+        foreach (string path in new[] { "w", "w/a", "w/a/b", "w/a/b/deep", "w/c", "ww" })
+            _guest.Write(path, "");
+        Assert.That(string.Join(' ', _guest.AllEvents()), Is.EqualTo(events));
+    }
+
+    [Test]
+    public void The_root_can_be_watched_in_depth()
+    {
+        FakeGuest tool = _store.Tool();
+        Assert.That(tool.Do(XenstoreMessageType.Watch, "/\0t\01\0"), Is.Empty);
+        tool.AllEvents();
+        tool.Write("/a/b", "");
+        tool.Write("/a", "");
+        Assert.That(tool.AllEvents(), Is.EqualTo(new[] { "/a|t" }));
+    }
+
+    [TestCase("w\0t\0-1\0")]
+    [TestCase("w\0t\0one\0")]
+    [TestCase("w\0t\0\0")]
+    [TestCase("w\0t\099999999999\0")]
+    [TestCase("w\0t\01\02\0")]
+    [TestCase("@releaseDomain\0t\00\0")]
+    [TestCase("@releaseDomain\0t\02\0")]
+    public void A_depth_that_means_nothing_is_refused(string payload)
+    {
+        Assert.That(_guest.Do(XenstoreMessageType.Watch, payload), Is.EqualTo("EINVAL"));
+        Assert.That(_guest.AllEvents(), Is.Empty);
+    }
+
+    [Test]
+    public void Special_events_can_name_the_domain()
+    {
+        FakeGuest tool = _store.Tool();
+        Assert.That(tool.Do(XenstoreMessageType.Watch, "@releaseDomain\0any\01\0"), Is.Empty);
+        Assert.That(tool.Watch("@releaseDomain", "old"), Is.Empty);
+        Assert.That(tool.Watch("@releaseDomain/6", "six"), Is.Empty);
+        Assert.That(tool.Do(XenstoreMessageType.Watch, "@introduceDomain\0new\01\0"), Is.Empty);
+        Assert.That(tool.AllEvents(), Is.EqualTo(
+            new[] { "@releaseDomain|any", "@releaseDomain|old", "@releaseDomain/6|six", "@introduceDomain|new" }));
+        _ = _store.Guest(7);
+        _store.Server.AnnounceShutdown(5);
+        _store.Server.AnnounceShutdown(6);
+        Assert.That(tool.AllEvents(), Is.EqualTo(new[]
+        {
+            "@introduceDomain/7|new", "@releaseDomain/5|any", "@releaseDomain|old", "@releaseDomain/6|any", "@releaseDomain|old",
+            "@releaseDomain/6|six",
+        }));
+    }
+
+    [Test]
+    public void The_manager_can_watch_in_depth()
+    {
+        BlockingCollection<string> seen = [];
+        using IDisposable watch = _store.Domain0.Watch("/top", seen.Add, depth: 1);
+        using IDisposable released = _store.Domain0.Watch("@releaseDomain", seen.Add, depth: 1);
+        _store.Domain0.Write("/top/a/b", "");
+        _store.Domain0.Write("/top/c", "");
+        _store.Server.AnnounceShutdown(5);
+        string[] expected = ["/top", "@releaseDomain", "/top/c", "@releaseDomain/5"];
+        foreach (string path in expected)
+        {
+            Assert.That(seen.TryTake(out string? next, TimeSpan.FromSeconds(20)));
+            Assert.That(next, Is.EqualTo(path));
+        }
+    }
 }

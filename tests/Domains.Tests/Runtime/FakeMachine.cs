@@ -18,11 +18,11 @@ internal sealed unsafe class FakeMachine : IVirtualMachine
     private ulong* _machineToPhys;
     private bool _disposed;
 
-    public FakeMachine(ulong frames, TimeStampCounter counter)
+    public FakeMachine(ulong frames, TimeStampCounter counter, ulong firstFrame = FirstFrame)
     {
         _memory = new FakeMemory(frames << 12);
         _machineToPhys = (ulong*)NativeMemory.Alloc((nuint)((frames + WindowFrames) * 8));
-        Memory = new MachineMemory(_memory.Address, new Mfn(FirstFrame), frames);
+        Memory = new MachineMemory(_memory.Address, new Mfn(firstFrame), frames);
         Window = new MachineMemory(_window.Address, new Mfn(FirstWindowFrame), WindowFrames);
         WindowToPhys = _machineToPhys + frames;
         for (ulong i = 0; i < WindowFrames; i++)

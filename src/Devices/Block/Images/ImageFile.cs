@@ -21,6 +21,7 @@ internal sealed unsafe class ImageFile : IDisposable
     private const int TypeMask = 0xf000;
     private const int RegularFile = 0x8000;
     private const int BlockDevice = 0x6000;
+    private const int Folder = 0x4000;
     private const uint LargestSector = 4096;
 
     private int _descriptor;
@@ -112,6 +113,9 @@ internal sealed unsafe class ImageFile : IDisposable
                 Size = size;
                 Device = new HostDevice(sector, physical, ReadDiscardLimits((ulong)status.st_rdev));
                 break;
+
+            case Folder:
+                throw CannotOpen(Path, IsReadOnly, LibC.EISDIR);
 
             default:
                 throw new BlockImageException($"{Path} is neither a file nor a block device; give the path of an image or block device.");

@@ -115,8 +115,7 @@ public sealed class QemuImage : IBlockImage
         Socket? socket = null;
         try
         {
-            socket = await ConnectAsync(process, socketPath, cancellation).ConfigureAwait(false)
-                ?? throw new BlockImageException($"{file.Path} cannot be served: qemu-nbd says \"{await ComplaintAsync(process, complaint).ConfigureAwait(false)}\".");
+            socket = await ConnectAsync(process, socketPath, cancellation).ConfigureAwait(false);
             (socket.ReceiveTimeout, socket.SendTimeout) = ((int)StartTime.TotalMilliseconds, (int)StartTime.TotalMilliseconds);
             NbdExport export;
             await using (var stream = new NetworkStream(socket, ownsSocket: false))
@@ -128,11 +127,17 @@ public sealed class QemuImage : IBlockImage
         }
         catch (Exception failure)
         {
+            // It listens before it looks at the image, so a connection that breaks has mostly to do with that, and it says with what.
+            bool isBroken = failure is IOException or SocketException;
             socket?.Dispose();
-            await EndAsync(process, TimeSpan.Zero).ConfigureAwait(false);
-            if (failure is IOException or SocketException)
-                throw new BlockImageException($"{file.Path} cannot be served by qemu-nbd: {failure.Message}.", failure);
-            throw;
+            await EndAsync(process, isBroken ? StartTime : TimeSpan.Zero).ConfigureAwait(false);
+            if (!isBroken)
+                throw;
+            string said;
+            lock (complaint)
+                said = complaint.ToString();
+            throw new BlockImageException(
+                $"{file.Path} cannot be served by qemu-nbd: {(said.Length > 0 ? said : failure.Message)}. Check the image and its format.", failure);
         }
     }
 
@@ -174,8 +179,8 @@ public sealed class QemuImage : IBlockImage
         }
     }
 
-    /// <returns>Null if qemu-nbd has ended.</returns>
-    private static async Task<Socket?> ConnectAsync(Process process, string socketPath, CancellationToken cancellation)
+    /// <exception cref="IOException">It does not listen.</exception>
+    private static async Task<Socket> ConnectAsync(Process process, string socketPath, CancellationToken cancellation)
     {
         var endPoint = new UnixDomainSocketEndPoint(socketPath);
         long start = Stopwatch.GetTimestamp();
@@ -188,14 +193,11 @@ public sealed class QemuImage : IBlockImage
                 socket.Connect(endPoint);
                 return socket;
             }
-            catch (SocketException) when (process.HasExited)
-            {
-                socket.Dispose();
-                return null;
-            }
             catch (SocketException failure)
             {
                 socket.Dispose();
+                if (process.HasExited)
+                    throw new IOException("it has ended at once", failure);
                 if (Stopwatch.GetElapsedTime(start) > StartTime)
                     throw new IOException($"it does not listen after {StartTime.TotalSeconds:0} seconds ({failure.Message})", failure);
                 await Task.Delay(Retry, cancellation).ConfigureAwait(false);
@@ -203,14 +205,7 @@ public sealed class QemuImage : IBlockImage
         }
     }
 
-    private static async Task<string> ComplaintAsync(Process process, StringBuilder complaint)
-    {
-        // Also waits until all that it has said was read.
-        await process.WaitForExitAsync().ConfigureAwait(false);
-        lock (complaint)
-            return complaint.ToString();
-    }
-
+    /// <summary>Waits for the end, and until all that it has said was read; and ends it when that takes too long.</summary>
     private static async Task EndAsync(Process process, TimeSpan patience)
     {
         using (process)

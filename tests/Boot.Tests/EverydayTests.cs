@@ -1,0 +1,212 @@
+// A day with a Debian system, as somebody types it who knows xl: created, looked at, changed while it runs, saved, restored, shut down.
+
+using System.Diagnostics;
+using System.Globalization;
+using System.Text;
+using System.Text.RegularExpressions;
+using XenSharp.Cli.Tests;
+using XenSharp.Cli.Tests.Terminal;
+using XenSharp.Guests.Fetching;
+using XenSharp.Guests.Images;
+
+namespace XenSharp.Boot.Tests;
+
+/// <summary>Needs the network at its first run, and root, to make the system's disk.</summary>
+[TestFixture]
+[Category("Debian")]
+[Category("Long")]
+[CancelAfter(900_000)]
+public sealed partial class EverydayTests : KvmFixture
+{
+    private const string Name = "everyday";
+
+    private static readonly TimeSpan s_bootPatience = TimeSpan.FromMinutes(5);
+
+    private string _folder = null!;
+    private CommandProcess _daemon = null!;
+
+    [SetUp]
+    public async Task StartDaemon()
+    {
+        _folder = Directory.CreateTempSubdirectory("xensharp-everyday-").FullName;
+        Environment.SetEnvironmentVariable("XENSHARP_SOCKET", Path.Combine(_folder, "socket"));
+        _daemon = CommandProcess.Start("daemon", "--state", Path.Combine(_folder, "state"));
+        while ((await CommandProcess.RunAsync("list")).Status != 0)
+            await Task.Delay(100);
+    }
+
+    [TearDown]
+    public async Task EndDaemon()
+    {
+        _daemon.Send(15);
+        int status = await _daemon.WaitAsync();
+        string said = _daemon.Error;
+        _daemon.Dispose();
+        Environment.SetEnvironmentVariable("XENSHARP_SOCKET", null);
+        Directory.Delete(_folder, recursive: true);
+        Assert.That(status, Is.Zero, said);
+    }
+
+    [Test]
+    public async Task A_day_with_a_Debian_system(CancellationToken cancellation)
+    {
+        string disk = await CopyDiskAsync(cancellation);
+        string second = Path.Combine(_folder, "second.img");
+        await using (FileStream file = File.Create(second))
+            file.SetLength(256 << 20);
+        string configuration = Path.Combine(_folder, "everyday.cfg");
+        await File.WriteAllTextAsync(
+            configuration,
+            $"""
+            # What a Debian domU's file looks like.
+            name       = "{Name}"
+            bootloader = "pygrub"
+            memory     = 256
+            maxmem     = 512
+            vcpus      = 1
+            maxvcpus   = 2
+            disk       = [ '{disk},raw,xvda,w' ]
+            vif        = [ 'bridge=everyday' ]
+            """,
+            cancellation);
+
+        _ = await TypeAsync("create", configuration);
+        Assert.That(await RowAsync(), Does.Match($@"^{Name}\s+1\s+256\s+1\s+[r-][b-]-----?\s+\d+\.\d$"));
+        using (var console = new GuestShell())
+        {
+            console.LogIn();
+            Assert.That(console.Run("systemctl --failed --no-legend | wc -l"), Is.EqualTo("0"));
+            Assert.That(console.Run("ls /sys/class/net | tr '\\n' ' '").Split(' '), Does.Contain("eth0").Or.Contain("enX0"));
+
+            // Another disk, with a file system and a file on it.
+            _ = await TypeAsync("block-attach", Name, $"{second},raw,xvdb,w");
+            Assert.That((await TypeAsync("block-list", Name)).Output, Does.Contain("51728"));
+            string sum = console.Run(
+                "until [ -b /dev/xvdb ]; do sleep 0.2; done; mkfs.ext4 -q /dev/xvdb && mount /dev/xvdb /mnt && head -c 8M /dev/urandom > /mnt/file && sync && sha256sum < /mnt/file");
+
+            // More memory, and another processor.
+            _ = await TypeAsync("mem-set", Name, "384");
+            _ = await TypeAsync("vcpu-set", Name, "2");
+            console.Run("until [ $(nproc) = 2 ]; do sleep 0.2; done");
+            console.Run("until [ $(awk '/MemTotal/ {print $2}' /proc/meminfo) -gt 330000 ]; do sleep 0.2; done");
+            Assert.That(await RowAsync(), Does.Match($@"^{Name}\s+1\s+384\s+2\s"));
+
+            // What runs goes on where it was.
+            console.Run("(i=0; while sleep 0.2; do i=$((i+1)); echo $i > /run/count; done) & sleep 1");
+            string saved = Path.Combine(_folder, "saved");
+            int before = int.Parse(console.Run("cat /run/count"), CultureInfo.InvariantCulture);
+            _ = await TypeAsync("save", Name, saved);
+            Assert.That((await TypeAsync("list")).Output, Does.Not.Contain(Name));
+            await console.EndedAsync();
+            _ = await TypeAsync("restore", saved);
+            using var restored = new GuestShell();
+            restored.Wake();
+            Assert.That(restored.Run("sleep 1; sha256sum < /mnt/file"), Is.EqualTo(sum));
+            Assert.That(int.Parse(restored.Run("cat /run/count"), CultureInfo.InvariantCulture), Is.GreaterThan(before));
+            Assert.That(restored.Run("nproc"), Is.EqualTo("2"));
+            Assert.That(restored.Run("dmesg --level=emerg,alert,crit | wc -l"), Is.EqualTo("0"));
+
+            restored.Run("umount /mnt");
+            _ = await TypeAsync("block-detach", Name, "xvdb");
+            restored.Run("until [ ! -e /dev/xvdb ]; do sleep 0.2; done");
+            _ = await TypeAsync("shutdown", "-w", Name);
+            await restored.EndedAsync();
+        }
+
+        Assert.That((await TypeAsync("list")).Output, Does.Not.Contain(Name));
+        foreach (string image in (string[])[disk, second])
+            await CheckFileSystemAsync(image, cancellation);
+    }
+
+    /// <summary>A copy of the Debian system's disk.</summary>
+    private async Task<string> CopyDiskAsync(CancellationToken cancellation)
+    {
+        string disk = Path.Combine(_folder, "debian.img");
+        try
+        {
+            string image = await DebianRootImage.GetAsync(new GuestCache(GuestCache.DefaultRoot()), null, cancellation);
+            await DebianRootImage.CopyAsync(image, disk, cancellation);
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+        }
+
+        return disk;
+    }
+
+    private static async Task CheckFileSystemAsync(string image, CancellationToken cancellation)
+    {
+        CommandResult check = await new CommandRunner("/usr/sbin:/sbin:/usr/bin:/bin").RunAsync(new Command("e2fsck", "-f", "-n", image), cancellation);
+        Assert.That(check.ExitCode, Is.Zero, check.Output);
+    }
+
+    /// <summary>A command that has to succeed.</summary>
+    private static async Task<CommandEnd> TypeAsync(params string[] arguments)
+    {
+        CommandEnd end = await CommandProcess.RunAsync(arguments);
+        Assert.That(end.Status, Is.Zero, $"xensharp {string.Join(' ', arguments)}: {end.Output}{end.Error}");
+        return end;
+    }
+
+    /// <summary>The domain's line of the list.</summary>
+    private static async Task<string> RowAsync()
+        => (await TypeAsync("list")).Output.Split('\n').Single(static line => line.StartsWith(Name, StringComparison.Ordinal));
+
+    /// <summary>Somebody at a terminal with <c>xensharp console</c>, and in it a shell of the guest's.</summary>
+    private sealed partial class GuestShell : IDisposable
+    {
+        private readonly PseudoTerminal _terminal = new();
+        private readonly CommandProcess _process;
+        private readonly Screen _screen;
+        private int _commands;
+
+        internal GuestShell()
+        {
+            _process = CommandProcess.StartAt(_terminal.Name, "console", Name);
+            _screen = new Screen(_terminal);
+        }
+
+        internal void LogIn()
+        {
+            _screen.WaitFor("login: ", s_bootPatience);
+            Type("root");
+            _screen.WaitFor("assword: ", s_bootPatience);
+            Type(DebianRootImage.RootPassword);
+            _screen.WaitFor(":~# ", s_bootPatience);
+
+            // No colours and bracketed pastes between the lines.
+            Type("export TERM=dumb; bind 'set enable-bracketed-paste off'; PS1='# '; stty -echo");
+            _screen.WaitFor("# ", s_bootPatience);
+        }
+
+        /// <summary>Has the shell of a restored guest say that it is there.</summary>
+        internal void Wake() => Run("true");
+
+        /// <summary>Has the shell run something that must succeed.</summary>
+        /// <returns>What it printed, without the last line's end.</returns>
+        internal string Run(string command)
+        {
+            string mark = string.Create(CultureInfo.InvariantCulture, $"{Environment.ProcessId}-{++_commands}");
+            Type($"echo \"<{mark}\"; {command}; echo \"$?{mark}>\"");
+            _screen.WaitFor($"<{mark}\r\n", s_bootPatience);
+            string output = _screen.WaitFor($"{mark}>", s_bootPatience).Replace("\r", "", StringComparison.Ordinal);
+            Match end = Status().Match(output);
+            Assert.That(end.Value, Is.EqualTo("0"), $"{command}: {output}");
+            return output[..end.Index].TrimEnd('\n');
+        }
+
+        internal async Task EndedAsync() => Assert.That(await _process.WaitAsync(), Is.Zero, _process.Error);
+
+        public void Dispose()
+        {
+            _process.Dispose();
+            _terminal.Dispose();
+        }
+
+        private void Type(string line) => _terminal.Type(Encoding.ASCII.GetBytes(line + "\r"));
+
+        [GeneratedRegex(@"\d+$")]
+        private static partial Regex Status();
+    }
+}

@@ -411,10 +411,12 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             () =>
             {
                 _options.BeforeStep?.Invoke(CreateStep.Load);
-                DomainSpecification specification = DomainLoader.Load(configuration);
+                (DomainImage image, DomainConfiguration loaded, IReadOnlyList<string> notes) = DomainLoader.Load(configuration);
+                foreach (string note in notes)
+                    Log.Write($"{configuration.Name}: {note}");
                 _options.BeforeStep?.Invoke(CreateStep.Build);
                 cancellation.ThrowIfCancellationRequested();
-                return RunningDomain.Create(Context, specification, console, log);
+                return RunningDomain.Create(Context, DomainLoader.Describe(loaded, image), console, log);
             },
             cancellation).ConfigureAwait(false);
     }

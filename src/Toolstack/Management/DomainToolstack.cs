@@ -124,7 +124,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         IReadOnlyList<string> warnings = DomainLoader.Check(configuration);
         lock (_lock)
             CheckFree(configuration.Name, configuration.Uuid);
-        _ = await Task.Run(() => DomainLoader.Load(configuration)).ConfigureAwait(false);
+        _ = await Task.Run(() => DomainLoader.Load(configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() })).ConfigureAwait(false);
         return warnings;
     }
 
@@ -337,10 +337,9 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
             _options.BeforeStep?.Invoke(CreateStep.Start);
             console.Connect(running.WriteInputAsync);
-            domain.HasStarted = true;
             domain.Start(making.Paused);
-            domain.Follower = FollowAsync(domain);
             Tell(DomainEventKind.Created, domain);
+            domain.Follower = FollowAsync(domain);
             Log.Write($"The domain {domain.Name} (number {domain.Id}) was made.");
             return domain;
         }
@@ -400,12 +399,10 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             () =>
             {
                 _options.BeforeStep?.Invoke(CreateStep.Load);
-                (DomainImage image, DomainConfiguration loaded, IReadOnlyList<string> notes) = DomainLoader.Load(configuration);
-                foreach (string note in notes)
-                    Log.Write($"{configuration.Name}: {note}");
+                DomainSpecification specification = DomainLoader.Load(configuration, note => Log.Write($"{configuration.Name}: {note}"));
                 _options.BeforeStep?.Invoke(CreateStep.Build);
                 cancellation.ThrowIfCancellationRequested();
-                return RunningDomain.Create(Context, DomainLoader.Describe(loaded, image), console, log);
+                return RunningDomain.Create(Context, specification, console, log);
             },
             cancellation).ConfigureAwait(false);
     }

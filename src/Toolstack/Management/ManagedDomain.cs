@@ -36,6 +36,7 @@ public sealed partial class ManagedDomain
     private int _onlineVcpus;
     private long _targetKiB;
     private long _maximumKiB;
+    private bool _started;
     private bool _dying;
     private bool _gone;
 
@@ -332,6 +333,8 @@ public sealed partial class ManagedDomain
     {
         lock (_gate)
         {
+            if (_dying)
+                throw IsGone();
             if (paused)
             {
                 _pauses = 1;
@@ -339,6 +342,7 @@ public sealed partial class ManagedDomain
             }
 
             Running.Start();
+            _started = true;
         }
     }
 
@@ -367,7 +371,7 @@ public sealed partial class ManagedDomain
             await RemoveDevicesAsync().ConfigureAwait(false);
 
             // What it printed last goes to the console, which takes everything; one that never ran has printed nothing.
-            if (HasStarted)
+            if (_started)
                 _ = await Task.WhenAny(Running.Completion).ConfigureAwait(false);
             lock (_gate)
                 _gone = true;
@@ -378,8 +382,6 @@ public sealed partial class ManagedDomain
             _ = _turn.Release();
         }
     }
-
-    internal bool HasStarted { get; set; }
 
     /// <summary>Renames it in the store. Under the toolstack's lock.</summary>
     internal void WriteName(string name)

@@ -21,6 +21,11 @@ internal sealed unsafe class BlockImageReader : ImageReader
 
     internal BlockImageReader(IBlockImage image) => _image = image;
 
+    /// <summary>Opens an image in a format that QEMU knows.</summary>
+    /// <exception cref="BlockImageException">It cannot be opened.</exception>
+    internal static BlockImageReader Open(string path, BlockImageFormat format)
+        => new(QemuImage.OpenAsync(path, format, readOnly: true).GetAwaiter().GetResult());
+
     protected override int ReadSome(long offset, Span<byte> buffer)
     {
         ObjectDisposedException.ThrowIf(_disposed, this);

@@ -3,6 +3,7 @@
 using XenSharp.Api;
 using XenSharp.Configuration;
 using XenSharp.Configuration.Boot;
+using XenSharp.Configuration.Devices;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
@@ -49,15 +50,14 @@ internal static class DomainLoader
         return ineffective;
     }
 
-    /// <summary>Reads kernel and ramdisk, from files of the host's or out of the domain's first disk.</summary>
-    /// <returns>
-    /// The image; and the configuration as it is to be described, with the command line and the names that a disk's boot menu has.
-    /// </returns>
+    /// <summary>Reads kernel and ramdisk, from the host's files or out of the first disk.</summary>
+    /// <param name="configuration">What names them.</param>
+    /// <param name="note">Is told, in sentences, what may not be as expected.</param>
     /// <exception cref="ToolstackException">They cannot be read, or are none; a sentence says which.</exception>
-    internal static (DomainImage Image, DomainConfiguration Configuration, IReadOnlyList<string> Notes) Load(DomainConfiguration configuration)
+    internal static DomainSpecification Load(DomainConfiguration configuration, Action<string>? note = null)
     {
         if (configuration.Bootloader is { } bootloader)
-            return LoadFromDisk(configuration, bootloader);
+            return LoadFromDisk(configuration, bootloader, note);
         if (configuration.Kernel is not { } kernel)
             throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} has no kernel: name it with kernel=.");
         try
@@ -68,74 +68,17 @@ internal static class DomainLoader
                     Absolute(ramdisk, "ramdisk"), "ramdisk=", (int)Math.Min((long)configuration.MemoryMiB << 20, Array.MaxLength),
                     $"does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.")
                 : [];
-            return (new DomainImage(Parse(image, kernel), disk) { Reusable = false }, configuration, []);
+            return Describe(configuration, new DomainImage(KernelImage.Parse(image), disk) { Reusable = false });
         }
         catch (HostFileException failure)
         {
             throw Refusal(ProblemKind.BadConfiguration, failure.Message, failure);
         }
-    }
-
-    private static (DomainImage Image, DomainConfiguration Configuration, IReadOnlyList<string> Notes) LoadFromDisk(
-        DomainConfiguration configuration, BootloaderConfiguration bootloader)
-    {
-        string disk = configuration.Disks[0].Target;
-        try
-        {
-            GuestBoot boot = GuestDisk.Load(configuration, bootloader);
-            if ((ulong)boot.Ramdisk.Length > (ulong)configuration.MemoryMiB << 20)
-            {
-                throw Refusal(
-                    ProblemKind.BadConfiguration,
-                    $"The ramdisk {boot.RamdiskPaths[0]} in {disk} does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.");
-            }
-
-            if (System.Text.Encoding.UTF8.GetByteCount(boot.CommandLine) > DomainConfigurationRules.LongestCommandLine)
-            {
-                throw Refusal(
-                    ProblemKind.BadConfiguration,
-                    $"The command line of \"{boot.Title}\" in {disk} and the configuration's are together longer than the {DomainConfigurationRules.LongestCommandLine} bytes that a PV guest gets.");
-            }
-
-            DomainConfiguration described = configuration with
-            {
-                Kernel = $"{disk}:{boot.KernelPath}",
-                Ramdisk = boot.RamdiskPaths.Count == 0 ? null : string.Join(' ', boot.RamdiskPaths.Select(path => $"{disk}:{path}")),
-                CommandLine = boot.CommandLine,
-            };
-            return (new DomainImage(Parse(boot.Kernel, described.Kernel), boot.Ramdisk) { Reusable = false }, described, boot.Notes);
-        }
-        catch (BootException failure)
-        {
-            throw Refusal(ProblemKind.BadConfiguration, $"{disk}: {failure.Message}", failure);
-        }
-        catch (BlockImageException failure)
-        {
-            throw Refusal(ProblemKind.BadConfiguration, failure.Message, failure);
-        }
-    }
-
-    private static KernelImage Parse(byte[] image, string path)
-    {
-        try
-        {
-            return KernelImage.Parse(image);
-        }
         catch (KernelImageException failure)
         {
-            throw Refusal(ProblemKind.BadConfiguration, $"{path}: {failure.Message}", failure);
+            throw Refusal(ProblemKind.BadConfiguration, $"{kernel}: {failure.Message}", failure);
         }
     }
-
-    /// <summary>What CPUID is to answer otherwise.</summary>
-    private static CpuidOverride Override(CpuidMask mask)
-        => new(mask.Leaf, mask.Subleaf ?? 0, (Domains.Emulation.CpuidRegister)(int)mask.Register, mask.Set, mask.Clear, mask.Host);
-
-    /// <summary>Seconds that the wall clock is ahead of UTC, as libxl adds them up.</summary>
-    private static int TimeOffset(DomainConfiguration configuration)
-        => (int)Math.Clamp(
-            configuration.RtcTimeOffset + (configuration.LocalTime ? (long)TimeZoneInfo.Local.GetUtcOffset(DateTimeOffset.UtcNow).TotalSeconds : 0),
-            int.MinValue, int.MaxValue);
 
     /// <summary>What the domain is made from.</summary>
     internal static DomainSpecification Describe(DomainConfiguration configuration, DomainImage image) => new()
@@ -155,6 +98,47 @@ internal static class DomainLoader
         RamdiskFile = configuration.Ramdisk,
         KeepSuspended = true,
     };
+
+    /// <summary>What pygrub does: the kernel that the guest's own disk says is to be booted.</summary>
+    private static DomainSpecification LoadFromDisk(DomainConfiguration configuration, BootloaderConfiguration bootloader, Action<string>? note)
+    {
+        // The first disk, as with libxl; and what kernel and ramdisk name is inside of it, since libxl hands them to pygrub.
+        DiskConfiguration disk = configuration.Disks is [{ Format: not DiskFormat.Empty } first, ..]
+            ? first
+            : throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} is to boot from its first disk, and has none: add disk=, or name a kernel with kernel=.");
+        bootloader = bootloader with { Kernel = bootloader.Kernel ?? configuration.Kernel, Ramdisk = bootloader.Ramdisk ?? configuration.Ramdisk };
+        try
+        {
+            using ImageReader image = disk.Format == DiskFormat.Raw ? new RawImageReader(disk.Target) : BlockImageReader.Open(disk.Target, BlockImageFormat.Qcow2);
+            GuestBoot boot = GuestBootLoader.Load(image, bootloader, configuration.CommandLine);
+            foreach (string sentence in boot.Notes)
+                note?.Invoke(sentence);
+            if (boot.Ramdisk.Length > (long)configuration.MemoryMiB << 20)
+                throw new BootException($"Its ramdisk {boot.RamdiskPaths[0]} does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.");
+            if (System.Text.Encoding.UTF8.GetByteCount(boot.CommandLine) > DomainConfigurationRules.LongestCommandLine)
+                throw new BootException($"The command line of \"{boot.Title}\", with the configuration's, is longer than the {DomainConfigurationRules.LongestCommandLine} bytes that a PV guest gets.");
+            return Describe(configuration, new DomainImage(KernelImage.Parse(boot.Kernel), boot.Ramdisk) { Reusable = false }) with
+            {
+                CommandLine = boot.CommandLine,
+                KernelFile = $"{disk.Target}:{boot.KernelPath}",
+                RamdiskFile = boot.RamdiskPaths.Count == 0 ? null : string.Join(' ', boot.RamdiskPaths.Select(path => $"{disk.Target}:{path}")),
+            };
+        }
+        catch (Exception failure) when (failure is BootException or KernelImageException or BlockImageException)
+        {
+            throw Refusal(ProblemKind.BadConfiguration, $"The disk {disk.Target} of {configuration.Name} cannot be booted: {failure.Message}", failure);
+        }
+    }
+
+    /// <summary>What CPUID is to answer otherwise.</summary>
+    private static CpuidOverride Override(CpuidMask mask)
+        => new(mask.Leaf, mask.Subleaf ?? 0, (Domains.Emulation.CpuidRegister)(int)mask.Register, mask.Set, mask.Clear, mask.Host);
+
+    /// <summary>Seconds that the wall clock is ahead of UTC, as libxl adds them up.</summary>
+    private static int TimeOffset(DomainConfiguration configuration)
+        => (int)Math.Clamp(
+            configuration.RtcTimeOffset + (configuration.LocalTime ? (long)TimeZoneInfo.Local.GetUtcOffset(DateTimeOffset.UtcNow).TotalSeconds : 0),
+            int.MinValue, int.MaxValue);
 
     private static string Absolute(string path, string key) => Path.IsPathRooted(path)
         ? path

@@ -197,6 +197,21 @@ public sealed unsafe class TimekeepingTests
         Assert.That(*(uint*)(page + SharedInfoLayout.WallClockVersion), Is.EqualTo(2));
     }
 
+    [TestCase(7200, 1_000_007_200u)]
+    [TestCase(-3600, 999_996_400u)]
+    [TestCase(-2_000_000_000, 0u)]
+    public void A_wall_clock_has_the_domains_offset(int offset, uint seconds)
+    {
+        byte* page = stackalloc byte[4096];
+        new Span<byte>(page, 4096).Clear();
+        var time = new Timekeeping(new TimeStampCounter(1_000_000, 0), () => 0, () => 0, DateTime.UnixEpoch.AddSeconds(1_000_000_000))
+        {
+            WallClockOffset = TimeSpan.FromSeconds(offset),
+        };
+        time.UpdateWallClock(page);
+        Assert.That((*(uint*)(page + SharedInfoLayout.WallClockSeconds), *(uint*)(page + SharedInfoLayout.WallClockSecondsHigh)), Is.EqualTo((seconds, 0u)));
+    }
+
     /// <summary>What xen/interface/xen.h tells a guest to compute.</summary>
     private static ulong GuestTime(in VcpuTimeInfo info, ulong tsc)
     {

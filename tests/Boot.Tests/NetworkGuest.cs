@@ -13,7 +13,7 @@ namespace XenSharp.Boot.Tests;
 internal sealed class NetworkGuest : IAsyncDisposable
 {
     /// <summary>How much is streamed: busybox moves it a KiB at a time.</summary>
-    public const int StreamMiB = 2;
+    public const int StreamMiB = 1;
 
     private readonly ConsoleLines _console = new();
     private readonly List<NetworkBackend> _interfaces = [];
@@ -77,9 +77,11 @@ internal sealed class NetworkGuest : IAsyncDisposable
         return backend;
     }
 
-    /// <summary>Waits for an interface, and gives it an address.</summary>
+    /// <summary>Waits for an interface, whatever the kernel calls it, and gives it an address.</summary>
     public Task UpAsync(int number, string address, CancellationToken cancellation) => RunAsync(
-        $"until [ -e /sys/class/net/eth{number} ]; do sleep 0.05; done; ip addr add {address} dev eth{number} && ip link set eth{number} up", cancellation);
+        $"cd /sys/bus/xen/devices; until ls vif-{number}/net; do sleep 0.05; done 2>/dev/null; ip addr add {address} dev $(ls vif-{number}/net)"
+        + $" && ip link set $(ls vif-{number}/net) up",
+        cancellation);
 
     /// <summary>Has the shell run a command.</summary>
     /// <returns>What it printed, without the last line break.</returns>

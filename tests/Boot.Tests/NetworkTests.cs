@@ -66,6 +66,14 @@ public sealed partial class NetworkTests : KvmFixture
         await Task.WhenAll(_first.UpAsync(0, "10.0.0.1/24", end.Token), _second.UpAsync(0, "10.0.0.2/24", end.Token));
     }
 
+    /// <summary>What a test that failed leaves to look at.</summary>
+    [TearDown]
+    public void Show()
+    {
+        foreach (NetworkGuest guest in new[] { _first, _second })
+            TestContext.Out.WriteLine($"{guest.Summary}\n{guest.Console}");
+    }
+
     [OneTimeTearDown]
     public async Task EndAsync()
     {
@@ -73,7 +81,6 @@ public sealed partial class NetworkTests : KvmFixture
         {
             if (guest == null)
                 continue;
-            TestContext.Out.WriteLine(guest.Summary);
             await guest.DisposeAsync();
         }
 
@@ -110,7 +117,7 @@ public sealed partial class NetworkTests : KvmFixture
 
         foreach (NetworkBackend vif in vifs)
             Assert.That(await vif.RemoveAsync(s_detachTime, force: false, cancellation), Is.True);
-        Assert.That(await _first.RunAsync("ls /sys/class/net", cancellation), Does.Not.Contain("eth1"));
+        Assert.That(await _first.RunAsync("ls /sys/bus/xen/devices", cancellation), Does.Contain("vif-0").And.Not.Contain("vif-1"));
         Assert.That(network.Ports, Is.Empty);
     }
 

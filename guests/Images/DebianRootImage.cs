@@ -4,7 +4,7 @@ using XenSharp.Guests.Fetching;
 namespace XenSharp.Guests.Images;
 
 /// <summary>
-/// A disk without partitions whose ext4 holds Debian with systemd, its cloud kernel and an initramfs of its own (/vmlinuz, /initrd.img);
+/// A disk without partitions whose ext4 holds Debian with systemd, its cloud kernel, an initramfs of its own, and a grub.cfg that names them;
 /// it expects to be xvda, and has a login on every console that the kernel is told of. Made by mmdebstrap, once, in the cache.
 /// </summary>
 public static class DebianRootImage
@@ -33,6 +33,8 @@ public static class DebianRootImage
         $"echo root:{RootPassword} | chroot \"$1\" chpasswd",
         $"echo {HostName} > \"$1/etc/hostname\"",
         $"echo '127.0.0.1 localhost {HostName}' > \"$1/etc/hosts\"",
+        "mkdir -p \"$1/boot/grub\"",
+        "printf 'set default=0\\nmenuentry \"Debian\" {\\n\\tlinux /vmlinuz root=/dev/xvda ro console=hvc0\\n\\tinitrd /initrd.img\\n}\\n' > \"$1/boot/grub/grub.cfg\"",
         "echo '/dev/xvda / ext4 errors=remount-ro 0 1' > \"$1/etc/fstab\"",
         "ln -sf /dev/null \"$1/etc/systemd/system/apt-daily.timer\"",
         "ln -sf /dev/null \"$1/etc/systemd/system/apt-daily-upgrade.timer\"",

@@ -10,6 +10,7 @@ using Microsoft.AspNetCore.Server.Kestrel.Transport.Sockets;
 using Microsoft.Extensions.DependencyInjection;
 using Microsoft.Extensions.Hosting;
 using XenSharp.Api;
+using XenSharp.Devices.Xenstore;
 using XenSharp.Toolstack;
 using XenSharp.Toolstack.Management;
 
@@ -25,9 +26,11 @@ public sealed class DaemonServer : IAsyncDisposable
 
     private readonly ToolstackContext _context;
     private readonly WebApplication _application;
+    private readonly XenstoreListener? _xenstore;
 
-    private DaemonServer(ToolstackContext context, DomainToolstack toolstack, WebApplication application, DaemonOptions options)
-        => (_context, Toolstack, _application, Options) = (context, toolstack, application, options);
+    private DaemonServer(
+        ToolstackContext context, DomainToolstack toolstack, WebApplication application, XenstoreListener? xenstore, DaemonOptions options)
+        => (_context, Toolstack, _application, _xenstore, Options) = (context, toolstack, application, xenstore, options);
 
     /// <summary>What it was started with.</summary>
     public DaemonOptions Options { get; }
@@ -48,19 +51,24 @@ public sealed class DaemonServer : IAsyncDisposable
         var context = new ToolstackContext(host);
         DomainToolstack? toolstack = null;
         WebApplication? application = null;
+        XenstoreListener? xenstore = null;
         try
         {
             toolstack = new DomainToolstack(
                 context, new ToolstackOptions { StateFolder = options.StateFolder, ConsoleLogFolder = options.ConsoleLogFolder }, log);
             await SocketFile.PrepareAsync(options.Socket).ConfigureAwait(false);
+            if (options.XenstoreSocket is { } path)
+                xenstore = ListenForXenstore(context, path);
             application = Build(options, toolstack, log);
             await application.StartAsync().ConfigureAwait(false);
-            return new DaemonServer(context, toolstack, application, options);
+            return new DaemonServer(context, toolstack, application, xenstore, options);
         }
         catch (Exception failure)
         {
             if (application is not null)
                 await application.DisposeAsync().ConfigureAwait(false);
+            if (xenstore is not null)
+                await xenstore.DisposeAsync().ConfigureAwait(false);
             if (toolstack is not null)
                 await toolstack.DisposeAsync().ConfigureAwait(false);
             await context.DisposeAsync().ConfigureAwait(false);
@@ -82,8 +90,24 @@ public sealed class DaemonServer : IAsyncDisposable
         await _application.StopAsync().ConfigureAwait(false);
         await _application.DisposeAsync().ConfigureAwait(false);
         File.Delete(Options.Socket);
+        if (_xenstore is not null)
+            await _xenstore.DisposeAsync().ConfigureAwait(false);
         await Toolstack.DisposeAsync().ConfigureAwait(false);
         await _context.DisposeAsync().ConfigureAwait(false);
+    }
+
+    private static XenstoreListener ListenForXenstore(ToolstackContext context, string path)
+    {
+        try
+        {
+            if (Path.GetDirectoryName(path) is { Length: > 0 } folder)
+                _ = Directory.CreateDirectory(folder);
+            return XenstoreListener.Start(context.Store, path);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            throw new ToolstackException(ProblemKind.HostCannot, failure.Message, failure);
+        }
     }
 
     private static WebApplication Build(DaemonOptions options, DomainToolstack toolstack, ManagerLog log)

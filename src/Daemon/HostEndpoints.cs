@@ -70,8 +70,9 @@ internal sealed class HostEndpoints(DomainToolstack toolstack, DaemonOptions opt
         return TypedResults.NoContent();
     }
 
-    private Task FollowEvents(HttpContext context)
-        => LineStream.WriteAsync(context, toolstack.Events.FollowAsync(context.RequestAborted), ApiJson.Default.DomainEvent);
+    // The second parameter makes it a handler that is described; with the context alone it would not be.
+    private Task FollowEvents(HttpContext context, CancellationToken cancellation)
+        => LineStream.WriteAsync(context, toolstack.Events.FollowAsync(cancellation), ApiJson.Default.DomainEvent);
 
     private NoContent Forget(Guid uuid)
     {

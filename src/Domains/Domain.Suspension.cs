@@ -19,6 +19,9 @@ public sealed unsafe partial class Domain
     /// <summary>The domain was destroyed: it is not resumed.</summary>
     private bool _ends;
 
+    /// <summary>Raised by <see cref="Resume"/>, once <see cref="Completion"/> is that of the new run; on its thread.</summary>
+    public event Action? Resumed;
+
     /// <summary>Whether the guest has suspended itself, and no vCPU runs any more.</summary>
     public bool IsSuspended
     {
@@ -54,6 +57,8 @@ public sealed unsafe partial class Domain
             _run++;
             Monitor.PulseAll(_threads);
         }
+
+        Resumed?.Invoke();
     }
 
     /// <summary>

@@ -54,7 +54,7 @@ public sealed unsafe partial class Domain : IDisposable
         ArgumentNullException.ThrowIfNull(machine);
         Name = options.Name;
         _manager = manager ?? new DomainManager();
-        Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc);
+        Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc) { WallClockOffset = TimeSpan.FromSeconds(options.TimeOffsetSeconds) };
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
         Cpuid = CpuidPolicy.FromHost(options.Cpuid with

@@ -56,6 +56,9 @@ public sealed record DomainOptions
     /// <summary>The domain's UUID (XENVER_guest_handle).</summary>
     public Guid Uuid { get; init; } = Guid.NewGuid();
 
+    /// <summary>Seconds that the wall clock is ahead of UTC (XEN_DOMCTL_settimeoffset; xl's rtc_timeoffset and localtime).</summary>
+    public int TimeOffsetSeconds { get; init; }
+
     /// <summary>Reads the host's TSC.</summary>
     public required Func<ulong> HostTsc { get; init; }
 

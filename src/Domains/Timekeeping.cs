@@ -235,10 +235,13 @@ public sealed class Timekeeping
         }
     }
 
-    /// <summary>Stores the wall clock, UTC at system time 0, into shared_info.</summary>
+    /// <summary>What the domain's wall clock is ahead of UTC (XEN_DOMCTL_settimeoffset).</summary>
+    public TimeSpan WallClockOffset { get; init; }
+
+    /// <summary>Stores the wall clock, UTC with the domain's offset at system time 0, into shared_info.</summary>
     public unsafe void UpdateWallClock(byte* sharedInfo)
     {
-        long ticks = (BootUtc - DateTime.UnixEpoch).Ticks;
+        long ticks = Math.Max(0, (BootUtc - DateTime.UnixEpoch + WallClockOffset).Ticks);
         ulong seconds = (ulong)(ticks / TimeSpan.TicksPerSecond);
         ref uint version = ref Unsafe.AsRef<uint>(sharedInfo + SharedInfoLayout.WallClockVersion);
         uint old = Volatile.Read(ref version);

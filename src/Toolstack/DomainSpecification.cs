@@ -3,6 +3,7 @@
 using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Emulation;
 
 namespace XenSharp.Toolstack;
 
@@ -40,6 +41,12 @@ public sealed record DomainSpecification
 
     /// <summary>The highest event-channel port that the guest may have (<see cref="DomainOptions.MaxEventChannels"/>).</summary>
     public uint MaxEventChannels { get; init; } = 1023;
+
+    /// <summary>Seconds that the wall clock is ahead of UTC.</summary>
+    public int TimeOffsetSeconds { get; init; }
+
+    /// <summary>What CPUID is to answer otherwise than by default.</summary>
+    public IReadOnlyList<CpuidOverride> Cpuid { get; init; } = [];
 
     /// <summary>
     /// A guest that suspends itself is kept as it is, to be saved and resumed (<see cref="RunningDomain.Resume"/>), until it is destroyed;

@@ -6,6 +6,7 @@ using XenSharp.Devices.Console;
 using XenSharp.Devices.Xenstore;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Migration;
 using XenSharp.Kvm;
 
@@ -325,6 +326,8 @@ public sealed class RunningDomain : IAsyncDisposable
         MaxEventChannels = specification.MaxEventChannels,
         CommandLine = specification.CommandLine,
         Uuid = specification.Uuid,
+        TimeOffsetSeconds = specification.TimeOffsetSeconds,
+        Cpuid = new CpuidOptions { Overrides = specification.Cpuid },
         HostTsc = static () => HostClock.TimeStampCounter,
         ShadowPageTables = toolstack.Host.Capabilities.ShadowPageTables,
         Trace = specification.Trace,

@@ -30,7 +30,8 @@ public sealed class BlockTests : KvmFixture
     /// all of a device.
     /// </summary>
     private const string Functions = """
-        for module in /modules/*.ko; do insmod $module || echo "@failed insmod $module"; done
+        insmod /modules/0.ko max_ring_page_order=2 || echo "@failed insmod xen-blkfront"
+        for module in /modules/[1-9].ko; do insmod $module || echo "@failed insmod $module"; done
         appear() {
             i=0
             until [ -b /dev/$1 ]; do
@@ -121,6 +122,9 @@ public sealed class BlockTests : KvmFixture
         string features = await console.WaitForAsync("@features", domain.Stopped, cancellation);
         Assert.That(features, Does.Contain("flush diskcache: enabled").Or.Contain("barrier or flush"));
         Assert.That(features, Does.Contain("persistent grants: enabled").And.Contain("indirect descriptors: enabled"));
+        string nodes = first.Address.FrontEnd;
+        Assert.That(domain.Store.Domain0.Read(nodes + "/ring-page-order"), Is.EqualTo("2"));
+        Assert.That(domain.Store.Domain0.Read(nodes + "/multi-queue-num-queues"), Is.EqualTo(Environment.ProcessorCount > 1 ? "2" : null));
         Assert.That(await console.WaitForAsync("@hole", domain.Stopped, cancellation), Is.EqualTo("0"));
         Assert.That(await console.WaitForAsync("@ro", domain.Stopped, cancellation), Is.EqualTo("1"));
         Assert.That(await console.WaitForAsync("@second", domain.Stopped, cancellation), Is.EqualTo(SumOf(contents)));

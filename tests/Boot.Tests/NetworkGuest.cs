@@ -2,24 +2,26 @@
 
 using System.Globalization;
 using System.Text;
-using XenSharp.Cli.Hosting;
 using XenSharp.Devices.Network;
-using XenSharp.Domains;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
 /// <summary>The guest, its console with a shell, and what is attached to it.</summary>
 internal sealed class NetworkGuest : IAsyncDisposable
 {
+    /// <summary>How much is streamed: busybox moves it a KiB at a time.</summary>
+    public const int StreamMiB = 2;
+
     private readonly ConsoleLines _console = new();
     private readonly List<NetworkBackend> _interfaces = [];
     private int _commands;
 
-    private NetworkGuest(KvmHost host, DomainImage image, string name, int vcpus, DomainManager manager)
+    private NetworkGuest(ToolstackContext toolstack, DomainImage image, string name, int vcpus)
         => Domain = RunningDomain.Create(
-            host,
+            toolstack,
             new DomainSpecification
             {
                 Name = name,
@@ -28,12 +30,17 @@ internal sealed class NetworkGuest : IAsyncDisposable
                 Vcpus = vcpus,
                 CommandLine = $"console=hvc0 quiet {BusyboxInitramfs.PipedInputParameter}",
             },
-            _console,
-            manager: manager);
+            _console);
 
     public RunningDomain Domain { get; }
 
     public string Console => _console.Text;
+
+    /// <summary>What was attached, in that order; what was detached too.</summary>
+    public IReadOnlyList<NetworkBackend> Interfaces => _interfaces;
+
+    /// <summary>What went through the interfaces, and what was said about them.</summary>
+    public string Summary => string.Join('\n', _interfaces.Select(static vif => $"{vif.Device}: {vif.Statistics}").Concat(Reports));
 
     /// <summary>What the back ends said.</summary>
     public List<string> Reports { get; } = [];
@@ -55,8 +62,8 @@ internal sealed class NetworkGuest : IAsyncDisposable
         cancellation);
 
     /// <summary>Makes a guest, which is not started yet.</summary>
-    public static NetworkGuest Create(KvmHost host, DomainImage image, string name, int vcpus, DomainManager manager)
-        => new(host, image, name, vcpus, manager);
+    public static NetworkGuest Create(ToolstackContext toolstack, DomainImage image, string name, int vcpus)
+        => new(toolstack, image, name, vcpus);
 
     /// <summary>Attaches an interface, before the start or while the guest runs.</summary>
     public NetworkBackend Attach(INetworkPort port, NetworkDeviceOptions options)
@@ -69,6 +76,10 @@ internal sealed class NetworkGuest : IAsyncDisposable
         _interfaces.Add(backend);
         return backend;
     }
+
+    /// <summary>Waits for an interface, and gives it an address.</summary>
+    public Task UpAsync(int number, string address, CancellationToken cancellation) => RunAsync(
+        $"until [ -e /sys/class/net/eth{number} ]; do sleep 0.05; done; ip addr add {address} dev eth{number} && ip link set eth{number} up", cancellation);
 
     /// <summary>Has the shell run a command.</summary>
     /// <returns>What it printed, without the last line break.</returns>

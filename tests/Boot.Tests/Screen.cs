@@ -27,21 +27,29 @@ internal sealed class Screen
     }
 
     /// <summary>Waits for a text, and takes all up to its end.</summary>
-    internal void WaitFor(string text)
+    /// <param name="text">The text.</param>
+    /// <param name="patience">How long it may take to come; a minute where it is not said.</param>
+    /// <returns>What came before it.</returns>
+    internal string WaitFor(string text, TimeSpan? patience = null)
     {
+        string? before = null;
         bool found = SpinWait.SpinUntil(
             () =>
             {
                 lock (_text)
                 {
-                    int at = _text.ToString().IndexOf(text, StringComparison.Ordinal);
-                    if (at >= 0)
-                        _text.Remove(0, at + text.Length);
-                    return at >= 0;
+                    string all = _text.ToString();
+                    int at = all.IndexOf(text, StringComparison.Ordinal);
+                    if (at < 0)
+                        return false;
+                    before = all[..at];
+                    _text.Remove(0, at + text.Length);
+                    return true;
                 }
             },
-            TimeSpan.FromSeconds(60));
+            patience ?? TimeSpan.FromSeconds(60));
         if (!found)
             Assert.Fail($"\"{text}\" did not appear; there was: {_text}");
+        return before!;
     }
 }

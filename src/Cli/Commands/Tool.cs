@@ -76,6 +76,7 @@ public static class Tool
             CompareCommand.Create(services),
             TraceCommand.Create(),
             XenstoreCommand.Create(),
+            DaemonCommand.Create(services),
         };
         foreach (Command command in ManagementCommands.Create())
             root.Add(command);

@@ -13,14 +13,15 @@ internal static class CompletionCommand
         # Completion of xensharp's words in bash. To have it in every shell:
         #   xensharp completion bash > /etc/bash_completion.d/xensharp
         _xensharp() {
-            local word="${COMP_WORDS[COMP_CWORD]}" line
+            local first="${COMP_WORDS[0]}" word="${COMP_WORDS[COMP_CWORD]}" line typed
+            typed="xensharp${COMP_LINE:${#first}:$((COMP_POINT - ${#first}))}"
             COMPREPLY=()
             while IFS= read -r line; do
                 case "$line" in
                     -*|/*) [[ "$word" == -* ]] || continue ;;
                 esac
                 [[ "$line" == "$word"* ]] && COMPREPLY+=("$(printf '%q' "$line")")
-            done < <("${COMP_WORDS[0]}" "[suggest:${COMP_POINT}]" "${COMP_LINE}" 2>/dev/null)
+            done < <("${first/#\~/$HOME}" "[suggest:${#typed}]" "$typed" 2>/dev/null)
         }
         complete -o default -F _xensharp xensharp
         """;
@@ -31,13 +32,13 @@ internal static class CompletionCommand
         #   xensharp completion zsh > /usr/local/share/zsh/site-functions/_xensharp
         _xensharp() {
             local -a found
-            local line
+            local line typed="xensharp ${(j: :)words[2,CURRENT]}"
             while IFS= read -r line; do
                 case "$line" in
                     -*|/*) [[ "$PREFIX" == -* ]] || continue ;;
                 esac
                 found+=("$line")
-            done < <("${words[1]}" "[suggest:${CURSOR}]" "${BUFFER}" 2>/dev/null)
+            done < <("${(e)words[1]}" "[suggest:${#typed}]" "$typed" 2>/dev/null)
             compadd -a found || _files
         }
         if [ "$funcstack[1]" = "_xensharp" ]; then
@@ -52,7 +53,10 @@ internal static class CompletionCommand
         #   xensharp completion fish > /etc/fish/completions/xensharp.fish
         function __xensharp_complete
             set -l word (commandline -ct)
-            for line in (xensharp "[suggest:"(commandline -C)"]" (commandline -p) 2>/dev/null)
+            set -l words (commandline -opc)
+            set -e words[1]
+            set -l typed (string join ' ' -- xensharp $words)" $word"
+            for line in (xensharp "[suggest:"(string length -- $typed)"]" $typed 2>/dev/null)
                 if string match -q -- '-*' $line; or string match -q -- '/*' $line
                     string match -q -- '-*' $word; or continue
                 end

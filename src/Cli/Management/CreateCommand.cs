@@ -99,7 +99,7 @@ internal static class CreateCommand
         private readonly Argument<string[]> _words = new("ConfigFile")
         {
             Description = "The configuration file; and settings that go behind it, such as memory=512 or 'name=\"web\"'.",
-            HelpName = "ConfigFile] [KEY=VALUE",
+            HelpName = "ConfigFile|KEY=VALUE",
             Arity = ArgumentArity.ZeroOrMore,
             DefaultValueFactory = static _ => [],
         };

@@ -41,7 +41,7 @@ internal static class SaveCommands
         var files = new Argument<string[]>("file")
         {
             Description = "The file that the domain was saved to; before it, a configuration to be used in place of the saved one.",
-            HelpName = "[ConfigFile] CheckpointFile",
+            HelpName = "ConfigFile|CheckpointFile",
             Arity = new ArgumentArity(1, 2),
         };
         var paused = new Option<bool>("-p") { Description = "Leave the domain paused." };

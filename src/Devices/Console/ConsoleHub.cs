@@ -198,25 +198,33 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
 
     private void WaitForReaders(CancellationToken cancellation)
     {
-        using CancellationTokenRegistration registration = cancellation.UnsafeRegister(
+        CancellationTokenRegistration registration = cancellation.UnsafeRegister(
             static gate =>
             {
                 lock (gate!)
                     Monitor.PulseAll(gate);
             },
             Gate);
-        long start = Stopwatch.GetTimestamp();
-        while (IsHeld() && !_completed)
+        try
         {
-            cancellation.ThrowIfCancellationRequested();
-            TimeSpan left = _options.Patience - Stopwatch.GetElapsedTime(start);
-            if (left <= TimeSpan.Zero)
+            long start = Stopwatch.GetTimestamp();
+            while (IsHeld() && !_completed)
             {
-                foreach (ConsoleViewer viewer in _viewers)
-                    viewer.Stalled |= Holds(viewer);
-                return;
+                cancellation.ThrowIfCancellationRequested();
+                TimeSpan left = _options.Patience - Stopwatch.GetElapsedTime(start);
+                if (left <= TimeSpan.Zero)
+                {
+                    foreach (ConsoleViewer viewer in _viewers)
+                        viewer.Stalled |= Holds(viewer);
+                    return;
+                }
+                _ = Monitor.Wait(Gate, left);
             }
-            _ = Monitor.Wait(Gate, left);
+        }
+        finally
+        {
+            // Disposing it would wait for the callback, which may be waiting for the gate that is held here.
+            _ = registration.Unregister();
         }
     }
 

@@ -28,7 +28,6 @@ internal static unsafe class HostInterface
     private const short Tap = 0x0002;
     private const short NoPacketInformation = 0x1000;
     private const short VirtioHeader = 0x4000;
-    private const short OneQueueExclusive = unchecked((short)0x8000);
 
     /// <summary>TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6 and TUN_F_TSO_ECN.</summary>
     private const uint AllOffloads = 0x01 | 0x02 | 0x04 | 0x08;
@@ -67,7 +66,7 @@ internal static unsafe class HostInterface
 
     /// <summary>Makes a TAP device, or opens a persistent one, whose frames have a struct virtio_net_hdr of 10 bytes before them.</summary>
     /// <param name="name">Its name, which <see cref="IsName"/> allows.</param>
-    /// <param name="persistent">Whether it stays when it is closed.</param>
+    /// <param name="persistent">Whether it stays when it is closed; one that was persistent before stays in any case.</param>
     /// <returns>A descriptor whose calls do not wait.</returns>
     /// <exception cref="HostNetworkException">That cannot be done here.</exception>
     public static int OpenTap(string name, bool persistent)
@@ -88,13 +87,14 @@ internal static unsafe class HostInterface
         try
         {
             InterfaceRequest request = Named(name);
-            request.Flags = (short)(Tap | NoPacketInformation | VirtioHeader | (persistent ? 0 : OneQueueExclusive));
+            request.Flags = Tap | NoPacketInformation | VirtioHeader;
             if (LibC.ioctl(file, TunSetInterface, &request) < 0)
                 throw TapFailure(name, LibC.errno);
             int headerSize = TapDevice.VirtioHeaderSize;
             Check(LibC.ioctl(file, TunSetHeaderSize, &headerSize), $"The TAP device {name} does not take a header before its frames");
             Check(LibC.ioctl(file, TunSetOffload, (void*)AllOffloads), $"The TAP device {name} cannot leave checksums and segments to others");
-            Check(LibC.ioctl(file, TunSetPersistence, (void*)(persistent ? 1 : 0)), $"The TAP device {name} cannot be made persistent");
+            if (persistent)
+                Check(LibC.ioctl(file, TunSetPersistence, (void*)1), $"The TAP device {name} cannot be made persistent");
             return file;
         }
         catch
@@ -200,7 +200,12 @@ internal static unsafe class HostInterface
     {
         InterfaceRequest request = Named(name);
         Check(LibC.ioctl(socket, LibC.SIOCGIFFLAGS, &request), $"The interface {name} is gone");
-        request.Flags = (short)(((ushort)request.Flags | set) & ~clear);
+        short wanted = (short)(((ushort)request.Flags | set) & ~clear);
+
+        // A device that was made ready beforehand can be used without any right to change it.
+        if (request.Flags == wanted)
+            return;
+        request.Flags = wanted;
         Check(LibC.ioctl(socket, LibC.SIOCSIFFLAGS, &request), $"The interface {name} cannot be brought up");
     }
 

@@ -52,10 +52,12 @@ public sealed unsafe partial class TapDevice : INetworkPort
 
     internal int File => _file;
 
-    /// <summary>Makes a TAP device, and brings it up.</summary>
+    /// <summary>
+    /// Makes a TAP device, or takes a persistent one that nobody uses (<c>ip tuntap add NAME mode tap</c>), and brings it up.
+    /// </summary>
     /// <param name="name">The interface's name on the host, 1 to 15 characters.</param>
     /// <param name="bridge">The host's bridge that it becomes a port of; null for none.</param>
-    /// <param name="persistent">Whether it stays when it is disposed.</param>
+    /// <param name="persistent">Whether it stays when it is disposed; one that was persistent before stays in any case.</param>
     /// <param name="report">Takes a sentence for people if the device is lost.</param>
     /// <exception cref="HostNetworkException">That cannot be done here; the message says why and what to do.</exception>
     public static TapDevice Open(string name, string? bridge = null, bool persistent = false, Action<string>? report = null)

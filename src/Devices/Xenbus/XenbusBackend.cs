@@ -14,7 +14,7 @@ namespace XenSharp.Devices.Xenbus;
 /// to Closing and Closed, and offers itself again when it starts anew: after a driver was loaded again, a kexec, a resume.</para>
 /// <para><b>Hostile front ends.</b> One loop a device does everything, step by step; a front end that writes nonsense gets an error
 /// node and a back end that closes, and can start anew. What is said about it to people is limited.</para>
-/// <para><b>The domain's end</b> ends the connection as well, whatever was under way. The nodes stay until <see cref="DisposeAsync"/>,
+/// <para><b>The domain's end</b> ends the connection as well, whatever was under way; that it suspends itself does not. The nodes stay until <see cref="DisposeAsync"/>,
 /// which has to come before the domain's memory and the store go.</para>
 /// </remarks>
 public sealed class XenbusBackend : IAsyncDisposable
@@ -128,6 +128,10 @@ public sealed class XenbusBackend : IAsyncDisposable
 
     private void Wake() => _wake.Writer.TryWrite(true);
 
+    /// <summary>Wakes the loop when the domain's run ends.</summary>
+    private void FollowRun() => _ = _domain.Completion.ContinueWith(
+        static (_, backend) => ((XenbusBackend)backend!).Wake(), this, _stop.Token, TaskContinuationOptions.None, TaskScheduler.Default);
+
     private async Task RunAsync()
     {
         IDisposable? watch = null;
@@ -135,8 +139,8 @@ public sealed class XenbusBackend : IAsyncDisposable
         {
             Offer();
             watch = _store.Watch(Device.FrontEnd + "/state", _ => Wake());
-            _ = _domain.Completion.ContinueWith(
-                static (_, backend) => ((XenbusBackend)backend!).Wake(), this, _stop.Token, TaskContinuationOptions.None, TaskScheduler.Default);
+            _domain.Resumed += FollowRun;
+            FollowRun();
             do
             {
                 await _wake.Reader.ReadAsync(_stop.Token).ConfigureAwait(false);
@@ -155,6 +159,7 @@ public sealed class XenbusBackend : IAsyncDisposable
         finally
         {
             watch?.Dispose();
+            _domain.Resumed -= FollowRun;
             await DisconnectAsync().ConfigureAwait(false);
             _state = XenbusState.Closed;
             await _stop.CancelAsync().ConfigureAwait(false);
@@ -173,7 +178,8 @@ public sealed class XenbusBackend : IAsyncDisposable
     /// <returns>Whether the device is unplugged.</returns>
     private async ValueTask<bool> StepAsync()
     {
-        if (!_domainEnded && _domain.Completion.IsCompleted)
+        // A domain that has suspended itself keeps its devices: it may go on in place, with the rings that it has.
+        if (!_domainEnded && _domain.Completion is { IsCompletedSuccessfully: true } end && end.Result.Reason != ShutdownReason.Suspend)
         {
             _domainEnded = true;
             await DisconnectAsync().ConfigureAwait(false);

@@ -28,7 +28,9 @@ public sealed class XenstoreListener : IAsyncDisposable
     private readonly XenstoreListenerOptions _options;
     private readonly Socket _socket;
     private readonly CancellationTokenSource _stop = new();
-    private readonly HashSet<XenstoreConnection> _clients = [];
+
+    // With what completes when the client's socket is closed.
+    private readonly Dictionary<XenstoreConnection, Task> _clients = [];
     private readonly Task _accepting;
 
     private XenstoreListener(XenstoreServer server, string path, Socket socket, XenstoreListenerOptions options)
@@ -76,13 +78,13 @@ public sealed class XenstoreListener : IAsyncDisposable
 
         // The runtime removes the file of a bound socket when that is closed.
         _socket.Dispose();
-        XenstoreConnection[] clients;
+        KeyValuePair<XenstoreConnection, Task>[] clients;
         lock (_clients)
             clients = [.. _clients];
-        foreach (XenstoreConnection client in clients)
+        foreach ((XenstoreConnection client, _) in clients)
             client.Stop();
-        foreach (XenstoreConnection client in clients)
-            await client.Completion.ConfigureAwait(false);
+        foreach ((_, Task end) in clients)
+            await end.ConfigureAwait(false);
     }
 
     private async Task AcceptAsync()
@@ -130,14 +132,16 @@ public sealed class XenstoreListener : IAsyncDisposable
             throw;
         }
         lock (_clients)
-            _ = _clients.Add(connection);
-        connection.Completion.ContinueWith(
-            _ =>
-            {
-                transport.Dispose();
-                lock (_clients)
-                    _clients.Remove(connection);
-            },
-            CancellationToken.None, TaskContinuationOptions.None, TaskScheduler.Default);
+            _clients.Add(connection, EndAsync(connection, transport));
+    }
+
+    private async Task EndAsync(XenstoreConnection connection, XenstoreSocketTransport transport)
+    {
+        // Not at once: the client is remembered first.
+        await Task.Yield();
+        await connection.Completion.ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
+        transport.Dispose();
+        lock (_clients)
+            _ = _clients.Remove(connection);
     }
 }

@@ -180,7 +180,6 @@ public sealed class XenstoreSocketClient : IAsyncDisposable
     {
         await _stream.DisposeAsync().ConfigureAwait(false);
         await _receiving.ConfigureAwait(false);
-        _sendTurn.Dispose();
     }
 
     private static string Reason(string path, SocketException failure) => failure.SocketErrorCode switch
@@ -258,7 +257,17 @@ public sealed class XenstoreSocketClient : IAsyncDisposable
         byte[] message = new byte[XenstoreWire.HeaderSize + payload.Length];
         new XenstoreHeader(type, id, transaction, (uint)payload.Length).Encode(message);
         payload.CopyTo(message, XenstoreWire.HeaderSize);
-        await _sendTurn.WaitAsync(cancellation).ConfigureAwait(false);
+        try
+        {
+            await _sendTurn.WaitAsync(cancellation).ConfigureAwait(false);
+        }
+        catch (OperationCanceledException)
+        {
+            // Nobody will ever answer what was not asked.
+            lock (_pending)
+                _ = _pending.Remove(id);
+            throw;
+        }
         try
         {
             // Not cancelled half way: the rest of the stream would mean something else.

@@ -46,6 +46,9 @@ public sealed record CpuidOptions
     /// <summary>The host's microcode revision, as /proc/cpuinfo tells it; 0 for unknown.</summary>
     public uint MicrocodeRevision { get; init; }
 
+    /// <summary>What is to be otherwise than Xen's default policy has it.</summary>
+    public IReadOnlyList<CpuidOverride> Overrides { get; init; } = [];
+
     /// <summary>One past the highest machine frame that a page-table entry may name.</summary>
     public Mfn EndOfMachineFrames { get; init; }
 }
@@ -108,6 +111,7 @@ public sealed class CpuidPolicy
 
         _set = ReadFeatures(host, maxFeatureSubleaf);
         _set.Intersect(FeatureSet.Offered());
+        TakeFeatures(options.Overrides);
         Xstate = new XstateLayout(host, options.SupportedXcr0);
         if (MaxBasicLeaf < LastBasicLeaf || !Xstate.IsUsable)
             _set.Set(CpuFeature.Xsave, false);
@@ -128,8 +132,8 @@ public sealed class CpuidPolicy
         Xstate.Restrict((_set.Has(CpuFeature.Avx) ? XstateLayout.Avx : 0)
             | (_set.Has(CpuFeature.Avx512F) ? XstateLayout.Avx512 : 0));
 
-        FillBasic(host, identity, options.VcpuCount, maxFeatureSubleaf);
-        FillExtended(host, options.VcpuCount);
+        FillBasic(host, identity, options, maxFeatureSubleaf);
+        FillExtended(host, options);
         _xen = new XenCpuidLeaves(options, (host(0x80000001, 0).Edx & (1 << 27)) != 0 && maxHostExtended > 0x80000000);
     }
 
@@ -262,8 +266,23 @@ public sealed class CpuidPolicy
         };
     }
 
-    private void FillBasic(CpuidSource host, in CpuidLeaf identity, int vcpus, uint maxFeatureSubleaf)
+    /// <summary>Takes features away. What is here is all that the host and a PV guest can have, so that none can be added.</summary>
+    private void TakeFeatures(IReadOnlyList<CpuidOverride> overrides)
     {
+        foreach (CpuidOverride one in overrides)
+        {
+            if (one.Word is { } word)
+                _set[word] &= ~(one.Clear & ~CannotBeHidden(word));
+        }
+    }
+
+    /// <summary>Bits that say how the x87 unit behaves, whatever a guest is told.</summary>
+    private static uint CannotBeHidden(FeatureWord word)
+        => word == FeatureWord.Leaf7Ebx ? (1u << ((int)CpuFeature.FdpExceptionOnly & 31)) | (1u << ((int)CpuFeature.NoFpuSelectors & 31)) : 0;
+
+    private void FillBasic(CpuidSource host, in CpuidLeaf identity, CpuidOptions options, uint maxFeatureSubleaf)
+    {
+        int vcpus = options.VcpuCount;
         _basic[0] = identity with { Eax = MaxBasicLeaf };
 
         // Family and stepping without the processor type; brand and cache line size; cores, with the APIC id added per vCPU.
@@ -273,6 +292,15 @@ public sealed class CpuidPolicy
             (first.Ebx & 0xffff) | (uint)(vcpus << 16),
             _set[FeatureWord.Leaf1Ecx],
             _set[FeatureWord.Leaf1Edx]);
+
+        // Signature and brand: the bits that are left of the host's.
+        foreach (CpuidOverride one in options.Overrides)
+        {
+            if (one is { Leaf: 1, Register: CpuidRegister.Eax })
+                _basic[1] = _basic[1] with { Eax = one.Apply(_basic[1].Eax, first.Eax) & 0x0fff_0fff };
+            else if (one is { Leaf: 1, Register: CpuidRegister.Ebx })
+                _basic[1] = _basic[1] with { Ebx = (_basic[1].Ebx & 0xffff_0000) | (one.Apply(_basic[1].Ebx, first.Ebx) & 0xffff) };
+        }
 
         // Cache descriptors; the low byte says that one query gives them all.
         if (Vendor == CpuVendor.Intel && MaxBasicLeaf >= 2)
@@ -313,11 +341,17 @@ public sealed class CpuidPolicy
         }
     }
 
-    private void FillExtended(CpuidSource host, int vcpus)
+    private void FillExtended(CpuidSource host, CpuidOptions options)
     {
+        int vcpus = options.VcpuCount;
         bool amd = Vendor == CpuVendor.Amd;
         for (uint leaf = 0x80000000; leaf <= MaxExtendedLeaf; leaf++)
             _extended[leaf & 0xffff] = ExtendedLeaf(leaf, host(leaf, 0), amd, vcpus);
+        foreach (CpuidOverride one in options.Overrides)
+        {
+            if (one.IsName && one.Leaf <= MaxExtendedLeaf)
+                _extended[one.Leaf & 0xffff] = one.Apply(_extended[one.Leaf & 0xffff], host(one.Leaf, 0));
+        }
     }
 
     private CpuidLeaf ExtendedLeaf(uint leaf, CpuidLeaf host, bool amd, int vcpus)

@@ -2,7 +2,10 @@
 
 using XenSharp.Api;
 using XenSharp.Configuration;
+using XenSharp.Configuration.Boot;
+using XenSharp.Devices.Block.Images;
 using XenSharp.Domains.Builder;
+using XenSharp.Domains.Emulation;
 using XenSharp.Kvm;
 
 namespace XenSharp.Toolstack.Management;
@@ -38,21 +41,23 @@ internal static class DomainLoader
                 ineffective.Add($"{key} has no effect in this build.");
         }
 
-        Note(configuration.Cpuid.Count > 0, "cpuid");
-        Note(configuration.LocalTime, "localtime");
-        Note(configuration.RtcTimeOffset != 0, "rtc_timeoffset");
+        ineffective.AddRange(configuration.Cpuid.Where(static mask => !Override(mask).IsHeeded).Select(static mask =>
+            $"cpuid has no effect on leaf 0x{mask.Leaf:x}, {mask.Register}: features, the processor's signature and its name can be changed."));
         Note(configuration.MaxGrantFrames is not null, "max_grant_frames");
         Note(configuration.MaxMaptrackFrames is not null, "max_maptrack_frames");
         Note(configuration.MaxGrantVersion is not null, "max_grant_version");
         return ineffective;
     }
 
-    /// <summary>Reads kernel and ramdisk.</summary>
+    /// <summary>Reads kernel and ramdisk, from files of the host's or out of the domain's first disk.</summary>
+    /// <returns>
+    /// The image; and the configuration as it is to be described, with the command line and the names that a disk's boot menu has.
+    /// </returns>
     /// <exception cref="ToolstackException">They cannot be read, or are none; a sentence says which.</exception>
-    internal static DomainImage Load(DomainConfiguration configuration)
+    internal static (DomainImage Image, DomainConfiguration Configuration, IReadOnlyList<string> Notes) Load(DomainConfiguration configuration)
     {
-        if (configuration.Bootloader is not null)
-            throw Refusal(ProblemKind.NotSupported, "A kernel inside a disk image (bootloader=) is not supported by this build: name it with kernel=.");
+        if (configuration.Bootloader is { } bootloader)
+            return LoadFromDisk(configuration, bootloader);
         if (configuration.Kernel is not { } kernel)
             throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} has no kernel: name it with kernel=.");
         try
@@ -63,17 +68,74 @@ internal static class DomainLoader
                     Absolute(ramdisk, "ramdisk"), "ramdisk=", (int)Math.Min((long)configuration.MemoryMiB << 20, Array.MaxLength),
                     $"does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.")
                 : [];
-            return new DomainImage(KernelImage.Parse(image), disk) { Reusable = false };
+            return (new DomainImage(Parse(image, kernel), disk) { Reusable = false }, configuration, []);
         }
         catch (HostFileException failure)
         {
             throw Refusal(ProblemKind.BadConfiguration, failure.Message, failure);
         }
-        catch (KernelImageException failure)
+    }
+
+    private static (DomainImage Image, DomainConfiguration Configuration, IReadOnlyList<string> Notes) LoadFromDisk(
+        DomainConfiguration configuration, BootloaderConfiguration bootloader)
+    {
+        string disk = configuration.Disks[0].Target;
+        try
         {
-            throw Refusal(ProblemKind.BadConfiguration, $"{kernel}: {failure.Message}", failure);
+            GuestBoot boot = GuestDisk.Load(configuration, bootloader);
+            if ((ulong)boot.Ramdisk.Length > (ulong)configuration.MemoryMiB << 20)
+            {
+                throw Refusal(
+                    ProblemKind.BadConfiguration,
+                    $"The ramdisk {boot.RamdiskPaths[0]} in {disk} does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.");
+            }
+
+            if (System.Text.Encoding.UTF8.GetByteCount(boot.CommandLine) > DomainConfigurationRules.LongestCommandLine)
+            {
+                throw Refusal(
+                    ProblemKind.BadConfiguration,
+                    $"The command line of \"{boot.Title}\" in {disk} and the configuration's are together longer than the {DomainConfigurationRules.LongestCommandLine} bytes that a PV guest gets.");
+            }
+
+            DomainConfiguration described = configuration with
+            {
+                Kernel = $"{disk}:{boot.KernelPath}",
+                Ramdisk = boot.RamdiskPaths.Count == 0 ? null : string.Join(' ', boot.RamdiskPaths.Select(path => $"{disk}:{path}")),
+                CommandLine = boot.CommandLine,
+            };
+            return (new DomainImage(Parse(boot.Kernel, described.Kernel), boot.Ramdisk) { Reusable = false }, described, boot.Notes);
+        }
+        catch (BootException failure)
+        {
+            throw Refusal(ProblemKind.BadConfiguration, $"{disk}: {failure.Message}", failure);
+        }
+        catch (BlockImageException failure)
+        {
+            throw Refusal(ProblemKind.BadConfiguration, failure.Message, failure);
         }
     }
+
+    private static KernelImage Parse(byte[] image, string path)
+    {
+        try
+        {
+            return KernelImage.Parse(image);
+        }
+        catch (KernelImageException failure)
+        {
+            throw Refusal(ProblemKind.BadConfiguration, $"{path}: {failure.Message}", failure);
+        }
+    }
+
+    /// <summary>What CPUID is to answer otherwise.</summary>
+    private static CpuidOverride Override(CpuidMask mask)
+        => new(mask.Leaf, mask.Subleaf ?? 0, (Domains.Emulation.CpuidRegister)(int)mask.Register, mask.Set, mask.Clear, mask.Host);
+
+    /// <summary>Seconds that the wall clock is ahead of UTC, as libxl adds them up.</summary>
+    private static int TimeOffset(DomainConfiguration configuration)
+        => (int)Math.Clamp(
+            configuration.RtcTimeOffset + (configuration.LocalTime ? (long)TimeZoneInfo.Local.GetUtcOffset(DateTimeOffset.UtcNow).TotalSeconds : 0),
+            int.MinValue, int.MaxValue);
 
     /// <summary>What the domain is made from.</summary>
     internal static DomainSpecification Describe(DomainConfiguration configuration, DomainImage image) => new()
@@ -87,6 +149,8 @@ internal static class DomainLoader
         OnlineVcpus = configuration.Vcpus,
         MaxEventChannels = (uint)configuration.MaxEventChannels,
         CommandLine = configuration.CommandLine,
+        TimeOffsetSeconds = TimeOffset(configuration),
+        Cpuid = [.. configuration.Cpuid.Select(Override)],
         KernelFile = configuration.Kernel ?? string.Empty,
         RamdiskFile = configuration.Ramdisk,
         KeepSuspended = true,

@@ -11,6 +11,21 @@ namespace XenSharp.Toolstack.Management;
 /// <content>The part of xl that stays behind after "create", and waits for the domain's end (xl_vmcontrol.c's handle_domain_death).</content>
 public sealed partial class DomainToolstack
 {
+    /// <summary>Sees to what becomes of a domain from here on.</summary>
+    private void Follow(ManagedDomain domain)
+    {
+        Task following = Task.Run(() => FollowAsync(domain));
+        lock (_lock)
+            _ = _followers.Add(following);
+        _ = following.ContinueWith(
+            ended =>
+            {
+                lock (_lock)
+                    _ = _followers.Remove(ended);
+            },
+            CancellationToken.None, TaskContinuationOptions.ExecuteSynchronously, TaskScheduler.Default);
+    }
+
     private async Task FollowAsync(ManagedDomain domain)
     {
         try

@@ -31,6 +31,9 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     /// <summary>Names and UUIDs of domains that are being made.</summary>
     private readonly HashSet<string> _reservedNames = new(StringComparer.Ordinal);
     private readonly HashSet<Guid> _reservedUuids = [];
+
+    /// <summary>What sees to the ends of domains.</summary>
+    private readonly HashSet<Task> _followers = [];
     private bool _closing;
 
     /// <summary>Takes the state folder, and finds what was lost.</summary>
@@ -124,7 +127,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         IReadOnlyList<string> warnings = DomainLoader.Check(configuration);
         lock (_lock)
             CheckFree(configuration.Name, configuration.Uuid);
-        _ = await Task.Run(() => DomainLoader.Load(configuration)).ConfigureAwait(false);
+        _ = await Task.Run(() => DomainLoader.Load(configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() })).ConfigureAwait(false);
         return warnings;
     }
 
@@ -220,9 +223,18 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             }
         }
 
-        // One may have been about to be made when the door was closed.
-        while (Domains is { Count: > 0 } left)
-            await Task.WhenAll(left.Select(DestroyAsync)).ConfigureAwait(false);
+        // One may have been about to be made, or made again, when the door was closed.
+        while (true)
+        {
+            ManagedDomain[] left;
+            Task[] followers;
+            lock (_lock)
+                (left, followers) = ([.. _domains.Values], [.. _followers]);
+            if (left.Length == 0 && followers.Length == 0)
+                break;
+            await Task.WhenAll([.. left.Select(DestroyAsync), .. followers]).ConfigureAwait(false);
+        }
+
         Events.End();
     }
 
@@ -337,10 +349,9 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
             _options.BeforeStep?.Invoke(CreateStep.Start);
             console.Connect(running.WriteInputAsync);
-            domain.HasStarted = true;
             domain.Start(making.Paused);
-            domain.Follower = FollowAsync(domain);
             Tell(DomainEventKind.Created, domain);
+            Follow(domain);
             Log.Write($"The domain {domain.Name} (number {domain.Id}) was made.");
             return domain;
         }
@@ -400,10 +411,12 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             () =>
             {
                 _options.BeforeStep?.Invoke(CreateStep.Load);
-                DomainImage image = DomainLoader.Load(configuration);
+                (DomainImage image, DomainConfiguration loaded, IReadOnlyList<string> notes) = DomainLoader.Load(configuration);
+                foreach (string note in notes)
+                    Log.Write($"{configuration.Name}: {note}");
                 _options.BeforeStep?.Invoke(CreateStep.Build);
                 cancellation.ThrowIfCancellationRequested();
-                return RunningDomain.Create(Context, DomainLoader.Describe(configuration, image), console, log);
+                return RunningDomain.Create(Context, DomainLoader.Describe(loaded, image), console, log);
             },
             cancellation).ConfigureAwait(false);
     }

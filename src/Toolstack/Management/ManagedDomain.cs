@@ -36,6 +36,7 @@ public sealed partial class ManagedDomain
     private int _onlineVcpus;
     private long _targetKiB;
     private long _maximumKiB;
+    private bool _started;
     private bool _dying;
     private bool _gone;
 
@@ -71,9 +72,6 @@ public sealed partial class ManagedDomain
     public DomainConfiguration Configuration => Volatile.Read(ref _configuration);
 
     internal RunningDomain Running { get; }
-
-    /// <summary>The task that sees to what becomes of it when the guest ends.</summary>
-    internal Task Follower { get; set; } = Task.CompletedTask;
 
     private XenstoreClient Store => Running.Store.Domain0;
 
@@ -332,6 +330,8 @@ public sealed partial class ManagedDomain
     {
         lock (_gate)
         {
+            if (_dying)
+                throw IsGone();
             if (paused)
             {
                 _pauses = 1;
@@ -339,6 +339,7 @@ public sealed partial class ManagedDomain
             }
 
             Running.Start();
+            _started = true;
         }
     }
 
@@ -367,7 +368,7 @@ public sealed partial class ManagedDomain
             await RemoveDevicesAsync().ConfigureAwait(false);
 
             // What it printed last goes to the console, which takes everything; one that never ran has printed nothing.
-            if (HasStarted)
+            if (_started)
                 _ = await Task.WhenAny(Running.Completion).ConfigureAwait(false);
             lock (_gate)
                 _gone = true;
@@ -378,8 +379,6 @@ public sealed partial class ManagedDomain
             _ = _turn.Release();
         }
     }
-
-    internal bool HasStarted { get; set; }
 
     /// <summary>Renames it in the store. Under the toolstack's lock.</summary>
     internal void WriteName(string name)

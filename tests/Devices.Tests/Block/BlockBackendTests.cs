@@ -6,6 +6,7 @@ using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Devices.Xenbus;
 using XenSharp.Devices.Xenstore;
+using XenSharp.Domains;
 using static XenSharp.Devices.Tests.Block.FakeBlkfront;
 
 namespace XenSharp.Devices.Tests.Block;
@@ -467,6 +468,25 @@ internal sealed class BlockBackendTests
         image.LetGo();
         Assert.That(SpinWait.SpinUntil(() => disk.Manager.Domains.Count == 0, Patience), Is.True);
         disk.Front.AwaitState(XenbusState.Closed);
+    }
+
+    [Test]
+    public async Task A_domain_that_suspends_itself_keeps_its_disk_and_may_go_on_with_it()
+    {
+        const ulong Shutdown = 2;
+        await using BlockFixture disk = BlockFixture.Connected(new FakeImage(), new FrontEndOptions { IsPersistent = true });
+        Domain domain = disk.Guest.Fake.Domain;
+        disk.Guest.Fake.Machine.Script = cpu => [cpu.Hypercall(HypercallNumber.SchedOpCompat, Shutdown, (ulong)ShutdownReason.Suspend, domain.Layout.StartInfo.Value)];
+        domain.Start();
+        Assert.That((await domain.Completion.WaitAsync(Patience)).Reason, Is.EqualTo(ShutdownReason.Suspend));
+        Assert.That(disk.Front.Do(ReadOperation, 0, Page(0)), Is.EqualTo(Okay));
+        Assert.That(disk.Backend.State, Is.EqualTo(XenbusState.Connected));
+
+        // The script has no more to do, so the guest powers off.
+        domain.Resume();
+        Assert.That((await domain.Completion.WaitAsync(Patience)).Reason, Is.EqualTo(ShutdownReason.PowerOff));
+        disk.Front.AwaitState(XenbusState.Closed);
+        Assert.That(disk.Front.MappedData(), Is.Zero);
     }
 
     [Test]

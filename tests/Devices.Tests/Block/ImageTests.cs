@@ -132,6 +132,39 @@ internal sealed class ImageTests
             Throws.TypeOf<BlockImageException>().With.Message.Contains(path).And.Message.Contains(expected));
     }
 
+    [Test]
+    public async Task A_block_device_is_an_image()
+    {
+        string path = MakeFile(4 * MiB);
+        (int status, string device) = Losetup("--find", "--show", "--sector-size", "4096", path);
+        if (status != 0)
+            Assert.Ignore("Loop devices cannot be made here (losetup needs root and /dev/loop-control).");
+        try
+        {
+            byte[] data = Data(65536, seed: 4);
+            await using (RawImage image = RawImage.Open(device, readOnly: false))
+            {
+                Assert.That((image.Size, image.SectorSize, image.PhysicalSectorSize), Is.EqualTo((4UL * MiB, 4096u, 4096u)));
+                Assert.That(() => RawImage.Open(device, readOnly: true), Throws.TypeOf<BlockImageException>().With.Message.Contains("in use"));
+                Assert.That(TestOperation.Write(image, MiB, data, pieces: 4), Is.Zero);
+                Assert.That(TestOperation.Flush(image), Is.Zero);
+                Assert.That(image.Discard, Is.Not.Null);
+                Assert.That(TestOperation.Discard(image, MiB, 32768), Is.Zero);
+                byte[] read = new byte[data.Length];
+                Assert.That(TestOperation.Read(image, MiB, read), Is.Zero);
+                data.AsSpan(0, 32768).Clear();
+                Assert.That(read, Is.EqualTo(data));
+            }
+
+            await using RawImage reader = RawImage.Open(device, readOnly: true);
+            Assert.That(TestOperation.Write(reader, 0, new byte[4096]), Is.EqualTo(LibC.EROFS));
+        }
+        finally
+        {
+            _ = Losetup("--detach", device);
+        }
+    }
+
     [TestCase("raw", BlockImageFormat.Raw)]
     [TestCase("qcow2", BlockImageFormat.Qcow2)]
     [TestCase("vhd", BlockImageFormat.Vhd)]
@@ -239,6 +272,22 @@ internal sealed class ImageTests
         finally
         {
             Environment.SetEnvironmentVariable("PATH", before);
+        }
+    }
+
+    private static (int Status, string Output) Losetup(params string[] arguments)
+    {
+        try
+        {
+            using var process = Process.Start(
+                new ProcessStartInfo("losetup", arguments) { RedirectStandardOutput = true, RedirectStandardError = true })!;
+            string output = process.StandardOutput.ReadToEnd().Trim();
+            process.WaitForExit();
+            return (process.ExitCode, output);
+        }
+        catch (System.ComponentModel.Win32Exception)
+        {
+            return (-1, "");
         }
     }
 

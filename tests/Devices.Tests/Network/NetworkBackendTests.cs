@@ -53,22 +53,12 @@ public sealed class NetworkBackendTests
             fixture.PutPage(8 + i, i);
         }
 
-        // Of many flows each queue gets one at least.
-        var arrived = new HashSet<int>();
-        for (ushort port = 1; arrived.Count < queues && port < 500; port++)
-        {
-            byte[] frame = Udp(4, [1, 2, 3], port);
-            Assert.That(fixture.Port.Give(frame), Is.EqualTo(new FrameDelivery.Result(1, frame.Length, false)));
-            VifFixture.Await(() => Enumerable.Range(0, queues).Any(i => !arrived.Contains(i) && fixture.Receive(i).Responses > 0)
-                || fixture.Backend.Statistics.ReceivedFrames == arrived.Count, "it arrives, or waits for a page");
-            for (int i = 0; i < queues; i++)
-            {
-                if (!arrived.Contains(i) && fixture.Receive(i).Responses > 0 && arrived.Add(i))
-                    Assert.That(fixture.Data(8 + i)[..34].SequenceEqual(frame.AsSpan(0, 34)), Is.True);
-            }
-        }
-
-        Assert.That(arrived, Has.Count.EqualTo(queues));
+        // Of many flows each queue gets one at least; there is a page for the first of each.
+        for (ushort port = 1; port <= 100; port++)
+            Assert.That(fixture.Port.Give(Udp(4, [1, 2, 3], port)), Is.EqualTo(new FrameDelivery.Result(1, 45, false)));
+        VifFixture.Await(() => Enumerable.Range(0, queues).All(i => fixture.Receive(i).Responses == 1), "each queue gives one to the guest");
+        for (int i = 0; i < queues; i++)
+            Assert.That(fixture.Data(8 + i)[..34].SequenceEqual(Udp(4, [1, 2, 3]).AsSpan(0, 34)), Is.True);
         Assert.That(fixture.Backend.Statistics.TransmittedFrames, Is.EqualTo(queues));
     }
 

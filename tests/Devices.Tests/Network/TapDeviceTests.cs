@@ -102,7 +102,9 @@ public sealed partial class TapDeviceTests
         TapDevice.Open("xstest3", persistent: true).Dispose();
         Assert.That(HostInterface.Exists("xstest3"), Is.True);
         TapDevice.Open("xstest3").Dispose();
-        Assert.That(HostInterface.Exists("xstest3"), Is.False);
+        Assert.That(HostInterface.Exists("xstest3"), Is.True, "it was there before");
+        TapDevice.Open("xstest6").Dispose();
+        Assert.That(HostInterface.Exists("xstest6"), Is.False);
     });
 
     [Test]
@@ -137,6 +139,65 @@ public sealed partial class TapDeviceTests
         _ = socket.Send("hello"u8.ToArray(), new IPEndPoint(IPAddress.Parse("10.9.1.2"), 6666));
         Assert.That(SpinWait.SpinUntil(() => receiver.Frames.Any(static item => item.Data.AsSpan().IndexOf("hello"u8) == 42), VifFixture.Patience), Is.True);
     });
+
+    /// <summary>Two network namespaces with a cable between their TAP devices: the kernels do not cut, nor sum up, on either side.</summary>
+    [Test]
+    public void A_stream_goes_through_two_devices_uncut([Values(4, 6)] int version)
+    {
+        const int Port = 5000;
+        const int Length = 4 << 20;
+        AddressFamily family = version == 4 ? AddressFamily.InterNetwork : AddressFamily.InterNetworkV6;
+        string prefix = version == 4 ? "10.9.2." : "fd00::";
+        string mask = version == 4 ? "/24" : "/64 nodad";
+        TapDevice[] taps = new TapDevice[2];
+        Socket? server = null;
+        Socket? client = null;
+        for (int i = 0; i < 2; i++)
+        {
+            InNamespace(() =>
+            {
+                taps[i] = TapDevice.Open("xstest");
+                Ip($"addr add {prefix}{i + 1}{mask} dev xstest");
+                var socket = new Socket(family, SocketType.Stream, ProtocolType.Tcp);
+                if (i == 0)
+                {
+                    socket.Bind(new IPEndPoint(IPAddress.Parse(prefix + "1"), Port));
+                    socket.Listen();
+                    server = socket;
+                }
+                else
+                {
+                    client = socket;
+                }
+            });
+        }
+
+        using var link = new PortLink(taps[0], taps[1]);
+        using (server)
+        using (client)
+        {
+            byte[] sent = new byte[Length];
+            new Random(1).NextBytes(sent);
+            Task<byte[]> receiving = Task.Run(() =>
+            {
+                using Socket peer = server!.Accept();
+                byte[] all = new byte[Length];
+                int at = 0;
+                for (int count; at < Length && (count = peer.Receive(all.AsSpan(at))) > 0;)
+                    at += count;
+                return all[..at];
+            });
+            client!.Connect(new IPEndPoint(IPAddress.Parse(prefix + "1"), Port));
+            for (int at = 0; at < Length;)
+                at += client.Send(sent.AsSpan(at));
+            Assert.That(receiving.Wait(VifFixture.Patience), Is.True);
+            Assert.That(receiving.Result.AsSpan().SequenceEqual(sent), Is.True);
+        }
+
+        PortStatistics traffic = taps[1].Statistics;
+        Assert.That(traffic.DropsOut + taps[0].Statistics.DropsIn, Is.Zero);
+        Assert.That(traffic.BytesOut, Is.GreaterThan(traffic.FramesOut * 5000));
+    }
 
     [Test]
     public void Headers_say_what_is_left_to_do()

@@ -43,7 +43,7 @@ internal sealed class FakePort : INetworkPort
 }
 
 /// <summary>What a test of the network back end needs; disposing it checks that the guest has all its pages back.</summary>
-internal sealed unsafe class VifFixture : IAsyncDisposable
+internal sealed class VifFixture : IAsyncDisposable
 {
     private const uint FirstRing = 100;
     private const uint FirstData = 200;
@@ -97,7 +97,7 @@ internal sealed unsafe class VifFixture : IAsyncDisposable
 
     public static uint DataReference(int page) => FirstData + (uint)page;
 
-    public Span<byte> Data(int page) => new(Guest.Fake.Host(GrantDomain.AddressOf(FirstDataPage + (ulong)page)), 4096);
+    public unsafe Span<byte> Data(int page) => new(Guest.Fake.Host(GrantDomain.AddressOf(FirstDataPage + (ulong)page)), 4096);
 
     public void Write(string name, object value) => Store.Write($"{Front}/{name}", string.Create(CultureInfo.InvariantCulture, $"{value}"));
 
@@ -109,7 +109,7 @@ internal sealed unsafe class VifFixture : IAsyncDisposable
     public static void Await(Func<bool> condition, string what) => Assert.That(SpinWait.SpinUntil(condition, Patience), Is.True, what);
 
     /// <summary>Writes all that a front end with all features writes.</summary>
-    public void Publish(int queues = 1, bool split = true)
+    public unsafe void Publish(int queues = 1, bool split = true)
     {
         _queues.Clear();
         if (queues > 1)

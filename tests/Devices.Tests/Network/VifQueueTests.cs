@@ -6,7 +6,7 @@ using static XenSharp.Devices.Tests.Network.TestFrames;
 namespace XenSharp.Devices.Tests.Network;
 
 [CancelAfter(60_000)]
-public sealed unsafe class VifQueueTests
+public sealed class VifQueueTests
 {
     private FakeChannel _transmitChannel = null!;
     private VifCounters _counters = null!;
@@ -130,7 +130,7 @@ public sealed unsafe class VifQueueTests
         return taken;
     }
 
-    private void Begin(bool isShared, bool polls)
+    private unsafe void Begin(bool isShared, bool polls)
     {
         _guest = new FakeNetfront();
         _world = new Collector();

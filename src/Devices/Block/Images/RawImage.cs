@@ -10,12 +10,18 @@ namespace XenSharp.Devices.Block.Images;
 /// <remarks>The size is what it was when the image was opened; a file that is cut short meanwhile comes to EIO behind its end.</remarks>
 public sealed unsafe class RawImage : IBlockImage
 {
-    private const int MaxWorkers = 8;
+
+    /// <summary>Reads that wait for the disk at the same time: as many as a ring of one page holds.</summary>
+    private const int MaxReaders = 32;
+
+    /// <summary>The file system lets few writers into one file at the same time.</summary>
+    private const int MaxWriters = 8;
     private const uint DefaultSector = 512;
     private const uint PageUnit = 4096;
 
     private readonly ImageFile _file;
-    private readonly BlockWorkers _workers;
+    private readonly BlockWorkers _readers;
+    private readonly BlockWorkers _writers;
     private readonly bool _isDevice;
     private volatile bool _readsOnTheSpot = true;
     private volatile int _flushError;
@@ -38,7 +44,9 @@ public sealed unsafe class RawImage : IBlockImage
         }
 
         Size = file.Size & ~(ulong)(SectorSize - 1);
-        _workers = new BlockWorkers("block I/O", operation => operation.Complete(Perform(operation)), MaxWorkers);
+        void Work(BlockOperation operation) => operation.Complete(Perform(operation));
+        _readers = new BlockWorkers("block read", Work, MaxReaders);
+        _writers = new BlockWorkers("block write", Work, MaxWriters);
     }
 
     /// <inheritdoc/>
@@ -76,10 +84,12 @@ public sealed unsafe class RawImage : IBlockImage
     public void Submit(BlockOperation operation)
     {
         ArgumentNullException.ThrowIfNull(operation);
-        if (operation.Kind == BlockOperationKind.Read && _readsOnTheSpot && TryReadCached(operation, out int error))
-            operation.Complete(error);
+        if (operation.Kind != BlockOperationKind.Read)
+            _writers.Queue(operation);
+        else if (_readsOnTheSpot && TryReadCached(operation))
+            operation.Complete(0);
         else
-            _workers.Queue(operation);
+            _readers.Queue(operation);
     }
 
     /// <inheritdoc/>
@@ -87,15 +97,15 @@ public sealed unsafe class RawImage : IBlockImage
     {
         return new ValueTask(Task.Run(() =>
         {
-            _workers.Stop();
+            _readers.Stop();
+            _writers.Stop();
             _file.Dispose();
         }));
     }
 
     /// <summary>Reads if all of it is in the page cache.</summary>
-    private bool TryReadCached(BlockOperation operation, out int error)
+    private bool TryReadCached(BlockOperation operation)
     {
-        error = 0;
         long read = HostIo.Transfer(
             _file.Descriptor, write: false, operation.Vectors, operation.VectorCount, operation.Offset, HostIo.NoWait);
         if (read == (long)operation.Length)

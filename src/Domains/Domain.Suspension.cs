@@ -69,7 +69,7 @@ public sealed unsafe partial class Domain
     /// <param name="progress">Is told how many pages have been looked at, of how many; on the calling thread.</param>
     /// <param name="cancellation">Ends the work.</param>
     /// <exception cref="InvalidOperationException">The domain is not suspended.</exception>
-    /// <exception cref="MigrationException">The guest is in a state that cannot be saved, or the stream takes no more; a sentence says which.</exception>
+    /// <exception cref="MigrationException">The guest cannot be saved as it is, or the stream takes no more; a sentence says which.</exception>
     /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled.</exception>
     public void Save(Stream stream, IProgress<PageProgress>? progress = null, CancellationToken cancellation = default)
     {
@@ -91,7 +91,7 @@ public sealed unsafe partial class Domain
     /// <param name="manager">The domains that it is to know, and be known to; null for none.</param>
     /// <param name="progress">Is told how many pages have been read, their number in all being unknown (0); on the calling thread.</param>
     /// <param name="cancellation">Ends the work.</param>
-    /// <exception cref="MigrationException">It is no image, a damaged one, or one that this domain or host cannot take; a sentence says which.</exception>
+    /// <exception cref="MigrationException">It is no image, a damaged one, or none for this domain or host; a sentence says which.</exception>
     /// <exception cref="Builder.DomainBuildException">The domain cannot be made as asked.</exception>
     /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled.</exception>
     public static Domain Restore(

@@ -99,7 +99,11 @@ public sealed unsafe partial class Domain : IDisposable
             }
             else
             {
+                // A balloon may have grown past the memory that is asked for: what the domain had it keeps.
+                ulong mayOwn = MaxPages;
+                MaxPages = DomainOptions.MaxPages(Math.Max(options.MemoryMiB, options.MaxMemoryMiB));
                 Layout = new DomainRestorer(this, image!).Restore();
+                MaxPages = Math.Max(mayOwn, OwnedPages);
             }
 
             Grants = new GrantTable(this, options.Vcpus);

@@ -77,7 +77,7 @@ internal sealed unsafe class HostMemory : IDisposable
             NativeMemory.Clear(Address + offset, (nuint)length);
     }
 
-    /// <summary>Where the next part begins that takes memory of the host's; all in front of it reads as zeroes, and would take some by being read.</summary>
+    /// <summary>Where the next part begins that takes memory of the host's; all in front of it reads as zeroes, and would take some then.</summary>
     /// <param name="offset">In bytes, a multiple of the page size below <see cref="Size"/>.</param>
     /// <returns>In bytes, a multiple of the page size; <paramref name="offset"/> itself where there is memory, or the host does not say.</returns>
     public ulong NextUsed(ulong offset)

@@ -1,12 +1,12 @@
 // A domain with console and xenstore around it, built or restored, whose parts a test has in its hands.
 
-using XenSharp.Cli.Hosting;
 using XenSharp.Core;
 using XenSharp.Devices.Console;
 using XenSharp.Devices.Xenstore;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Kvm;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 

@@ -2,10 +2,10 @@
 
 using System.Diagnostics;
 using System.Globalization;
-using XenSharp.Cli.Hosting;
 using XenSharp.Domains;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
+using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
@@ -15,7 +15,7 @@ namespace XenSharp.Boot.Tests;
 [CancelAfter(180_000)]
 public sealed class SaveTests : KvmFixture
 {
-    private const int MemoryMiB = 192;
+    private const int MemoryMiB = 512;
 
     /// <summary>
     /// A process that counts, a file with its checksum, and answers to what is typed: "look" tells how far the count is, whether the file is

@@ -111,7 +111,11 @@ internal static unsafe class VcpuInitialisation
         ReadOnlySpan<ulong> frames = guest.GdtFrames;
         Errno error = DescriptorTables.SetGdt(caller.Context, context, frames[..(int)gdtFrames], (uint)guest.GdtEntries);
         if (error == Errno.None)
-            error = SetRoots(caller.Context, context, new Mfn(guest.ControlRegisters[3] >> Paging.PageShift), new Mfn(guest.ControlRegisters[1] >> Paging.PageShift));
+        {
+            var kernel = new Mfn(guest.ControlRegisters[3] >> Paging.PageShift);
+            error = SetRoots(caller.Context, context, kernel, new Mfn(guest.ControlRegisters[1] >> Paging.PageShift));
+        }
+
         if (error != Errno.None)
         {
             _ = DescriptorTables.SetGdt(caller.Context, context, [], 0);

@@ -127,7 +127,8 @@ internal sealed unsafe class CoreDump(Domain domain, IProgress<PageProgress>? pr
         AddNote(notes, NoteHeader, [.. Words(PvMagic, (ulong)vcpus, (ulong)pages, Paging.PageSize)]);
         AddNote(notes, NoteXenVersion,
         [
-            .. Words(XenVersion.Version >> 16, XenVersion.Version & 0xffff), .. XenVersion.Texts(), .. Words(Paging.HypervisorVirtualStart, Paging.PageSize),
+            .. Words(XenVersion.Version >> 16, XenVersion.Version & 0xffff), .. XenVersion.Texts(),
+            .. Words(Paging.HypervisorVirtualStart, Paging.PageSize),
         ]);
 
         // Major version in the upper half, minor in the lower.

@@ -88,8 +88,8 @@ internal static class CpuidRecord
         if (missing.Count != 0)
         {
             throw new MigrationException(
-                $"The saved domain was shown a processor with {string.Join(", ", missing)}, which this host's domains lack. Restore it on a host that has "
-                + (missing.Count == 1 ? "it." : "them."));
+                $"The saved domain was shown a processor with {string.Join(", ", missing)}, which this host's domains lack. "
+                + "Restore it on a host that has " + (missing.Count == 1 ? "it." : "them."));
         }
     }
 

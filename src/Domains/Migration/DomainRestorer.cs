@@ -66,7 +66,8 @@ internal sealed unsafe class DomainRestorer(Domain domain, DomainImageReader ima
     }
 
     private Mfn FrameOf(ulong pfn, string what)
-        => _records.Pages.TryFind(pfn, out RestoredPages.Page page) ? page.Frame : throw Damaged($"{what} is in pfn {pfn:x}, which it has no page for");
+        => _records.Pages.TryFind(pfn, out RestoredPages.Page page) ? page.Frame
+            : throw Damaged($"{what} is in pfn {pfn:x}, which it has no page for");
 
     /// <summary>Writes the guest's p2m list anew, which names the frames that it had where it was saved.</summary>
     private void WriteP2M()
@@ -147,7 +148,10 @@ internal sealed unsafe class DomainRestorer(Domain domain, DomainImageReader ima
         foreach (RestoredPages.Page page in _records.Pages.All)
         {
             if (MigrationFormat.LevelOf(page.Type) is not 0 and int level && (page.Type & PageInfoType.Pinned) != 0)
-                Check(Repeat(vcpu, () => MmuextOp.Pin(vcpu, page.Frame, PageTables.TypeOfLevel(level))), $"the page table of level {level} in pfn {page.Pfn:x}");
+            {
+                Errno error = Repeat(vcpu, () => MmuextOp.Pin(vcpu, page.Frame, PageTables.TypeOfLevel(level)));
+                Check(error, $"the page table of level {level} in pfn {page.Pfn:x}");
+            }
         }
     }
 
@@ -159,7 +163,8 @@ internal sealed unsafe class DomainRestorer(Domain domain, DomainImageReader ima
         ulong gdtPages = (guest.GdtEntries + Paging.EntriesPerTable - 1) / Paging.EntriesPerTable;
         for (int i = 0; i < (int)gdtPages; i++)
             guest.GdtFrames[i] = FrameOf(guest.GdtFrames[i], $"the descriptor table of vCPU {vcpu.Id}").Value;
-        guest.ControlRegisters[3] = FrameOf(guest.ControlRegisters[3] >> Paging.PageShift, $"the page tables' root of vCPU {vcpu.Id}").Value << Paging.PageShift;
+        ulong kernel = guest.ControlRegisters[3] >> Paging.PageShift;
+        guest.ControlRegisters[3] = FrameOf(kernel, $"the page tables' root of vCPU {vcpu.Id}").Value << Paging.PageShift;
         ulong user = guest.ControlRegisters[1];
         guest.ControlRegisters[1] = (user & VcpuInitialisation.UserRootValid) == 0 ? 0
             : FrameOf(user >> Paging.PageShift, $"the user page tables' root of vCPU {vcpu.Id}").Value << Paging.PageShift;

@@ -76,14 +76,16 @@ internal sealed unsafe class DomainSaver(Domain domain, MigrationWriter writer, 
         ulong gdtPages = (guest.GdtEntries + Paging.EntriesPerTable - 1) / Paging.EntriesPerTable;
         for (int i = 0; i < (int)gdtPages; i++)
             guest.GdtFrames[i] = PfnOf(new Mfn(guest.GdtFrames[i]), "a descriptor table");
-        guest.ControlRegisters[3] = PfnOf(new Mfn(guest.ControlRegisters[3] >> Paging.PageShift), "the root of a vCPU's page tables") << Paging.PageShift;
+        var kernel = new Mfn(guest.ControlRegisters[3] >> Paging.PageShift);
+        guest.ControlRegisters[3] = PfnOf(kernel, "the root of a vCPU's page tables") << Paging.PageShift;
         if (guest.ControlRegisters[1] != 0)
         {
             ulong user = PfnOf(new Mfn(guest.ControlRegisters[1] >> Paging.PageShift), "the root of a vCPU's user page tables");
             guest.ControlRegisters[1] = (user << Paging.PageShift) | VcpuInitialisation.UserRootValid;
         }
 
-        return (vcpu, MemoryMarshal.AsBytes(new ReadOnlySpan<VcpuInitialisation.GuestContext>(ref guest)).ToArray(), VcpuRecords.CaptureXsave(vcpu, area));
+        byte[] basic = MemoryMarshal.AsBytes(new ReadOnlySpan<VcpuInitialisation.GuestContext>(ref guest)).ToArray();
+        return (vcpu, basic, VcpuRecords.CaptureXsave(vcpu, area));
     }
 
     private ulong PfnOf(Mfn frame, string what)
@@ -169,7 +171,11 @@ internal sealed unsafe class DomainSaver(Domain domain, MigrationWriter writer, 
             if (entry.IsPresent)
             {
                 if (!_p2m.TryFindPfn(entry.Frame, out ulong target))
-                    throw Refused($"entry {i} of the page table in pfn {pfn:x} maps {entry.Frame}, which is another domain's, shared with it, or not in its p2m list");
+                {
+                    throw Refused(
+                        $"entry {i} of the page table in pfn {pfn:x} maps {entry.Frame}, which is another domain's, shared with it, or not in its p2m list");
+                }
+
                 entry = new PageTableEntry(new Mfn(target), entry.Flags);
             }
 

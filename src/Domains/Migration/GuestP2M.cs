@@ -38,7 +38,11 @@ internal sealed unsafe class GuestP2M
         ulong cr3 = *(ulong*)(shared + SharedInfoLayout.P2MCr3);
         ulong list = *(ulong*)(shared + SharedInfoLayout.FrameListList);
         if (count == 0 || (cr3 == 0 && list is 0 or ulong.MaxValue))
-            throw new MigrationException("The guest's kernel has not said where its p2m list is: it is not far enough in its boot, or cannot be saved at all.");
+        {
+            throw new MigrationException(
+                "The guest's kernel has not said where its p2m list is: it is not far enough in its boot, or cannot be saved at all.");
+        }
+
         ulong pages = ((count - 1) / MigrationFormat.P2MEntriesPerPage) + 1;
         if (pages > MigrationFormat.MaxP2MPages)
             throw Astray($"says that its p2m list has {count} entries, which is more than can be saved");
@@ -95,7 +99,8 @@ internal sealed unsafe class GuestP2M
     private static void FollowTables(DomainContext* domain, Mfn root, ulong start, ulong[] frames)
     {
         ulong bytes = (ulong)frames.Length << Paging.PageShift;
-        if ((start & Paging.PageOffsetMask) != 0 || !new VirtualAddress(start).IsGuest || start + bytes < start || !new VirtualAddress(start + bytes - 1).IsGuest)
+        if ((start & Paging.PageOffsetMask) != 0 || start + bytes < start || !new VirtualAddress(start).IsGuest
+            || !new VirtualAddress(start + bytes - 1).IsGuest)
             throw Astray($"says that its p2m list is at {new VirtualAddress(start)}, which is no place for one");
         for (int i = 0; i < frames.Length; i++)
         {

@@ -102,11 +102,16 @@ internal sealed unsafe class ImageRecords(Domain domain, DomainImageReader image
             case RecordType.HvmContext or RecordType.HvmParams:
                 throw _reader.Malformed("only those of HVM domains have one");
             case RecordType.Checkpoint or RecordType.CheckpointDirtyPfnList or RecordType.Verify:
-                throw new MigrationException($"The image is a migration under way, with a record {record.Type}; only domains that were saved can be restored.");
+                throw new MigrationException(
+                    $"The image is a migration under way, with a record {record.Type}; only domains that were saved can be restored.");
             default:
                 // The head is enough: what is left of the body is passed over.
                 if (!record.IsOptional)
-                    throw new MigrationException($"The image has a record of a type that is not known here, {(uint)record.Type:x}; it was saved by something newer.");
+                {
+                    throw new MigrationException(
+                        $"The image has a record of a type that is not known here, {(uint)record.Type:x}; it was saved by something newer.");
+                }
+
                 return;
         }
     }
@@ -115,7 +120,11 @@ internal sealed unsafe class ImageRecords(Domain domain, DomainImageReader image
     {
         byte[] body = _reader.ReadBody(2, 64);
         if (body[0] != MigrationFormat.GuestWidth || body[1] != MigrationFormat.PageTableLevels)
-            throw new MigrationException($"The image is of a guest with {body[0] * 8} bits and {body[1]} levels of page tables; only 64-bit guests run here.");
+        {
+            throw new MigrationException(
+                $"The image is of a guest with {body[0] * 8} bits and {body[1]} levels of page tables; only 64-bit guests run here.");
+        }
+
         _isPv = true;
     }
 
@@ -223,7 +232,8 @@ internal sealed unsafe class ImageRecords(Domain domain, DomainImageReader image
         if (!FrameTable.Of(_context)->TryAllocate(FrameFlags.None, 0, out Mfn frame))
         {
             throw new MigrationException(
-                $"The image holds more pages than the {_context->State->MaxPages} that the domain may own: give it as much memory as it had when it was saved.");
+                $"The image holds more pages than the {_context->State->MaxPages} that the domain may own: "
+                + "give it as much memory as it had when it was saved.");
         }
 
         _context->MachineToPhys[_context->Memory.IndexOf(frame)] = pfn;
@@ -236,7 +246,11 @@ internal sealed unsafe class ImageRecords(Domain domain, DomainImageReader image
         _reader.Read(head);
         uint number = BinaryPrimitives.ReadUInt32LittleEndian(head);
         if (number >= (uint)domain.Vcpus.Count)
-            throw new MigrationException($"The image has a vCPU {number}; the domain is made with {domain.Vcpus.Count}. Give it as many as it had when it was saved.");
+        {
+            throw new MigrationException(
+                $"The image has a vCPU {number}; the domain is made with {domain.Vcpus.Count}. Give it as many as it had when it was saved.");
+        }
+
         (uint least, uint most) = record.Type switch
         {
             RecordType.VcpuBasic => ((uint)sizeof(VcpuInitialisation.GuestContext), (uint)sizeof(VcpuInitialisation.GuestContext)),

@@ -25,7 +25,7 @@ internal enum RecordType : uint
     MsrPolicy = 0x12,
 }
 
-/// <summary>What a page of an image is (XEN_DOMCTL_PFINFO_*, in the low four bits). Tables are 1 to 4, their level, and 8 more where pinned.</summary>
+/// <summary>What a page of an image is (XEN_DOMCTL_PFINFO_*, in the low four bits). Tables are 1 to 4, and 8 more where pinned.</summary>
 internal enum PageInfoType : byte
 {
     /// <summary>An ordinary page, with its contents.</summary>

@@ -27,12 +27,19 @@ internal sealed class MigrationReader(Stream stream)
     {
         Span<byte> header = stackalloc byte[MigrationFormat.ImageHeaderSize];
         ReadBytes(header, "its header");
-        if (BinaryPrimitives.ReadUInt64BigEndian(header) != MigrationFormat.Marker || BinaryPrimitives.ReadUInt32BigEndian(header[8..]) != MigrationFormat.Id)
+        if (BinaryPrimitives.ReadUInt64BigEndian(header) != MigrationFormat.Marker
+            || BinaryPrimitives.ReadUInt32BigEndian(header[8..]) != MigrationFormat.Id)
+        {
             throw new MigrationException("This is no image of a domain: it does not begin as one. Give a file that a domain was saved to.");
+        }
+
         uint version = BinaryPrimitives.ReadUInt32BigEndian(header[12..]);
         if (version is < MigrationFormat.OldestVersion or > MigrationFormat.Version)
+        {
             throw new MigrationException(
-                $"The image is of version {version} of the format; versions {MigrationFormat.OldestVersion} and {MigrationFormat.Version} can be restored.");
+                $"The image is of version {version} of the format; {MigrationFormat.OldestVersion} and {MigrationFormat.Version} can be restored.");
+        }
+
         if ((BinaryPrimitives.ReadUInt16BigEndian(header[16..]) & MigrationFormat.BigEndianOption) != 0)
             throw new MigrationException("The image is of a big-endian machine, whose domains do not run here.");
 

@@ -103,7 +103,8 @@ internal sealed class VcpuRecords
         CheckMsrs(vcpu);
     }
 
-    private static MigrationException Refused(Vcpu vcpu, string how) => new($"The image is damaged, or of another kind of host: vCPU {vcpu.Id} {how}.");
+    private static MigrationException Refused(Vcpu vcpu, string how)
+        => new($"The image is damaged, or of another kind of host: vCPU {vcpu.Id} {how}.");
 
     private unsafe void LoadExtended(Vcpu vcpu)
     {
@@ -136,7 +137,8 @@ internal sealed class VcpuRecords
         if (lacking != 0)
         {
             throw new MigrationException(
-                $"vCPU {vcpu.Id} of the image uses parts of the extended state that this host's domains lack (XCR0 {lacking:x}). Restore it on a host that has them.");
+                $"vCPU {vcpu.Id} of the image uses parts of the extended state that this host's domains lack (XCR0 {lacking:x}). "
+                + "Restore it on a host that has them.");
         }
 
         if (!policy.IsValidXcr0(xcr0))
@@ -161,7 +163,10 @@ internal sealed class VcpuRecords
             uint number = BinaryPrimitives.ReadUInt32LittleEndian(left);
             ulong value = BinaryPrimitives.ReadUInt64LittleEndian(left[8..]);
             if (value != 0)
-                throw new MigrationException($"vCPU {vcpu.Id} of the image uses the model-specific register {number:x}, which domains do not have here.");
+            {
+                throw new MigrationException(
+                    $"vCPU {vcpu.Id} of the image uses the model-specific register {number:x}, which domains do not have here.");
+            }
         }
     }
 }

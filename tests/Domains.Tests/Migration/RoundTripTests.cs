@@ -100,6 +100,21 @@ internal sealed unsafe class RoundTripTests
     }
 
     [Test]
+    public void A_domain_whose_balloon_had_grown_keeps_what_it_had()
+    {
+        _source.Suspend();
+        byte[] image = _source.Save();
+        const int half = SuspendingGuest.MemoryMiB / 2;
+        using SuspendingGuest target = SuspendingGuest.Restore(
+            image, change: static options => options with { MemoryMiB = half, MaxMemoryMiB = SuspendingGuest.MemoryMiB });
+        Assert.That(target.Domain.OwnedPages, Is.EqualTo(_source.Domain.OwnedPages));
+        Assert.That(target.Domain.MaxPages, Is.EqualTo(_source.Domain.OwnedPages));
+        Assert.That(
+            () => SuspendingGuest.Restore(image, change: static options => options with { MemoryMiB = half }),
+            Throws.TypeOf<MigrationException>().With.Message.Contains("give it as much memory"));
+    }
+
+    [Test]
     public void Pages_without_anything_in_them_take_no_room()
     {
         *(ulong*)_source.At(FakeDomain.Data) = 1;

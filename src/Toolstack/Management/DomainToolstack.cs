@@ -31,6 +31,9 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     /// <summary>Names and UUIDs of domains that are being made.</summary>
     private readonly HashSet<string> _reservedNames = new(StringComparer.Ordinal);
     private readonly HashSet<Guid> _reservedUuids = [];
+
+    /// <summary>What sees to the ends of domains.</summary>
+    private readonly HashSet<Task> _followers = [];
     private bool _closing;
 
     /// <summary>Takes the state folder, and finds what was lost.</summary>
@@ -220,9 +223,18 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             }
         }
 
-        // One may have been about to be made when the door was closed.
-        while (Domains is { Count: > 0 } left)
-            await Task.WhenAll(left.Select(DestroyAsync)).ConfigureAwait(false);
+        // One may have been about to be made, or made again, when the door was closed.
+        while (true)
+        {
+            ManagedDomain[] left;
+            Task[] followers;
+            lock (_lock)
+                (left, followers) = ([.. _domains.Values], [.. _followers]);
+            if (left.Length == 0 && followers.Length == 0)
+                break;
+            await Task.WhenAll([.. left.Select(DestroyAsync), .. followers]).ConfigureAwait(false);
+        }
+
         Events.End();
     }
 
@@ -339,7 +351,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             console.Connect(running.WriteInputAsync);
             domain.Start(making.Paused);
             Tell(DomainEventKind.Created, domain);
-            domain.Follower = FollowAsync(domain);
+            Follow(domain);
             Log.Write($"The domain {domain.Name} (number {domain.Id}) was made.");
             return domain;
         }

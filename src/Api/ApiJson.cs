@@ -6,6 +6,7 @@ using System.Text.Json.Serialization;
 namespace XenSharp.Api;
 
 /// <summary>Names in camel case, enumerations by name, nulls left out.</summary>
+/// <remarks>What a body leaves out comes as null or 0, whatever a property begins with: lists of the API's types are empty then.</remarks>
 [JsonSourceGenerationOptions(
     JsonSerializerDefaults.Web,
     UseStringEnumConverter = true,

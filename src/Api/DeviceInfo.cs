@@ -9,7 +9,11 @@ public sealed record AttachDeviceRequest
     /// What xl takes: for disks xl-disk-configuration(5), as "/images/a.img,raw,xvdb,w"; for interfaces xl-network-configuration(5), as
     /// "mac=00:16:3e:00:00:01,bridge=lan". The parts may be given one by one, as xl's arguments are.
     /// </summary>
-    public IReadOnlyList<string> Specification { get; init; } = [];
+    public IReadOnlyList<string> Specification
+    {
+        get => field ?? [];
+        init;
+    }
 
     /// <summary>The folder that relative names of files start from; must be absolute. Null: names of files must be absolute.</summary>
     public string? Folder { get; init; }

@@ -14,7 +14,11 @@ public sealed record DomainConfigurationDocument
     public string? FileName { get; init; }
 
     /// <summary>Settings in the file's language that come after it and win, as those on xl create's command line.</summary>
-    public IReadOnlyList<string> Settings { get; init; } = [];
+    public IReadOnlyList<string> Settings
+    {
+        get => field ?? [];
+        init;
+    }
 
     /// <summary>The configuration as a JSON object; what <c>list -l</c> prints under <c>config</c>.</summary>
     public JsonElement? Json { get; init; }
@@ -42,7 +46,11 @@ public sealed record CreateDomainResult
     public DomainInfo? Domain { get; init; }
 
     /// <summary>Sentences about settings that have no effect here.</summary>
-    public IReadOnlyList<string> Warnings { get; init; } = [];
+    public IReadOnlyList<string> Warnings
+    {
+        get => field ?? [];
+        init;
+    }
 
     /// <summary>What it is made from, as it was understood.</summary>
     public DomainConfigurationDocument? Configuration { get; init; }

@@ -1,4 +1,6 @@
 // Threads that wait for the disk, so that no thread of the pool has to.
+using System.Diagnostics.CodeAnalysis;
+
 namespace XenSharp.Devices.Block.Images;
 
 /// <summary>
@@ -19,9 +21,10 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
     private int _woken;
     private bool _stopping;
 
-    /// <summary>Queues an operation for a worker.</summary>
+    /// <summary>Queues an operation for a worker. On a host that has no thread left for the first one, it is done here.</summary>
     internal void Queue(BlockOperation operation)
     {
+        bool isAlone = false;
         lock (_gate)
         {
             operation.Next = null;
@@ -35,13 +38,14 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
                 _woken++;
                 Monitor.Pulse(_gate);
             }
-            else if (_threads.Count < maximum)
+            else if (_threads.Count < maximum && !TryStart())
             {
-                var thread = new Thread(Run, StackSize) { IsBackground = true, Name = name };
-                _threads.Add(thread);
-                thread.Start();
+                isAlone = _threads.Count == 0;
             }
         }
+
+        while (isAlone && TryTake(out BlockOperation? queued))
+            perform(queued);
     }
 
     /// <summary>Ends the threads once all that was queued is done, and waits for that.</summary>
@@ -65,11 +69,29 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
             perform(operation);
     }
 
+    private bool TryStart()
+    {
+        var thread = new Thread(Run, StackSize) { IsBackground = true, Name = name };
+        try
+        {
+            thread.Start();
+        }
+        catch (OutOfMemoryException)
+        {
+            return false;
+        }
+
+        _threads.Add(thread);
+        return true;
+    }
+
+    /// <summary>The next operation, waited for; null when the thread is to end.</summary>
     private BlockOperation? Take()
     {
         lock (_gate)
         {
-            while (_first is null)
+            BlockOperation? operation;
+            while (!TryTake(out operation))
             {
                 if (_stopping)
                     return null;
@@ -85,11 +107,21 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
                 }
             }
 
-            BlockOperation operation = _first;
+            return operation;
+        }
+    }
+
+    private bool TryTake([NotNullWhen(true)] out BlockOperation? operation)
+    {
+        lock (_gate)
+        {
+            operation = _first;
+            if (operation is null)
+                return false;
             _first = operation.Next;
             if (_first is null)
                 _last = null;
-            return operation;
+            return true;
         }
     }
 }

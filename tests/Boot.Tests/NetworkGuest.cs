@@ -45,8 +45,8 @@ internal sealed class NetworkGuest : IAsyncDisposable
     /// <summary>What the back ends said.</summary>
     public List<string> Reports { get; } = [];
 
-    /// <summary>The kernel with a shell, and with netfront beside it.</summary>
-    public static Task<DomainImage> ImageAsync(CancellationToken cancellation) => DebianGuest.ImageAsync(
+    /// <summary>The kernel with a shell, and with netfront beside it and what else is wanted.</summary>
+    public static Task<DomainImage> ImageAsync(CancellationToken cancellation, params InitramfsFile[] files) => DebianGuest.ImageAsync(
         DebianKernelFlavour.CloudAmd64,
         async cache =>
         {
@@ -55,7 +55,7 @@ internal sealed class NetworkGuest : IAsyncDisposable
             return new BusyboxInitramfsOptions
             {
                 Banner = "",
-                Files = [new InitramfsFile("xen-netfront.ko", await File.ReadAllBytesAsync(module, cancellation))],
+                Files = [new InitramfsFile("xen-netfront.ko", await File.ReadAllBytesAsync(module, cancellation)), .. files],
             };
         },
         reusable: true,

@@ -167,7 +167,7 @@ public sealed partial class NetworkTests : KvmFixture
     /// A TAP device and a socket that listens behind it, in a network namespace that is there as long as they are. Both stay in it, whatever
     /// thread uses them.
     /// </summary>
-    private static (TapDevice Tap, Socket Listener) HostSide()
+    internal static (TapDevice Tap, Socket Listener) HostSide()
     {
         (TapDevice, Socket)? made = null;
         Exception? failure = null;

@@ -8,7 +8,7 @@ namespace XenSharp.Guests.Tests;
 [TestFixture]
 [Platform("Linux")]
 [CancelAfter(60_000)]
-sealed class NetworkStreamTests
+sealed class TcpStreamTests
 {
     [Test]
     public async Task AStreamArrives(CancellationToken cancellation)
@@ -17,12 +17,12 @@ sealed class NetworkStreamTests
         probe.Start();
         var address = (IPEndPoint)probe.LocalEndpoint;
         probe.Stop();
-        using Process receiver = await StartAsync(NetworkStream.BuildReceiver(address), cancellation);
+        using Process receiver = await StartAsync(TcpStream.BuildReceiver(address), cancellation);
         int status;
         do
         {
             // Nobody listens yet.
-            using Process sender = await StartAsync(NetworkStream.BuildSender(address, 100), cancellation);
+            using Process sender = await StartAsync(TcpStream.BuildSender(address, 100), cancellation);
             await sender.WaitForExitAsync(cancellation);
             status = sender.ExitCode;
         }
@@ -33,7 +33,7 @@ sealed class NetworkStreamTests
 
     [Test]
     public void OnlyIpv4AddressesAreTaken()
-        => Assert.That(() => NetworkStream.BuildReceiver(new IPEndPoint(IPAddress.IPv6Loopback, 1)), Throws.ArgumentException);
+        => Assert.That(() => TcpStream.BuildReceiver(new IPEndPoint(IPAddress.IPv6Loopback, 1)), Throws.ArgumentException);
 
     static async Task<Process> StartAsync(byte[] program, CancellationToken cancellation)
     {

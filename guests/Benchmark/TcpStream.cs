@@ -11,7 +11,7 @@ namespace XenSharp.Guests.Benchmark;
 /// Builds the two programs, static executables without a C library. They say nothing: their caller takes the time from the sender's
 /// start to its end, which is when the receiver has had all.
 /// </summary>
-public static class NetworkStream
+public static class TcpStream
 {
     /// <summary>Bytes of one system call.</summary>
     public const int ChunkSize = 64 << 10;

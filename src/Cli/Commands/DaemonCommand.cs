@@ -2,6 +2,7 @@
 
 using System.CommandLine;
 using System.CommandLine.Parsing;
+using System.Diagnostics;
 using System.Globalization;
 using Microsoft.Extensions.DependencyInjection;
 using XenSharp.Api;
@@ -16,6 +17,10 @@ namespace XenSharp.Cli.Commands;
 internal static class DaemonCommand
 {
     private const int DefaultPatience = 60;
+
+    /// <summary>The longest time that an option takes, in seconds: a day.</summary>
+    private const int LongestTime = 86_400;
+
     private const string None = "none";
 
     internal static Command Create(IServiceProvider services)
@@ -48,13 +53,22 @@ internal static class DaemonCommand
         };
         patience.Validators.Add(static result =>
         {
-            if (result.Errors.Any() || result.GetValueOrDefault<int>() is >= 0 and <= 86_400)
-                return;
-            result.AddError("--exit-timeout takes a number of seconds from 0 to 86400.");
+            if (!result.Errors.Any() && result.GetValueOrDefault<int>() is < 0 or > LongestTime)
+                result.AddError($"--exit-timeout takes a number of seconds from 0 to {LongestTime}.");
+        });
+        var idle = new Option<int>("--idle-exit")
+        {
+            Description = "Ends the daemon when it has had no domain for so many seconds. 0: it stays.",
+            HelpName = "SECONDS",
+        };
+        idle.Validators.Add(static result =>
+        {
+            if (!result.Errors.Any() && result.GetValueOrDefault<int>() is < 0 or > LongestTime)
+                result.AddError($"--idle-exit takes a number of seconds from 0 to {LongestTime}.");
         });
         var command = new Command("daemon", "Hosts domains, and answers create, list, console and the other commands of that kind.")
         {
-            socket, mode, group, state, log, xenstore, patience,
+            socket, mode, group, state, log, xenstore, patience, idle,
         };
         command.SetAction((parsed, _) =>
         {
@@ -72,7 +86,8 @@ internal static class DaemonCommand
                     XenstoreSocket = Chosen(parsed.GetValue(xenstore), Path.Combine(Path.GetDirectoryName(path)!, "xenstored", "socket")),
                     Version = Tool.Version,
                 },
-                TimeSpan.FromSeconds(parsed.GetValue(patience)));
+                TimeSpan.FromSeconds(parsed.GetValue(patience)),
+                TimeSpan.FromSeconds(parsed.GetValue(idle)));
         });
         return command;
     }
@@ -92,7 +107,7 @@ internal static class DaemonCommand
         return DaemonOptions.DefaultSocketMode;
     }
 
-    private static async Task<int> RunAsync(KvmHost host, DaemonOptions options, TimeSpan patience)
+    private static async Task<int> RunAsync(KvmHost host, DaemonOptions options, TimeSpan patience, TimeSpan idle)
     {
         using var signals = new EndingSignals();
         var log = new ManagerLog(static sentence => Console.Error.WriteLine($"{Tool.Name}: {sentence}"));
@@ -110,15 +125,26 @@ internal static class DaemonCommand
         {
             log.Write($"{Tool.Name} {Tool.Version} answers at {options.Socket}.");
             ServiceNotification.Send(ServiceNotification.Ready);
-            await WaitForEndAsync(signals.Token).ConfigureAwait(false);
+            await WaitForEndAsync(server.Toolstack, idle, signals.Token).ConfigureAwait(false);
             ServiceNotification.Send(ServiceNotification.Stopping);
-            log.Write(string.Create(CultureInfo.InvariantCulture, $"Signal {signals.Received} asks the daemon to end, and it ends its {server.Toolstack.Domains.Count} domains."));
+            log.Write(signals.Received == 0
+                ? "The daemon ends, as it has no domain any more."
+                : string.Create(CultureInfo.InvariantCulture, $"Signal {signals.Received} asks the daemon to end, and it ends its {server.Toolstack.Domains.Count} domains."));
             await server.CloseAsync(patience).ConfigureAwait(false);
         }
 
         return ExitStatus.Success;
     }
 
-    private static async Task WaitForEndAsync(CancellationToken ending)
-        => await Task.Delay(Timeout.Infinite, ending).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
+    private static async Task WaitForEndAsync(DomainToolstack toolstack, TimeSpan idle, CancellationToken ending)
+    {
+        TimeSpan look = idle == TimeSpan.Zero ? Timeout.InfiniteTimeSpan : TimeSpan.FromSeconds(1);
+        long since = Stopwatch.GetTimestamp();
+        while (!ending.IsCancellationRequested && (idle == TimeSpan.Zero || Stopwatch.GetElapsedTime(since) < idle))
+        {
+            await Task.Delay(look, ending).ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
+            if (!toolstack.IsIdle)
+                since = Stopwatch.GetTimestamp();
+        }
+    }
 }

@@ -40,6 +40,7 @@ internal static class CreateCommand
                 return ExitStatus.Success;
             }
 
+            await DaemonStart.EnsureAsync(daemon, cancellation).ConfigureAwait(false);
             bool attach = parsed.GetValue(console);
             bool leavePaused = parsed.GetValue(paused);
             await using DomainWait? end = parsed.GetValue(foreground) ? await DomainWait.BeginAsync(daemon, cancellation).ConfigureAwait(false) : null;

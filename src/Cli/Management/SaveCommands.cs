@@ -60,6 +60,7 @@ internal static class SaveCommands
                 // With a console, nothing is to be printed before somebody looks.
                 Paused = parsed.GetValue(paused) || parsed.GetValue(console),
             };
+            await DaemonStart.EnsureAsync(daemon, cancellation).ConfigureAwait(false);
             DomainInfo domain = await OperationDisplay.RunAsync(progress => daemon.RestoreAsync(request, progress, cancellation)).ConfigureAwait(false);
             if (parsed.GetValue(json))
                 JsonOutput.Print(domain, JsonOutput.Types.DomainInfo);

@@ -71,6 +71,16 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         }
     }
 
+    /// <summary>Whether there is no domain, and none is being made.</summary>
+    public bool IsIdle
+    {
+        get
+        {
+            lock (_lock)
+                return _domains.Count == 0 && _reservedNames.Count == 0;
+        }
+    }
+
     /// <summary>Domains that ran when an earlier manager ended, and were not taken down by it.</summary>
     public IReadOnlyList<LostDomain> ListLost()
     {

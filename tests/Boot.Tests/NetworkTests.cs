@@ -77,13 +77,10 @@ public sealed partial class NetworkTests : KvmFixture
     [OneTimeTearDown]
     public async Task EndAsync()
     {
-        foreach (NetworkGuest? guest in new[] { _first, _second })
-        {
-            if (guest == null)
-                continue;
-            await guest.DisposeAsync();
-        }
-
+        if (_first != null)
+            await _first.DisposeAsync();
+        if (_second != null)
+            await _second.DisposeAsync();
         Assert.That(_switch.Ports, Is.Empty);
         if (_toolstack != null)
             await _toolstack.DisposeAsync();

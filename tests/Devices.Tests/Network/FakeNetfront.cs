@@ -13,7 +13,7 @@ internal sealed unsafe class GuardedPage : IDisposable
 {
     public const int Size = 4096;
 
-    private readonly byte* _mapping;
+    private byte* _mapping;
 
     public GuardedPage()
     {
@@ -26,7 +26,13 @@ internal sealed unsafe class GuardedPage : IDisposable
 
     public Span<byte> Span => new(Address, Size);
 
-    public void Dispose() => _ = LibC.munmap(_mapping, 3 * Size);
+    /// <summary>Once only: somebody else may have the addresses afterwards.</summary>
+    public void Dispose()
+    {
+        if (_mapping != null)
+            _ = LibC.munmap(_mapping, 3 * Size);
+        _mapping = null;
+    }
 }
 
 /// <summary>A front end's ring: indexes and slots, read and written as bytes.</summary>

@@ -1,11 +1,11 @@
 // Domains whose kernel is in their own disk (bootloader="pygrub").
 
-using System.Diagnostics;
 using XenSharp.Api;
 using XenSharp.Configuration;
 using XenSharp.Configuration.Devices;
 using XenSharp.Configuration.Tests;
 using XenSharp.Guests;
+using XenSharp.Guests.Fetching;
 using XenSharp.Toolstack.Management;
 
 namespace XenSharp.Toolstack.Tests;
@@ -14,11 +14,16 @@ namespace XenSharp.Toolstack.Tests;
 [CancelAfter(120_000)]
 public sealed class GuestDiskTests : ManagementFixture
 {
+    private readonly string? _path = Environment.GetEnvironmentVariable("PATH");
+
+    [TearDown]
+    public void RestorePath() => Environment.SetEnvironmentVariable("PATH", _path);
+
     [TestCase(DiskFormat.Raw)]
     [TestCase(DiskFormat.Qcow2)]
     public async Task A_domain_boots_what_the_menu_in_its_disk_says(DiskFormat format)
     {
-        DomainConfiguration configuration = OnDisk(format) with { CommandLine = "behind" };
+        DomainConfiguration configuration = await OnDiskAsync(format) with { CommandLine = "behind" };
         ManagedDomain domain = await Toolstack.CreateAsync(configuration, paused: true);
         DomainInfo info = domain.Describe();
         Assert.That((info.Kernel, info.CommandLine), Is.EqualTo(($"{configuration.Disks[0].Target}:/boot/kernel", "root=/dev/xvda ro behind")));
@@ -28,9 +33,9 @@ public sealed class GuestDiskTests : ManagementFixture
     }
 
     [Test]
-    public void A_disk_that_cannot_be_booted_leaves_no_domain()
+    public async Task A_disk_that_cannot_be_booted_leaves_no_domain()
     {
-        DomainConfiguration configuration = OnDisk(DiskFormat.Raw) with { Bootloader = new BootloaderConfiguration { Entry = "none" } };
+        DomainConfiguration configuration = await OnDiskAsync(DiskFormat.Raw) with { Bootloader = new BootloaderConfiguration { Entry = "none" } };
         ToolstackException failure = Assert.ThrowsAsync<ToolstackException>(() => Toolstack.CreateAsync(configuration))!;
         Assert.That(failure.Message, Does.Contain(configuration.Disks[0].Target).And.Contain("no entry \"none\""));
         Assert.That(failure.Kind, Is.EqualTo(ProblemKind.BadConfiguration));
@@ -39,7 +44,7 @@ public sealed class GuestDiskTests : ManagementFixture
         Assert.That(failure.Message, Does.Contain("There is no file"));
     }
 
-    private DomainConfiguration OnDisk(DiskFormat format)
+    private async Task<DomainConfiguration> OnDiskAsync(DiskFormat format)
     {
         string tree = FileOf("tree");
         Directory.CreateDirectory(Path.Combine(tree, "boot", "grub"));
@@ -48,7 +53,7 @@ public sealed class GuestDiskTests : ManagementFixture
         string image = FileOf("image");
         ExtImage.Make(image, tree, 1024, "-t", "ext4", "-O", "^has_journal");
         if (format == DiskFormat.Qcow2)
-            image = Convert(image);
+            image = await ConvertAsync(image);
         return new DomainConfiguration
         {
             Name = "tiny", MemoryMiB = 16, Bootloader = new BootloaderConfiguration(),
@@ -56,12 +61,30 @@ public sealed class GuestDiskTests : ManagementFixture
         };
     }
 
-    private static string Convert(string image)
+    /// <summary>Makes a qcow2 image of a raw one, and has qemu-nbd where the toolstack looks for it.</summary>
+    private async Task<string> ConvertAsync(string image)
     {
-        if (!(Environment.GetEnvironmentVariable("PATH") ?? string.Empty).Split(':').Any(static folder => File.Exists(Path.Combine(folder, "qemu-img"))))
-            Assert.Ignore("There is no qemu-img here: install qemu-utils.");
-        using Process program = Process.Start("qemu-img", ["convert", "-O", "qcow2", image, image + ".qcow2"]);
-        Assert.That(program.WaitForExit(60_000) && program.ExitCode == 0, Is.True, "qemu-img");
+        QemuUtils qemu;
+        try
+        {
+            qemu = await QemuUtils.GetAsync(new GuestCache(GuestCache.DefaultRoot()));
+        }
+        catch (GuestFetchException missing)
+        {
+            Assert.Ignore(missing.Message);
+            throw;
+        }
+
+        (string program, IReadOnlyList<string> first) = qemu.Command("qemu-img");
+        CommandResult converted = await new CommandRunner().RunAsync(new Command(program, [.. first, "convert", "-O", "qcow2", image, image + ".qcow2"]));
+        Assert.That(converted.ExitCode, Is.Zero, converted.Error);
+        (program, first) = qemu.Command("qemu-nbd");
+        string folder = Directory.CreateDirectory(FileOf("bin")).FullName;
+        string script = Path.Combine(folder, "qemu-nbd");
+        await File.WriteAllTextAsync(script, $"#!/bin/sh\nexec '{program}' {string.Join(' ', first.Select(static argument => $"'{argument}'"))} \"$@\"\n");
+        if (!OperatingSystem.IsWindows())
+            File.SetUnixFileMode(script, UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute);
+        Environment.SetEnvironmentVariable("PATH", $"{folder}:{_path}");
         return image + ".qcow2";
     }
 }

@@ -2,6 +2,7 @@
 
 using System.Diagnostics;
 using System.Globalization;
+using System.Net.Sockets;
 using XenSharp.Api;
 using XenSharp.Cli.Commands;
 
@@ -22,11 +23,11 @@ internal static class DaemonStart
     /// <exception cref="UsageException">It cannot be started; the sentence says what it said.</exception>
     internal static async Task EnsureAsync(DaemonClient daemon, CancellationToken cancellation)
     {
-        if (await AnswersAsync(daemon, cancellation).ConfigureAwait(false))
+        string socket = Path.GetFullPath(daemon.Socket);
+        if (await AnswersAsync(socket, cancellation).ConfigureAwait(false))
             return;
 
         // Records of a daemon at a place of somebody's own are not to mix with those of the machine's.
-        string socket = Path.GetFullPath(daemon.Socket);
         bool isUsual = socket == Path.Combine(DaemonSocket.RuntimeFolder, Path.GetFileName(DaemonSocket.DefaultPath));
         string state = isUsual ? DaemonSocket.StateFolder : Path.Combine(Path.GetDirectoryName(socket)!, "state");
         string log = Path.Combine(state, "daemon.log");
@@ -47,7 +48,7 @@ internal static class DaemonStart
             start.ArgumentList.Add(argument);
         using Process process = Process.Start(start)!;
         long began = Stopwatch.GetTimestamp();
-        while (!await AnswersAsync(daemon, cancellation).ConfigureAwait(false))
+        while (!await AnswersAsync(socket, cancellation).ConfigureAwait(false))
         {
             if (process.HasExited || Stopwatch.GetElapsedTime(began) > s_patience)
                 throw new UsageException($"No daemon answers at {socket}, and the one that was started {(process.HasExited ? "has ended" : "does not either")}: {Said(log, before)}");
@@ -55,16 +56,22 @@ internal static class DaemonStart
         }
     }
 
-    private static async Task<bool> AnswersAsync(DaemonClient daemon, CancellationToken cancellation)
+    /// <summary>Whether somebody listens; where that cannot be found out, what is asked for next says why.</summary>
+    private static async Task<bool> AnswersAsync(string path, CancellationToken cancellation)
     {
+        using var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
-            _ = await daemon.ListAsync(cancellation).ConfigureAwait(false);
+            await socket.ConnectAsync(new UnixDomainSocketEndPoint(path), cancellation).ConfigureAwait(false);
             return true;
         }
-        catch (DaemonException failure) when (failure.Kind is null)
+        catch (SocketException failure)
         {
-            return false;
+            return !(failure.SocketErrorCode == SocketError.ConnectionRefused || !File.Exists(path));
+        }
+        catch (ArgumentException failure)
+        {
+            throw new UsageException($"{path} is no name for a socket: {failure.Message}");
         }
     }
 

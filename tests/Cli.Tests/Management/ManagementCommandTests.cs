@@ -335,8 +335,8 @@ public sealed class ManagementCommandTests
     [TestCase("reboot --wait web", "reboot", DomainEventKind.Shutdown, "Rebooting domain 3\n")]
     public async Task ShutdownWaitsForTheDomainsEnd(string command, string what, DomainEventKind kind, string error)
     {
-        var asked = new TaskCompletionSource();
-        var other = new TaskCompletionSource();
+        var asked = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
+        var other = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
         _daemon.OnStream("GET /v1/events", async (_, stream) =>
         {
             await stream.WriteAsync(FakeDaemon.Answer("200 OK", "application/x-ndjson", null));

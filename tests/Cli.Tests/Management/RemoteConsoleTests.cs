@@ -32,7 +32,7 @@ public sealed class RemoteConsoleTests
     [Test]
     public async Task KeysGoToTheGuestItsOutputToTheScreenAndTheDetachKeyLeaves()
     {
-        var typed = new TaskCompletionSource<string>();
+        var typed = new TaskCompletionSource<string>(TaskCreationOptions.RunContinuationsAsynchronously);
         _daemon.OnStream(Console, async (_, stream) =>
         {
             await UpgradeAsync(stream, "login: ");
@@ -58,7 +58,7 @@ public sealed class RemoteConsoleTests
     [Test]
     public async Task TheDomainsEndIsTheSessionsAndPipedInputIsTyped()
     {
-        var typed = new TaskCompletionSource<string>();
+        var typed = new TaskCompletionSource<string>(TaskCreationOptions.RunContinuationsAsynchronously);
         _daemon.OnStream(Console, async (_, stream) =>
         {
             await UpgradeAsync(stream, "# ");
@@ -75,7 +75,7 @@ public sealed class RemoteConsoleTests
     [Test]
     public async Task CreateWithAConsoleUnpausesTheDomainOnceSomebodyLooks()
     {
-        var unpaused = new TaskCompletionSource();
+        var unpaused = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
         _daemon.On("POST /v1/domains", JsonSerializer.Serialize(new CreateDomainResult { Domain = s_domain }, ApiJson.Default.CreateDomainResult));
         _daemon.OnStream("POST /v1/domains/3/unpause", async (_, stream) =>
         {

@@ -1,5 +1,6 @@
 // What is to hold for a configuration, wherever it comes from.
 
+using XenSharp.Core;
 using XenSharp.Configuration.Devices;
 
 namespace XenSharp.Configuration;
@@ -94,7 +95,7 @@ public static class DomainConfigurationRules
                 yield return (key, $"There is nothing (null) in the list {key}.");
         }
 
-        var disks = new Dictionary<int, string>();
+        var disks = new Dictionary<uint, string>();
         foreach (DiskConfiguration disk in configuration.Disks.OfType<DiskConfiguration>())
         {
             if (!VirtualDevice.TryParse(disk.VirtualDevice, out VirtualDevice device))

@@ -179,7 +179,13 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
     private ConsoleHub ConsoleOf(string domain, int channel)
     {
         ManagedDomain found = toolstack.Find(domain);
-        return channel == 0 ? found.Console : throw new ToolstackException(ProblemKind.NoSuchDevice, $"The domain {found.Name} has no channel {channel}.");
+        if (channel == 0)
+            return found.Console;
+        throw new ToolstackException(
+            ProblemKind.NoSuchDevice,
+            found.FindChannel(channel) is { } place
+                ? $"Channel {channel} of {found.Name} is there for a program of the host's, at {place}: connect to that."
+                : $"The domain {found.Name} has no channel {channel}.");
     }
 
     private Task SaveAsync(HttpContext context, string domain, SaveDomainRequest request)

@@ -2,6 +2,7 @@
 
 using System.Security.Cryptography;
 using System.Text;
+using XenSharp.Core;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Domains;

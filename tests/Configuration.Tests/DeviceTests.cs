@@ -73,48 +73,6 @@ public sealed class DeviceTests
     public void DisksThatCannotBeAreRefused(string text, string part)
         => Assert.That(Assert.Throws<FormatException>(() => DiskSpecification.Parse([text], []))!.Message, Does.Contain(part));
 
-    // The concrete encodings of xen-vbd-interface(7).
-    [TestCase("xvda", 202 << 8, 0, 0)]
-    [TestCase("d0", 202 << 8, 0, 0)]
-    [TestCase("d0p0", 202 << 8, 0, 0)]
-    [TestCase("xvdb2", (202 << 8) | (1 << 4) | 2, 1, 2)]
-    [TestCase("d1p2", (202 << 8) | (1 << 4) | 2, 1, 2)]
-    [TestCase("xvdp15", (202 << 8) | (15 << 4) | 15, 15, 15)]
-    [TestCase("xvdq", (1 << 28) | (16 << 8), 16, 0)]
-    [TestCase("xvda16", (1 << 28) | 16, 0, 16)]
-    [TestCase("xvdtq37", (1 << 28) | (536 << 8) | 37, 536, 37)]
-    [TestCase("d536p37", (1 << 28) | (536 << 8) | 37, 536, 37)]
-    [TestCase("sdb3", (8 << 8) | (1 << 4) | 3, 1, 3)]
-    [TestCase("hda", 3 << 8, 0, 0)]
-    [TestCase("hdb63", (3 << 8) | (1 << 6) | 63, 1, 63)]
-    [TestCase("hdc2", (22 << 8) | 2, 2, 2)]
-    [TestCase("51712", 51712, -1, 0)]
-    [TestCase("0xca00", 51712, -1, 0)]
-    public void DeviceNamesHaveXensNumbers(string name, int number, int disk, int partition)
-        => Assert.That(VirtualDevice.Parse(name), Is.EqualTo(new VirtualDevice(number, disk, partition)));
-
-    [TestCase("")]
-    [TestCase("xvd")]
-    [TestCase("xvdA")]
-    [TestCase("xvda0")]
-    [TestCase("xvda01")]
-    [TestCase("xvda256")]
-    [TestCase("xvdzzzzz")]
-    [TestCase("xvda1x")]
-    [TestCase("sdq")]
-    [TestCase("sda16")]
-    [TestCase("hde")]
-    [TestCase("hda64")]
-    [TestCase("d")]
-    [TestCase("dp1")]
-    [TestCase("d1p")]
-    [TestCase("d1048576")]
-    [TestCase("0")]
-    [TestCase("-1")]
-    [TestCase("1x")]
-    [TestCase("nvme0n1")]
-    public void OtherNamesAreRefused(string name) => Assert.That(VirtualDevice.TryParse(name, out _), Is.False);
-
     [TestCase("10Mb/s", 62_500, 50_000)]
     [TestCase("250KB/s", 12_500, 50_000)]
     [TestCase("1MB/s@20ms", 20_000, 20_000)]

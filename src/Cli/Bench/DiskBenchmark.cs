@@ -1,5 +1,6 @@
 // Reads of a Debian guest's disk beside the same reads made by a process of the host.
 using System.Diagnostics;
+using XenSharp.Core;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Domains;

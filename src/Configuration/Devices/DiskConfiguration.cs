@@ -51,7 +51,7 @@ public sealed record DiskConfiguration
     /// <summary>The number of the device in xenstore.</summary>
     /// <exception cref="FormatException"><see cref="VirtualDevice"/> is no device.</exception>
     [JsonIgnore]
-    public int DeviceId => Devices.VirtualDevice.Parse(VirtualDevice).Number;
+    public uint DeviceId => Core.VirtualDevice.Parse(VirtualDevice).Number;
 
     /// <summary>The disk as a specification of xl-disk-configuration(5).</summary>
     public string ToSpecification()

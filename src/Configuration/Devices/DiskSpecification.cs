@@ -1,6 +1,7 @@
 // The disk specifications of xl-disk-configuration(5), old forms included.
 
 using System.Text.RegularExpressions;
+using XenSharp.Core;
 
 namespace XenSharp.Configuration.Devices;
 

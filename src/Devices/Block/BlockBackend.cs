@@ -1,5 +1,6 @@
 // The back end of a virtual disk (vbd), for stock blkfront and others.
 using System.Globalization;
+using XenSharp.Core;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Devices.Xenbus;
 using XenSharp.Devices.Xenstore;

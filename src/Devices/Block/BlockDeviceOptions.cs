@@ -1,4 +1,5 @@
 // What a virtual disk is to be.
+using XenSharp.Core;
 using XenSharp.Devices.Block.Images;
 
 namespace XenSharp.Devices.Block;

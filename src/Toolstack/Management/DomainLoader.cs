@@ -33,8 +33,6 @@ internal static class DomainLoader
                 $"The domain {configuration.Name} is to have {configuration.VcpuCount} vCPUs, and a domain here can have {KvmVirtualMachine.MaxVcpus}: give it fewer.");
         }
 
-        if (configuration.Channels.Count > 0)
-            throw Refusal(ProblemKind.NotSupported, $"The domain {configuration.Name} has channel=, and channels are not supported by this build: leave it out.");
         List<string> ineffective = [];
         void Note(bool present, string key)
         {

@@ -1,4 +1,4 @@
-// A domain's disks and network interfaces: those of its configuration, and those that come and go while it runs.
+// A domain's disks, network interfaces and channels: those of its configuration, and those that come and go while it runs.
 
 using System.Globalization;
 using XenSharp.Api;
@@ -6,6 +6,7 @@ using XenSharp.Configuration;
 using XenSharp.Configuration.Devices;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
+using XenSharp.Devices.Console;
 using XenSharp.Devices.Network;
 using XenSharp.Devices.Xenbus;
 
@@ -16,6 +17,7 @@ public sealed partial class ManagedDomain
 {
     private readonly List<BlockBackend> _disks = [];
     private readonly List<NetworkBackend> _interfaces = [];
+    private readonly List<ConsoleChannel> _channels = [];
 
     /// <summary>Its disks, by number.</summary>
     public IReadOnlyList<BlockDeviceInfo> DescribeDisks()
@@ -37,6 +39,15 @@ public sealed partial class ManagedDomain
                 throw IsGone();
             return [.. _interfaces.OrderBy(static device => device.Options.DeviceId).Select(Describe)];
         }
+    }
+
+    /// <summary>Where a channel leads to on the host: its socket or terminal.</summary>
+    /// <param name="number">Its number among the guest's consoles, from 1 on.</param>
+    /// <returns>Null if the domain has no such channel.</returns>
+    public string? FindChannel(int number)
+    {
+        lock (_gate)
+            return _channels.FirstOrDefault(channel => channel.Options.Id == number) is { } found ? found.Options.SocketPath ?? found.Terminal : null;
     }
 
     /// <summary>Plugs a disk in.</summary>
@@ -97,7 +108,7 @@ public sealed partial class ManagedDomain
             cancellation).ConfigureAwait(false);
         Reconfigure(configuration => configuration with
         {
-            Disks = [.. configuration.Disks.Where(other => other.DeviceId != (int)disk.Device.Number)],
+            Disks = [.. configuration.Disks.Where(other => other.DeviceId != disk.Device.Number)],
         });
     }
 
@@ -140,6 +151,8 @@ public sealed partial class ManagedDomain
             _ = await PlugAsync(disk, cancellation).ConfigureAwait(false);
         foreach (VifConfiguration vif in Configuration.Vifs)
             _ = Plug(vif);
+        foreach ((int i, ChannelConfiguration channel) in Configuration.Channels.Index())
+            Plug(channel, (uint)i + 1);
     }
 
     private static VifConfiguration Complete(VifConfiguration vif, int id)
@@ -185,7 +198,7 @@ public sealed partial class ManagedDomain
                 Running.Domain, Store,
                 new BlockDeviceOptions
                 {
-                    Device = new Devices.Block.VirtualDevice((uint)disk.DeviceId, disk.VirtualDevice),
+                    Device = new Core.VirtualDevice(disk.DeviceId, disk.VirtualDevice),
                     Image = image,
                     IsReadOnly = disk.ReadOnly,
                     IsCdRom = disk.Cdrom,
@@ -243,6 +256,19 @@ public sealed partial class ManagedDomain
         }
     }
 
+    private void Plug(ChannelConfiguration channel, uint number)
+    {
+        try
+        {
+            var backend = ConsoleChannel.Create(Running.Domain, Store, new ConsoleChannelOptions(number, channel.Name) { SocketPath = channel.Path }, Report);
+            Keep(_channels, backend, backend.Completion);
+        }
+        catch (Exception failure) when (failure is IOException or InvalidOperationException)
+        {
+            throw new ToolstackException(ProblemKind.HostCannot, $"The channel {channel.Name} of {Name}: {failure.Message}", failure);
+        }
+    }
+
     /// <summary>Lists a device as long as it is there: one that the guest did not let go of in time may go later.</summary>
     private void Keep<T>(List<T> devices, T device, Task completion)
     {
@@ -256,7 +282,7 @@ public sealed partial class ManagedDomain
     {
         IAsyncDisposable[] devices;
         lock (_gate)
-            devices = [.. _disks, .. _interfaces];
+            devices = [.. _disks, .. _interfaces, .. _channels];
         foreach (IAsyncDisposable device in devices)
             await device.DisposeAsync().ConfigureAwait(false);
     }

@@ -1,5 +1,6 @@
 // A domain, a store, a disk, and its front end.
 using System.Collections.Concurrent;
+using XenSharp.Core;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Devices.Xenstore;

@@ -1,7 +1,7 @@
 // Names and numbers of virtual disks (docs/man/xen-vbd-interface.7): xvda, hda, sda, d0p1, 51712.
 using System.Globalization;
 
-namespace XenSharp.Devices.Block;
+namespace XenSharp.Core;
 
 /// <summary>Which disk or partition a guest sees an image as.</summary>
 /// <param name="Number">The number in the device's paths, as encoded by xen-vbd-interface.</param>
@@ -56,7 +56,7 @@ public readonly record struct VirtualDevice(uint Number, string Name)
     public static VirtualDevice Parse(string name)
         => TryParse(name, out VirtualDevice device)
             ? device
-            : throw new FormatException($"\"{name}\" is no virtual disk: use a name such as xvda, xvdb1, hda or sda, or an encoded number.");
+            : throw new FormatException($"\"{name}\" is no device of a guest: write xvda, xvdb1, sda, hda, d0p1 or the number of one.");
 
     // Letters count as digits that begin at 1 in all places but the last: a to z, aa to zz, and so on.
     private static bool TryMatch(string name, string prefix, int disks, int partitions, out int disk, out int partition)

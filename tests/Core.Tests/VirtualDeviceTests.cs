@@ -1,7 +1,5 @@
 // Names of virtual disks and their numbers, from xen-vbd-interface(7) and xl-disk-configuration(5).
-using XenSharp.Devices.Block;
-
-namespace XenSharp.Devices.Tests.Block;
+namespace XenSharp.Core.Tests;
 
 internal sealed class VirtualDeviceTests
 {
@@ -41,6 +39,13 @@ internal sealed class VirtualDeviceTests
     [TestCase("xvda1x", null)]
     [TestCase("-1", null)]
     [TestCase("d1048576p0", null)]
+    [TestCase("xvdtq37", (1u << 28) | (536 << 8) | 37)]
+    [TestCase("hda64", null)]
+    [TestCase("d", null)]
+    [TestCase("dp1", null)]
+    [TestCase("d1p", null)]
+    [TestCase("1x", null)]
+    [TestCase("nvme0n1", null)]
     public void Names_are_encoded(string name, uint? number)
     {
         Assert.That(VirtualDevice.TryParse(name, out VirtualDevice device), Is.EqualTo(number is not null));

@@ -1,4 +1,5 @@
-// A day with a Debian system, as somebody types it who knows xl: created, looked at, changed while it runs, saved, restored, shut down.
+// Days with a Debian system, as somebody types them who knows xl: created, looked at, changed while it runs, saved, restored, shut down;
+// and one on which the daemon is killed.
 
 using System.Diagnostics;
 using System.Globalization;
@@ -26,13 +27,11 @@ public sealed partial class EverydayTests : KvmFixture
     private CommandProcess _daemon = null!;
 
     [SetUp]
-    public async Task StartDaemon()
+    public async Task MakeFolder()
     {
         _folder = Directory.CreateTempSubdirectory("xensharp-everyday-").FullName;
         Environment.SetEnvironmentVariable("XENSHARP_SOCKET", Path.Combine(_folder, "socket"));
-        _daemon = CommandProcess.Start("daemon", "--state", Path.Combine(_folder, "state"));
-        while ((await CommandProcess.RunAsync("list")).Status != 0)
-            await Task.Delay(100);
+        await StartDaemonAsync();
     }
 
     [TearDown]
@@ -45,6 +44,38 @@ public sealed partial class EverydayTests : KvmFixture
         Environment.SetEnvironmentVariable("XENSHARP_SOCKET", null);
         Directory.Delete(_folder, recursive: true);
         Assert.That(status, Is.Zero, said);
+    }
+
+    /// <summary>What the guest was told to be on its disk is there, though nothing was said to anybody at the end.</summary>
+    [Test]
+    public async Task A_killed_daemon_loses_nothing_that_was_flushed(CancellationToken cancellation)
+    {
+        string disk = await CopyDiskAsync(cancellation);
+        _ = await TypeAsync("create", $"name=\"{Name}\"", "bootloader=\"pygrub\"", "memory=256", $"disk=[ '{disk},raw,xvda,w' ]");
+        int flushed;
+        using (var console = new GuestShell())
+        {
+            console.LogIn();
+            console.Type("i=0; while i=$((i+1)); do echo $i >> /root/count && sync /root/count && echo \"flushed $i.\"; done");
+            console.WaitFor("flushed 40.");
+            _daemon.Send(9);
+            _ = await _daemon.WaitAsync();
+            _daemon.Dispose();
+            await console.EndedAsync();
+            flushed = Flushed().Matches(console.Rest).Select(static match => int.Parse(match.Groups[1].Value, CultureInfo.InvariantCulture)).Append(40).Max();
+        }
+
+        // As at the next boot: the journal first, which is all that it takes.
+        CommandResult recovered = await RunAsync(cancellation, "e2fsck", "-p", disk);
+        Assert.That(recovered.ExitCode, Is.LessThanOrEqualTo(1), recovered.Output);
+        await CheckFileSystemAsync(disk, cancellation);
+        CommandResult count = await RunAsync(cancellation, "debugfs", "-R", "cat /root/count", disk);
+        string[] lines = count.Output.Split('\n', StringSplitOptions.RemoveEmptyEntries);
+        Assert.That(lines.Take(flushed), Is.EqualTo(Enumerable.Range(1, flushed).Select(static i => i.ToString(CultureInfo.InvariantCulture))));
+
+        await StartDaemonAsync();
+        Assert.That((await TypeAsync("list")).Output, Does.Not.Contain(Name));
+        Assert.That((await TypeAsync("list", "--lost")).Output, Does.Contain(Name));
     }
 
     [Test]
@@ -120,6 +151,13 @@ public sealed partial class EverydayTests : KvmFixture
             await CheckFileSystemAsync(image, cancellation);
     }
 
+    private async Task StartDaemonAsync()
+    {
+        _daemon = CommandProcess.Start("daemon", "--state", Path.Combine(_folder, "state"));
+        while ((await CommandProcess.RunAsync("list")).Status != 0)
+            await Task.Delay(100);
+    }
+
     /// <summary>A copy of the Debian system's disk.</summary>
     private async Task<string> CopyDiskAsync(CancellationToken cancellation)
     {
@@ -139,9 +177,15 @@ public sealed partial class EverydayTests : KvmFixture
 
     private static async Task CheckFileSystemAsync(string image, CancellationToken cancellation)
     {
-        CommandResult check = await new CommandRunner("/usr/sbin:/sbin:/usr/bin:/bin").RunAsync(new Command("e2fsck", "-f", "-n", image), cancellation);
+        CommandResult check = await RunAsync(cancellation, "e2fsck", "-f", "-n", image);
         Assert.That(check.ExitCode, Is.Zero, check.Output);
     }
+
+    private static Task<CommandResult> RunAsync(CancellationToken cancellation, string program, params string[] arguments)
+        => new CommandRunner("/usr/sbin:/sbin:/usr/bin:/bin").RunAsync(new Command(program, arguments), cancellation);
+
+    [GeneratedRegex(@"flushed (\d+)\.")]
+    private static partial Regex Flushed();
 
     /// <summary>A command that has to succeed.</summary>
     private static async Task<CommandEnd> TypeAsync(params string[] arguments)
@@ -198,6 +242,11 @@ public sealed partial class EverydayTests : KvmFixture
             return output[..end.Index].TrimEnd('\n');
         }
 
+        /// <summary>What has come and was not waited for.</summary>
+        internal string Rest => _screen.Rest;
+
+        internal void WaitFor(string text) => _screen.WaitFor(text, s_bootPatience);
+
         internal async Task EndedAsync() => Assert.That(await _process.WaitAsync(), Is.Zero, _process.Error);
 
         public void Dispose()
@@ -206,7 +255,7 @@ public sealed partial class EverydayTests : KvmFixture
             _terminal.Dispose();
         }
 
-        private void Type(string line) => _terminal.Type(Encoding.ASCII.GetBytes(line + "\r"));
+        internal void Type(string line) => _terminal.Type(Encoding.ASCII.GetBytes(line + "\r"));
 
         [GeneratedRegex(@"\d+$")]
         private static partial Regex Status();

@@ -26,6 +26,16 @@ internal sealed class Screen
         reader.Start();
     }
 
+    /// <summary>What has come and was not waited for.</summary>
+    internal string Rest
+    {
+        get
+        {
+            lock (_text)
+                return _text.ToString();
+        }
+    }
+
     /// <summary>Waits for a text, and takes all up to its end.</summary>
     /// <param name="text">The text.</param>
     /// <param name="patience">How long it may take to come; a minute where it is not said.</param>

@@ -15,6 +15,7 @@ internal static class DaemonStart
     private const int IdleSeconds = 10;
 
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(30);
+    private static readonly TimeSpan s_rivalPatience = TimeSpan.FromSeconds(3);
     private static readonly TimeSpan s_lookInterval = TimeSpan.FromMilliseconds(20);
 
     /// <summary>Starts a daemon unless one answers.</summary>
@@ -48,9 +49,13 @@ internal static class DaemonStart
             start.ArgumentList.Add(argument);
         using Process process = Process.Start(start)!;
         long began = Stopwatch.GetTimestamp();
+        TimeSpan patience = s_patience;
         while (!await AnswersAsync(socket, cancellation).ConfigureAwait(false))
         {
-            if (process.HasExited || Stopwatch.GetElapsedTime(began) > s_patience)
+            // Another command may have started one at the same time, which is the one that answers then.
+            if (process.HasExited && patience == s_patience)
+                patience = Stopwatch.GetElapsedTime(began) + s_rivalPatience;
+            if (Stopwatch.GetElapsedTime(began) > patience)
                 throw new UsageException($"No daemon answers at {socket}, and the one that was started {(process.HasExited ? "has ended" : "does not either")}: {Said(log, before)}");
             await Task.Delay(s_lookInterval, cancellation).ConfigureAwait(false);
         }

@@ -76,7 +76,7 @@ public sealed class TimeTests : KvmFixture
     public async Task A_domain_that_sleeps_costs_little(string parameter, double mostPercent)
     {
         const int seconds = 10;
-        const double most = 3;
+        const double most = 6;
         DomainImage image = await DebianGuest.ImageAsync(
             DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" }, reusable: false);
         var console = new ConsoleLines();

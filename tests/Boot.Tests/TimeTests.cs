@@ -76,7 +76,8 @@ public sealed class TimeTests : KvmFixture
     public async Task A_domain_that_sleeps_costs_little(string parameter, double mostPercent)
     {
         const int seconds = 10;
-        const double most = 6;
+        const double most = 3;
+        const int windows = 3;
         DomainImage image = await DebianGuest.ImageAsync(
             DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" }, reusable: false);
         var console = new ConsoleLines();
@@ -94,20 +95,26 @@ public sealed class TimeTests : KvmFixture
         while (!console.Text.Contains("idle\n") && !console.Text.Contains("idle\r\n"))
             await Task.Delay(100);
         await Task.Delay(2000);
-        (double before, ulong calls) = (VcpuThreads.ProcessorTime("idle"), domain.Domain.HypercallCount);
-        await Task.Delay(seconds * 1000);
-        double percent = (VcpuThreads.ProcessorTime("idle") - before) / seconds * 100;
-        calls = domain.Domain.HypercallCount - calls;
-        domain.Destroy();
-        _ = await domain.Completion;
-        double floor;
-        using (var loop = new RawExitLoop(Host.Kvm, Host.Capabilities))
-            floor = loop.Measure(20_000);
-        double exits = percent / 100 * seconds / calls * 1e9 / floor;
-        TestContext.Out.WriteLine(
-            $"{percent:0.000} % of a core, {calls / (double)seconds:0} hypercalls a second, {exits:0.00} bare exits of {floor / 1000:0.0} µs each.");
-        Assert.That(percent <= mostPercent || exits <= most);
-        Assert.That(calls, parameter.Length == 0 ? Is.LessThan(200UL * seconds) : Is.GreaterThan(500UL * seconds), "It has its tick, or has none.");
+
+        // What else the machine does only adds: a window in which it did little is enough.
+        bool isLittle = false;
+        for (int window = 0; window < windows && !isLittle; window++)
+        {
+            (double before, ulong calls) = (VcpuThreads.ProcessorTime("idle"), domain.Domain.HypercallCount);
+            await Task.Delay(seconds * 1000);
+            double percent = (VcpuThreads.ProcessorTime("idle") - before) / seconds * 100;
+            calls = domain.Domain.HypercallCount - calls;
+            double floor;
+            using (var loop = new RawExitLoop(Host.Kvm, Host.Capabilities))
+                floor = loop.Measure(20_000);
+            double exits = percent / 100 * seconds / calls * 1e9 / floor;
+            TestContext.Out.WriteLine(
+                $"{percent:0.000} % of a core, {calls / (double)seconds:0} hypercalls a second, {exits:0.00} bare exits of {floor / 1000:0.0} µs each.");
+            Assert.That(calls, parameter.Length == 0 ? Is.LessThan(200UL * seconds) : Is.GreaterThan(500UL * seconds), "It has its tick, or has none.");
+            isLittle = percent <= mostPercent || exits <= most;
+        }
+
+        Assert.That(isLittle, $"at most {mostPercent} % of a core, or {most} bare exits a hypercall, in one of {windows} windows");
     }
 
     /// <summary>Guest time less host time, in nanoseconds, of the tightest of several readings.</summary>

@@ -124,7 +124,7 @@ public sealed class ReaderTests
     [TestCase("name='a/b'", "name", "printable ASCII characters")]
     [TestCase("disk='/x,raw,xvda'", "disk", "is a list")]
     [TestCase("disk=[['/x,raw,xvda']]", "disk", "is a list of texts")]
-    [TestCase("disk=['/x,raw,xvda','/y,raw,d0']", "disk", "Two disks are d0, which is xvda")]
+    [TestCase("disk=['/x,raw,xvda','/y,raw,d0p0']", "disk", "Two disks are d0p0, which is xvda")]
     [TestCase("disk=['/x,raw,nvme0']", "disk", "no device of a guest")]
     [TestCase("vif=['mac=00:16:3e:00:00:01','mac=00:16:3E:0:0:1']", "vif", "Two network interfaces have the address")]
     [TestCase("vif=['devid=1','devid=1']", "vif", "have the devid 1")]

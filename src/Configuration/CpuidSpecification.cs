@@ -2,6 +2,7 @@
 
 using System.Globalization;
 using XenSharp.Configuration.Language;
+using XenSharp.Core;
 
 namespace XenSharp.Configuration;
 
@@ -95,7 +96,7 @@ internal sealed class CpuidSpecification
 
     private static bool TryParseWord(string text, out uint word)
     {
-        bool good = Numbers.TryParse(text, out long number) && number is >= 0 and <= uint.MaxValue;
+        bool good = CNumber.TryParse(text.Trim(' ', '\t'), out long number) && number is >= 0 and <= uint.MaxValue;
         word = good ? (uint)number : 0;
         return good;
     }
@@ -121,7 +122,7 @@ internal sealed class CpuidSpecification
         {
             mask = WithBits(mask, bits, value[0])!;
         }
-        else if (!Numbers.TryParse(value, out long number) || number < 0 || number > Largest(name, field))
+        else if (!CNumber.TryParse(value.Trim(' ', '\t'), out long number) || number < 0 || number > Largest(name, field))
         {
             return field.Bits == 1
                 ? $"{name} takes 0, 1, x, k or s; \"{value}\" is none of them."

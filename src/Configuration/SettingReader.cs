@@ -2,6 +2,7 @@
 
 using System.Diagnostics.CodeAnalysis;
 using XenSharp.Configuration.Language;
+using XenSharp.Core;
 
 namespace XenSharp.Configuration;
 
@@ -45,7 +46,7 @@ internal sealed class SettingReader(IReadOnlyList<ConfigurationSetting> settings
         ConfigurationSetting setting = _settings[key];
         if (setting.IsAddition)
             Errors.Add(setting.Message($"{key} is a number, and += puts text together; assign it with =."));
-        else if (!Numbers.TryParse(text, out long number))
+        else if (!CNumber.TryParse(text.Trim(' ', '\t'), out long number))
             Errors.Add(setting.Message(setting.Value, $"{key} is a number; \"{text}\" is none."));
         else if (number < least || number > most)
             Errors.Add(setting.Message(setting.Value, $"{key} is a number from {least} to {most}; {number} is out of that range."));
@@ -62,7 +63,7 @@ internal sealed class SettingReader(IReadOnlyList<ConfigurationSetting> settings
         ConfigurationSetting setting = _settings[key];
         if (setting.IsAddition)
             Errors.Add(setting.Message($"{key} is 0 or 1, and += puts text together; assign it with =."));
-        else if (!Numbers.TryParse(text, out long number))
+        else if (!CNumber.TryParse(text.Trim(' ', '\t'), out long number))
             Errors.Add(setting.Message(setting.Value, $"{key} is 0 or 1; \"{text}\" is no number."));
         else
             return number != 0;

@@ -91,28 +91,8 @@ public readonly record struct VirtualDevice(uint Number, string Name)
 
     private static bool TryParseNumber(string text, out uint number)
     {
-        bool parsed = text.StartsWith("0x", StringComparison.OrdinalIgnoreCase)
-            ? uint.TryParse(text.AsSpan(2), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out number)
-            : text.Length > 1 && text[0] == '0'
-                ? TryParseOctal(text, out number)
-                : uint.TryParse(text, NumberStyles.None, CultureInfo.InvariantCulture, out number);
-        return parsed && number <= int.MaxValue;
-    }
-
-    private static bool TryParseOctal(string text, out uint number)
-    {
-        ulong value = 0;
-        foreach (char digit in text)
-        {
-            value = (value * 8) + (ulong)(digit - '0');
-            if (digit is < '0' or > '7' || value > int.MaxValue)
-            {
-                number = 0;
-                return false;
-            }
-        }
-
-        number = (uint)value;
-        return true;
+        bool parsed = CNumber.TryParse(text, out long value) && char.IsAsciiDigit(text[0]) && value <= int.MaxValue;
+        number = parsed ? (uint)value : 0;
+        return parsed;
     }
 }

@@ -2,15 +2,19 @@
 
 using System.Globalization;
 
-namespace XenSharp.Configuration.Language;
+namespace XenSharp.Core;
 
-/// <summary>Reads numbers in C's notation: decimal, octal after 0, hexadecimal after 0x, with a sign.</summary>
-internal static class Numbers
+/// <summary>Reads numbers in C's notation: decimal, octal after 0, hexadecimal after 0x, with a sign or without.</summary>
+public static class CNumber
 {
-    internal static bool TryParse(ReadOnlySpan<char> text, out long number)
+    /// <summary>Reads a number.</summary>
+    /// <param name="text">All of it, without white space.</param>
+    /// <param name="number">The number; 0 where there is none.</param>
+    /// <returns>False if the text is no number, or one that does not fit.</returns>
+    public static bool TryParse(ReadOnlySpan<char> text, out long number)
     {
         number = 0;
-        ReadOnlySpan<char> digits = text.Trim(" \t");
+        ReadOnlySpan<char> digits = text;
         bool negative = digits is ['-', ..];
         if (digits is ['-' or '+', ..])
             digits = digits[1..];

@@ -8,13 +8,11 @@ namespace XenSharp.Guests.Benchmark;
 /// <summary>Builds the program, a static executable without a C library. It says nothing; its caller takes the time.</summary>
 public static class MapTouchUnmap
 {
-    private const ulong CodeAddress = 0x400000;
     private const int PageSize = 4096;
 
     // System call numbers of x86-64 Linux.
     private const int Mmap = 9;
     private const int Munmap = 11;
-    private const int Exit = 60;
 
     // PROT_READ | PROT_WRITE, and MAP_PRIVATE | MAP_ANONYMOUS.
     private const int ReadWrite = 3;
@@ -59,22 +57,10 @@ public static class MapTouchUnmap
         code.jnz(failed);
         code.dec(r12d);
         code.jnz(round);
-        EmitExit(code, 0);
+        LinuxProgram.EmitExit(code, 0);
         code.Label(ref failed);
-        EmitExit(code, 1);
+        LinuxProgram.EmitExit(code, 1);
 
-        using var stream = new MemoryStream();
-        code.Assemble(new StreamCodeWriter(stream), CodeAddress);
-        var elf = new ElfWriter { EntryPoint = CodeAddress };
-        elf.AddSegment(new ElfSegment(
-            CodeAddress, CodeAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Execute, stream.ToArray(), (ulong)stream.Length));
-        return elf.ToArray();
-    }
-
-    private static void EmitExit(Assembler code, int status)
-    {
-        code.mov(edi, status);
-        code.mov(eax, Exit);
-        code.syscall();
+        return LinuxProgram.Build(code, [], 0);
     }
 }

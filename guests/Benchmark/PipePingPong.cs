@@ -8,21 +8,18 @@ namespace XenSharp.Guests.Benchmark;
 /// <summary>Builds the program, a static executable without a C library. It says nothing; its caller takes the time.</summary>
 public static class PipePingPong
 {
-    private const ulong CodeAddress = 0x400000;
-    private const ulong DataAddress = 0x600000;
     private const int DataSize = 64;
 
     // Two pairs of descriptors, read end first, as pipe(2) writes them, and the byte.
-    private const ulong Forth = DataAddress;
-    private const ulong Back = DataAddress + 8;
-    private const ulong Byte = DataAddress + 16;
+    private const ulong Forth = LinuxProgram.DataAddress;
+    private const ulong Back = LinuxProgram.DataAddress + 8;
+    private const ulong Byte = LinuxProgram.DataAddress + 16;
 
     // System call numbers of x86-64 Linux.
     private const int Read = 0;
     private const int Write = 1;
     private const int Pipe = 22;
     private const int Fork = 57;
-    private const int Exit = 60;
 
     /// <summary>The program.</summary>
     /// <param name="rounds">Times that the byte goes there and comes back: two context switches each.</param>
@@ -51,16 +48,9 @@ public static class PipePingPong
         EmitLoop(code, ref parent, Write, Forth + 4, Read, Back, failed);
         EmitLoop(code, ref child, Read, Forth, Write, Back + 4, failed);
         code.Label(ref failed);
-        EmitExit(code, 1);
+        LinuxProgram.EmitExit(code, 1);
 
-        using var stream = new MemoryStream();
-        code.Assemble(new StreamCodeWriter(stream), CodeAddress);
-        var elf = new ElfWriter { EntryPoint = CodeAddress };
-        elf.AddSegment(new ElfSegment(
-            CodeAddress, CodeAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Execute, stream.ToArray(), (ulong)stream.Length));
-        elf.AddSegment(new ElfSegment(
-            DataAddress, DataAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Write, new byte[DataSize], DataSize));
-        return elf.ToArray();
+        return LinuxProgram.Build(code, [], DataSize);
     }
 
     /// <summary>Two transfers of the byte, R12 times, then the end of the process.</summary>
@@ -71,7 +61,7 @@ public static class PipePingPong
         EmitTransfer(code, secondCall, second, failed);
         code.dec(r12d);
         code.jnz(loop);
-        EmitExit(code, 0);
+        LinuxProgram.EmitExit(code, 0);
     }
 
     private static void EmitTransfer(Assembler code, int call, ulong descriptor, Label failed)
@@ -83,12 +73,5 @@ public static class PipePingPong
         code.syscall();
         code.cmp(eax, 1);
         code.jne(failed);
-    }
-
-    private static void EmitExit(Assembler code, int status)
-    {
-        code.mov(edi, status);
-        code.mov(eax, Exit);
-        code.syscall();
     }
 }

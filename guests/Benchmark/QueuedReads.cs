@@ -11,14 +11,11 @@ namespace XenSharp.Guests.Benchmark;
 /// </summary>
 public static class QueuedReads
 {
-    private const ulong CodeAddress = 0x400000;
-    private const ulong DataAddress = 0x600000;
     private const int BlockSize = 4096;
     private const int MaxDepth = 64;
 
     // System call numbers of x86-64 Linux.
     private const int Open = 2;
-    private const int Exit = 60;
     private const int IoSetup = 206;
     private const int IoGetEvents = 208;
     private const int IoSubmit = 209;
@@ -139,17 +136,11 @@ public static class QueuedReads
         code.jnz(collect);
         code.test(r14d, r14d);
         code.jnz(round);
-        EmitExit(code, 0);
+        LinuxProgram.EmitExit(code, 0);
         code.Label(ref failed);
-        EmitExit(code, 1);
+        LinuxProgram.EmitExit(code, 1);
 
-        using var stream = new MemoryStream();
-        code.Assemble(new StreamCodeWriter(stream), CodeAddress);
-        var elf = new ElfWriter { EntryPoint = CodeAddress };
-        elf.AddSegment(new ElfSegment(
-            CodeAddress, CodeAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Execute, stream.ToArray(), (ulong)stream.Length));
-        elf.AddSegment(new ElfSegment(DataAddress, DataAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Write, new byte[8], DataSize));
-        return elf.ToArray();
+        return LinuxProgram.Build(code, [], DataSize);
     }
 
     /// <summary>Opens the file and fills in what stays the same of each read.</summary>
@@ -164,7 +155,7 @@ public static class QueuedReads
         code.test(rax, rax);
         code.js(failed);
         code.mov(r12, rax);
-        code.mov(ebx, (uint)DataAddress);
+        code.mov(ebx, (uint)LinuxProgram.DataAddress);
         code.mov(edi, depth);
         code.lea(rsi, __qword_ptr[rbx + Context]);
         code.mov(eax, IoSetup);
@@ -184,12 +175,5 @@ public static class QueuedReads
         code.inc(ecx);
         code.cmp(ecx, depth);
         code.jne(fill);
-    }
-
-    private static void EmitExit(Assembler code, int status)
-    {
-        code.mov(edi, status);
-        code.mov(eax, Exit);
-        code.syscall();
     }
 }

@@ -16,10 +16,8 @@ public static class TcpStream
     /// <summary>Bytes of one system call.</summary>
     public const int ChunkSize = 64 << 10;
 
-    private const ulong CodeAddress = 0x400000;
-    private const ulong DataAddress = 0x600000;
-    private const ulong Address = DataAddress;
-    private const ulong Buffer = DataAddress + 4096;
+    private const ulong Address = LinuxProgram.DataAddress;
+    private const ulong Buffer = LinuxProgram.DataAddress + 4096;
     private const int AddressSize = 16;
 
     // System call numbers of x86-64 Linux.
@@ -31,7 +29,6 @@ public static class TcpStream
     private const int Shutdown = 48;
     private const int Bind = 49;
     private const int Listen = 50;
-    private const int Exit = 60;
 
     private const int Internet = 2;
     private const int Stream = 1;
@@ -72,9 +69,9 @@ public static class TcpStream
         // Nothing comes but the end.
         EmitCall(code, Read, Buffer, ChunkSize);
         code.jnz(failed);
-        EmitExit(code, 0);
+        LinuxProgram.EmitExit(code, 0);
         code.Label(ref failed);
-        EmitExit(code, 1);
+        LinuxProgram.EmitExit(code, 1);
         return Finish(code, receiver);
     }
 
@@ -99,9 +96,9 @@ public static class TcpStream
         EmitCall(code, Read, Buffer, ChunkSize);
         code.js(failed);
         code.jnz(more);
-        EmitExit(code, 0);
+        LinuxProgram.EmitExit(code, 0);
         code.Label(ref failed);
-        EmitExit(code, 1);
+        LinuxProgram.EmitExit(code, 1);
         return Finish(code, own);
     }
 
@@ -129,13 +126,6 @@ public static class TcpStream
         code.test(eax, eax);
     }
 
-    private static void EmitExit(Assembler code, int status)
-    {
-        code.mov(edi, status);
-        code.mov(eax, Exit);
-        code.syscall();
-    }
-
     /// <summary>The file, with struct sockaddr_in of the address in its data.</summary>
     private static byte[] Finish(Assembler code, IPEndPoint address)
     {
@@ -144,12 +134,6 @@ public static class TcpStream
         BinaryPrimitives.WriteUInt16BigEndian(data.AsSpan(2), (ushort)address.Port);
         if (!address.Address.TryWriteBytes(data.AsSpan(4), out int written) || written != 4)
             throw new ArgumentException("The address has to be of IPv4.", nameof(address));
-        using var stream = new MemoryStream();
-        code.Assemble(new StreamCodeWriter(stream), CodeAddress);
-        var elf = new ElfWriter { EntryPoint = CodeAddress };
-        elf.AddSegment(new ElfSegment(CodeAddress, CodeAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Execute, stream.ToArray(), (ulong)stream.Length));
-        elf.AddSegment(new ElfSegment(
-            DataAddress, DataAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Write, data, Buffer - DataAddress + ChunkSize));
-        return elf.ToArray();
+        return LinuxProgram.Build(code, data, Buffer - LinuxProgram.DataAddress + ChunkSize);
     }
 }

@@ -8,11 +8,9 @@ namespace XenSharp.Boot.Tests;
 /// <summary>Builds the program, a static executable without a C library: its status is 0, or says where it went wrong.</summary>
 internal static class LocalTableProgram
 {
-    private const ulong CodeAddress = 0x400000;
-    private const ulong DataAddress = 0x600000;
-    private const ulong Descriptor = DataAddress;
-    private const ulong Magic = DataAddress + 16;
-    private const ulong Status = DataAddress + 24;
+    private const ulong Descriptor = LinuxProgram.DataAddress;
+    private const ulong Magic = LinuxProgram.DataAddress + 16;
+    private const ulong Status = LinuxProgram.DataAddress + 24;
     private const uint MagicValue = 0x1234_5678;
 
     /// <summary>What is read through the segment lies at this offset.</summary>
@@ -75,20 +73,13 @@ internal static class LocalTableProgram
         code.mov(edi, ebx);
         Call(code, Exit);
 
-        using var stream = new MemoryStream();
-        code.Assemble(new StreamCodeWriter(stream), CodeAddress);
-        var elf = new ElfWriter { EntryPoint = CodeAddress };
-        elf.AddSegment(new ElfSegment(
-            CodeAddress, CodeAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Execute, stream.ToArray(), (ulong)stream.Length));
-
         // struct user_desc: number, base, limit, and the flags of a 32-bit data segment whose limit counts pages.
         byte[] data =
         [
             .. BitConverter.GetBytes(0), .. BitConverter.GetBytes((uint)Magic - Offset), .. BitConverter.GetBytes(0xf_ffff), .. BitConverter.GetBytes(0x51),
             .. BitConverter.GetBytes((ulong)MagicValue), .. BitConverter.GetBytes(0UL),
         ];
-        elf.AddSegment(new ElfSegment(DataAddress, DataAddress, ElfSegmentFlags.Read | ElfSegmentFlags.Write, data, (ulong)data.Length));
-        return elf.ToArray();
+        return LinuxProgram.Build(code, data, (ulong)data.Length);
     }
 
     private static void Check(Assembler code, int status, Label failed)

@@ -18,7 +18,6 @@ public sealed class BlockBackend : IAsyncDisposable
     private readonly BlockCounters _counters = new();
     private readonly BlockDriver _driver;
     private readonly XenbusBackend _xenbus;
-    private readonly Task _completion;
 
     private BlockBackend(Domain domain, XenstoreClient store, BlockDeviceOptions options, Action<string>? report)
     {
@@ -31,7 +30,6 @@ public sealed class BlockBackend : IAsyncDisposable
         IsReadOnly = readOnly;
         _xenbus = new XenbusBackend(
             domain, store, new XenbusDevice("vbd", domain.Id.Value, options.Device.Number), Nodes(options, readOnly, discards), _driver, report);
-        _completion = EndAsync();
     }
 
     /// <summary>As which disk the guest sees it.</summary>
@@ -59,7 +57,7 @@ public sealed class BlockBackend : IAsyncDisposable
     public int PersistentGrants => _driver.PersistentGrants;
 
     /// <summary>Completes when the disk is gone from the guest, and its image closed.</summary>
-    public Task Completion => _completion;
+    public Task Completion => _xenbus.Completion;
 
     /// <summary>Attaches a disk.</summary>
     /// <param name="domain">The guest.</param>
@@ -82,26 +80,11 @@ public sealed class BlockBackend : IAsyncDisposable
     /// <param name="force">Whether to take it away from a guest that does not let go by then.</param>
     /// <param name="cancellation">Ends the waiting.</param>
     /// <returns>False if the guest still has it; it goes by itself when the guest lets go after all.</returns>
-    public async Task<bool> RemoveAsync(TimeSpan timeout, bool force = false, CancellationToken cancellation = default)
-    {
-        if (!await _xenbus.RemoveAsync(timeout, force, cancellation).ConfigureAwait(false))
-            return false;
-        await _completion.ConfigureAwait(false);
-        return true;
-    }
+    public Task<bool> RemoveAsync(TimeSpan timeout, bool force = false, CancellationToken cancellation = default)
+        => _xenbus.RemoveAsync(timeout, force, cancellation);
 
     /// <summary>Takes it away at once, as at the domain's end; requests under way are waited for.</summary>
-    public async ValueTask DisposeAsync()
-    {
-        await _xenbus.DisposeAsync().ConfigureAwait(false);
-        await _completion.ConfigureAwait(false);
-    }
-
-    private async Task EndAsync()
-    {
-        await _xenbus.Completion.ConfigureAwait(false);
-        await _options.Image.DisposeAsync().ConfigureAwait(false);
-    }
+    public ValueTask DisposeAsync() => _xenbus.DisposeAsync();
 
     private static XenbusNodes Nodes(BlockDeviceOptions options, bool readOnly, bool discards)
     {

@@ -26,6 +26,9 @@ internal sealed class BlockDriver(Domain domain, BlockDeviceOptions options, Blo
     }
 
     /// <inheritdoc/>
+    public ValueTask DisposeAsync() => options.Image.DisposeAsync();
+
+    /// <inheritdoc/>
     public ValueTask<IXenbusConnection> ConnectAsync(XenbusFrontEnd frontEnd, CancellationToken cancellation)
     {
         BlkifAbi abi = frontEnd.Read("protocol") switch

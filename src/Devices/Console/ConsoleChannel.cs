@@ -34,7 +34,6 @@ public sealed class ConsoleChannel : IAsyncDisposable
 
     private readonly ChannelEndpoint _endpoint;
     private readonly XenbusBackend _xenbus;
-    private readonly Task _completion;
 
     private ConsoleChannel(Domain domain, XenstoreClient store, ConsoleChannelOptions options, ChannelEndpoint endpoint, Action<string>? report)
     {
@@ -43,7 +42,6 @@ public sealed class ConsoleChannel : IAsyncDisposable
         _xenbus = new XenbusBackend(
             domain, store, new XenbusDevice("console", domain.Id.Value, options.Id), Nodes(options, endpoint),
             new Driver(domain, endpoint), report);
-        _completion = EndAsync();
     }
 
     /// <summary>Its settings.</summary>
@@ -59,7 +57,7 @@ public sealed class ConsoleChannel : IAsyncDisposable
     public XenbusState State => _xenbus.State;
 
     /// <summary>Completes when the channel is gone from the guest, and its socket or terminal closed.</summary>
-    public Task Completion => _completion;
+    public Task Completion => _xenbus.Completion;
 
     /// <summary>Attaches a channel.</summary>
     /// <param name="domain">The guest.</param>
@@ -97,20 +95,11 @@ public sealed class ConsoleChannel : IAsyncDisposable
     /// <param name="force">Whether to take the channel away from a guest that has not let go by then.</param>
     /// <param name="cancellation">Ends the waiting; the detaching goes on.</param>
     /// <returns>False if the guest still has it.</returns>
-    public async Task<bool> RemoveAsync(TimeSpan timeout, bool force = false, CancellationToken cancellation = default)
-    {
-        if (!await _xenbus.RemoveAsync(timeout, force, cancellation).ConfigureAwait(false))
-            return false;
-        await _completion.ConfigureAwait(false);
-        return true;
-    }
+    public Task<bool> RemoveAsync(TimeSpan timeout, bool force = false, CancellationToken cancellation = default)
+        => _xenbus.RemoveAsync(timeout, force, cancellation);
 
     /// <summary>Takes it away at once. Before the domain's memory and the store go.</summary>
-    public async ValueTask DisposeAsync()
-    {
-        await _xenbus.DisposeAsync().ConfigureAwait(false);
-        await _completion.ConfigureAwait(false);
-    }
+    public ValueTask DisposeAsync() => _xenbus.DisposeAsync();
 
     private static XenbusNodes Nodes(ConsoleChannelOptions options, ChannelEndpoint endpoint)
     {
@@ -134,12 +123,6 @@ public sealed class ConsoleChannel : IAsyncDisposable
         };
     }
 
-    private async Task EndAsync()
-    {
-        await _xenbus.Completion.ConfigureAwait(false);
-        await _endpoint.DisposeAsync().ConfigureAwait(false);
-    }
-
     /// <summary>The console's part of the xenbus protocol.</summary>
     private sealed class Driver(Domain domain, ChannelEndpoint endpoint) : IXenbusDriver
     {
@@ -147,6 +130,9 @@ public sealed class ConsoleChannel : IAsyncDisposable
         public void Announce(XenstoreTransaction store, string folder)
         {
         }
+
+        /// <inheritdoc/>
+        public ValueTask DisposeAsync() => endpoint.DisposeAsync();
 
         /// <inheritdoc/>
         public ValueTask<IXenbusConnection> ConnectAsync(XenbusFrontEnd frontEnd, CancellationToken cancellation)

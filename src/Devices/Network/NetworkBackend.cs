@@ -18,10 +18,7 @@ public sealed class NetworkBackend : IAsyncDisposable
     private readonly INetworkPort _port;
 
     private NetworkBackend(XenbusBackend device, VifDriver driver, INetworkPort port, NetworkDeviceOptions options, MacAddress mac)
-    {
-        (_device, _driver, _port, Options, Mac) = (device, driver, port, options, mac);
-        Completion = CompleteAsync();
-    }
+        => (_device, _driver, _port, Options, Mac) = (device, driver, port, options, mac);
 
     /// <summary>What was asked for.</summary>
     public NetworkDeviceOptions Options { get; }
@@ -48,7 +45,7 @@ public sealed class NetworkBackend : IAsyncDisposable
     public PortStatistics PortStatistics => _port.Statistics;
 
     /// <summary>Completes when the interface is gone, and its port with it.</summary>
-    public Task Completion { get; }
+    public Task Completion => _device.Completion;
 
     /// <summary>Attaches an interface: writes its nodes as libxl does, and serves whatever front end connects.</summary>
     /// <param name="domain">The guest; it may be running.</param>
@@ -98,20 +95,11 @@ public sealed class NetworkBackend : IAsyncDisposable
     }
 
     /// <inheritdoc cref="XenbusBackend.RemoveAsync"/>
-    public async Task<bool> RemoveAsync(TimeSpan timeout, bool force, CancellationToken cancellation = default)
-    {
-        if (!await _device.RemoveAsync(timeout, force, cancellation).ConfigureAwait(false))
-            return false;
-        await Completion.ConfigureAwait(false);
-        return true;
-    }
+    public Task<bool> RemoveAsync(TimeSpan timeout, bool force, CancellationToken cancellation = default)
+        => _device.RemoveAsync(timeout, force, cancellation);
 
     /// <summary>Takes the interface away at once, whatever the guest does with it.</summary>
-    public async ValueTask DisposeAsync()
-    {
-        await _device.DisposeAsync().ConfigureAwait(false);
-        await Completion.ConfigureAwait(false);
-    }
+    public ValueTask DisposeAsync() => _device.DisposeAsync();
 
     private static void Check(NetworkDeviceOptions options)
     {
@@ -152,12 +140,5 @@ public sealed class NetworkBackend : IAsyncDisposable
             BackEnd = back,
             FrontEnd = [("handle", handle), ("mac", mac.ToString()), ("mtu", mtu), ("trusted", options.Trusted ? "1" : "0")],
         };
-    }
-
-    private async Task CompleteAsync()
-    {
-        await _device.Completion.ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
-        _port.Connect(null);
-        _port.Dispose();
     }
 }

@@ -49,6 +49,14 @@ internal sealed unsafe class VifDriver : IXenbusDriver, IFrameReceiver
         => _connection?.Capabilities ?? new FrameCapabilities(AcceptedOffloads.All, NetworkFrame.MaximumLength);
 
     /// <inheritdoc/>
+    public ValueTask DisposeAsync()
+    {
+        _port.Connect(null);
+        _port.Dispose();
+        return ValueTask.CompletedTask;
+    }
+
+    /// <inheritdoc/>
     public void Receive(NetworkFrame frame)
     {
         if (_connection is { } connection)

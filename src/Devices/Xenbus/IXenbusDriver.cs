@@ -3,8 +3,11 @@ using XenSharp.Devices.Xenstore;
 
 namespace XenSharp.Devices.Xenbus;
 
-/// <summary>The part of a back end that knows the device. One call at a time, from the device's own loop.</summary>
-public interface IXenbusDriver
+/// <summary>
+/// The part of a back end that knows the device. One call at a time, from the device's own loop. It is disposed with the device, when nothing
+/// of the guest's is in use any more, and with it what the device stands for on the host: an image, a port, a terminal.
+/// </summary>
+public interface IXenbusDriver : IAsyncDisposable
 {
     /// <summary>Says what the back end can do, before the front end is asked; written together with <see cref="XenbusState.InitWait"/>.</summary>
     /// <param name="store">The transaction; it may be run again.</param>

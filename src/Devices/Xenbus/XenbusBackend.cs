@@ -43,7 +43,7 @@ public sealed class XenbusBackend : IAsyncDisposable
     /// <param name="store">The store that it uses, with all rights; has to stay until the back end is gone.</param>
     /// <param name="device">The device.</param>
     /// <param name="nodes">What its nodes say from the beginning.</param>
-    /// <param name="driver">What serves it.</param>
+    /// <param name="driver">What serves it; the caller's to dispose where this throws, and the device's own otherwise.</param>
     /// <param name="report">Takes sentences for people; called on any thread, must not block for long.</param>
     /// <exception cref="InvalidOperationException">The domain has that device.</exception>
     public XenbusBackend(
@@ -62,6 +62,7 @@ public sealed class XenbusBackend : IAsyncDisposable
             device.WriteNodes(transaction, nodes);
         });
         _run = Task.Run(RunAsync);
+        Completion = EndAsync();
     }
 
     /// <summary>Which device it is.</summary>
@@ -70,8 +71,8 @@ public sealed class XenbusBackend : IAsyncDisposable
     /// <summary>The back end's state.</summary>
     public XenbusState State => _state;
 
-    /// <summary>Completes when the device is gone: nothing of the guest's is in use, and its nodes are removed.</summary>
-    public Task Completion => _run;
+    /// <summary>Completes when the device is gone: nothing of the guest's is in use, its nodes are removed, and its driver is disposed.</summary>
+    public Task Completion { get; }
 
     /// <summary>
     /// Unplugs the device as libxl does: says "online" 0 and Closing, and waits until the front end has closed. A device that is not
@@ -88,6 +89,7 @@ public sealed class XenbusBackend : IAsyncDisposable
         try
         {
             await _run.WaitAsync(timeout, cancellation).ConfigureAwait(false);
+            await Completion.ConfigureAwait(false);
             return true;
         }
         catch (TimeoutException) when (!_run.IsCompleted)
@@ -105,7 +107,7 @@ public sealed class XenbusBackend : IAsyncDisposable
     public async ValueTask DisposeAsync()
     {
         await _stop.CancelAsync().ConfigureAwait(false);
-        await _run.ConfigureAwait(false);
+        await Completion.ConfigureAwait(false);
     }
 
     /// <summary>Says something about the device to people; not more than a few times in a while, as guests can cause it.</summary>
@@ -124,6 +126,13 @@ public sealed class XenbusBackend : IAsyncDisposable
         }
 
         _report($"{Device}: {sentence}.");
+    }
+
+    private async Task EndAsync()
+    {
+        await _run.ConfigureAwait(ConfigureAwaitOptions.SuppressThrowing);
+        await _driver.DisposeAsync().ConfigureAwait(false);
+        await _run.ConfigureAwait(false);
     }
 
     private void Wake() => _wake.Writer.TryWrite(true);

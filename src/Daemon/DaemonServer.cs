@@ -56,7 +56,7 @@ public sealed class DaemonServer : IAsyncDisposable
         {
             toolstack = new DomainToolstack(
                 context, new ToolstackOptions { StateFolder = options.StateFolder, ConsoleLogFolder = options.ConsoleLogFolder }, log);
-            await SocketFile.PrepareAsync(options.Socket).ConfigureAwait(false);
+            SocketFile.Prepare(options.Socket);
             if (options.XenstoreSocket is { } path)
                 xenstore = ListenForXenstore(context, path);
             application = Build(options, toolstack, log);

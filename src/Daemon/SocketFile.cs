@@ -3,8 +3,8 @@
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
 using System.Text;
-using Tmds.Linux;
 using XenSharp.Api;
+using XenSharp.Devices;
 using XenSharp.Toolstack;
 
 namespace XenSharp.Daemon;
@@ -12,41 +12,31 @@ namespace XenSharp.Daemon;
 /// <summary>Makes the Unix socket that the daemon listens on.</summary>
 internal static partial class SocketFile
 {
-    /// <summary>sun_path of unix(7), without the NUL.</summary>
-    private const int LongestPath = 107;
-
     /// <summary>Sees to it that a socket can be made: its folder is there, and a socket that a dead daemon left is not.</summary>
     /// <exception cref="ToolstackException">It cannot be; a sentence says why.</exception>
-    internal static async Task PrepareAsync(string path)
+    internal static void Prepare(string path)
     {
-        if (Encoding.UTF8.GetByteCount(path) > LongestPath)
-            throw Problem($"{path} cannot be a socket's name: it has more than {LongestPath} bytes. Name another with --socket.");
+        if (Encoding.UTF8.GetByteCount(path) > LocalSocket.LongestPath)
+            throw Problem($"{path} cannot be a socket's name: it has more than {LocalSocket.LongestPath} bytes. Name another with --socket.");
         try
         {
             if (Path.GetDirectoryName(path) is { Length: > 0 } folder)
                 _ = Directory.CreateDirectory(folder);
-            if (!Path.Exists(path))
-                return;
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {
             throw Problem($"The socket {path} cannot be made ({failure.Message.TrimEnd('.')}): name another with --socket.", failure);
         }
 
-        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
+        switch (LocalSocket.Look(path, out SocketException? refusal))
         {
-            await probe.ConnectAsync(new UnixDomainSocketEndPoint(path)).ConfigureAwait(false);
-            throw Problem($"Another daemon answers at {path} already: end it first, or give this one another socket with --socket.");
-        }
-        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused && IsSocket(path))
-        {
-            // Nobody listens: its daemon has died.
-            File.Delete(path);
-        }
-        catch (SocketException failure)
-        {
-            throw Problem($"{path} is there already, and no socket that a daemon left ({failure.Message}): remove it, or name another with --socket.", failure);
+            case LocalSocketState.Abandoned:
+                File.Delete(path);
+                break;
+            case LocalSocketState.Served:
+                throw Problem($"Another daemon answers at {path} already: end it first, or give this one another socket with --socket.");
+            case LocalSocketState.Other:
+                throw Problem($"{path} is there already, and no socket that a daemon left ({refusal!.Message}): remove it, or name another with --socket.", refusal);
         }
     }
 
@@ -88,14 +78,6 @@ internal static partial class SocketFile
         }
 
         throw Problem($"There is no group {group}; name another, or give its number.");
-    }
-
-    private static unsafe bool IsSocket(string path)
-    {
-        const int typeMask = 0xf000, socketType = 0xc000;
-        stat status;
-        fixed (byte* name = Encoding.UTF8.GetBytes(path + "\0"))
-            return LibC.lstat(name, &status) == 0 && ((int)(uint)status.st_mode & typeMask) == socketType;
     }
 
     private static ToolstackException Problem(string message, Exception? inner = null) => new(ProblemKind.HostCannot, message, inner);

@@ -7,19 +7,59 @@ using Tmds.Linux;
 
 namespace XenSharp.Devices;
 
-/// <summary>Makes sockets that local processes connect to.</summary>
-internal static class LocalSocket
+/// <summary>What there is where a socket is to be.</summary>
+public enum LocalSocketState
 {
-    // Size of sun_path, its closing NUL included.
-    private const int AddressSize = 108;
+    /// <summary>Nothing.</summary>
+    Absent,
+
+    /// <summary>A socket that nobody listens on: whoever made it is dead.</summary>
+    Abandoned,
+
+    /// <summary>A socket that somebody listens on.</summary>
+    Served,
+
+    /// <summary>Something else, or something that this user may not connect to.</summary>
+    Other,
+}
+
+/// <summary>Makes sockets that local processes connect to.</summary>
+public static class LocalSocket
+{
+    /// <summary>Bytes that the path of a socket can have: sun_path of unix(7), without its closing NUL.</summary>
+    public const int LongestPath = 107;
 
     /// <summary>The path as a socket address.</summary>
     /// <exception cref="IOException">It is too long for one.</exception>
     internal static UnixDomainSocketEndPoint EndPoint(string path)
     {
-        if (Encoding.UTF8.GetByteCount(path) >= AddressSize)
-            throw new IOException($"The path {path} is too long for a socket: Linux takes {AddressSize - 1} bytes; use a shorter one.");
+        if (Encoding.UTF8.GetByteCount(path) > LongestPath)
+            throw new IOException($"The path {path} is too long for a socket: Linux takes {LongestPath} bytes; use a shorter one.");
         return new UnixDomainSocketEndPoint(path);
+    }
+
+    /// <summary>Looks at a path, and connects to what is there.</summary>
+    /// <param name="path">The path.</param>
+    /// <param name="failure">Why it could not be connected to, where there is something that is not served.</param>
+    /// <exception cref="IOException">The path is too long for a socket.</exception>
+    public static LocalSocketState Look(string path, out SocketException? failure)
+    {
+        UnixDomainSocketEndPoint endPoint = EndPoint(path);
+        failure = null;
+        if (!Path.Exists(path))
+            return LocalSocketState.Absent;
+        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
+        try
+        {
+            probe.Connect(endPoint);
+            return LocalSocketState.Served;
+        }
+        catch (SocketException exception)
+        {
+            // Connecting to a file of any other kind is refused, too.
+            failure = exception;
+            return exception.SocketErrorCode == SocketError.ConnectionRefused && IsSocket(path) ? LocalSocketState.Abandoned : LocalSocketState.Other;
+        }
     }
 
     /// <summary>Makes a stream socket that listens. Closing it removes the file.</summary>
@@ -31,7 +71,7 @@ internal static class LocalSocket
     internal static Socket Listen(string path, UnixFileMode mode, int backlog, string what)
     {
         UnixDomainSocketEndPoint endPoint = EndPoint(path);
-        RemoveStale(path, endPoint, what);
+        RemoveAbandoned(path, what);
         var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
@@ -50,34 +90,25 @@ internal static class LocalSocket
         }
     }
 
-    private static void RemoveStale(string path, UnixDomainSocketEndPoint endPoint, string what)
+    private static void RemoveAbandoned(string path, string what)
     {
-        if (!File.Exists(path))
-            return;
-        using var probe = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
-        try
+        switch (Look(path, out _))
         {
-            probe.Connect(endPoint);
+            case LocalSocketState.Abandoned:
+                File.Delete(path);
+                break;
+            case LocalSocketState.Served:
+                throw new IOException($"Somebody serves {path} already; end it, or name another path for {what}.");
+            case LocalSocketState.Other:
+                throw new IOException($"{path} exists and is no socket that can be replaced; remove it, or name another path for {what}.");
         }
-        catch (SocketException failure) when (failure.SocketErrorCode == SocketError.ConnectionRefused && IsSocket(path))
-        {
-            // Bound, but nobody listens: whoever made it is dead.
-            File.Delete(path);
-            return;
-        }
-        catch (SocketException)
-        {
-            throw new IOException($"{path} exists and is no socket that can be replaced; remove it, or name another path for {what}.");
-        }
-        throw new IOException($"Somebody serves {path} already; end it, or name another path for {what}.");
     }
 
-    // Connecting to a file of any other kind is refused, too.
     private static unsafe bool IsSocket(string path)
     {
         stat status;
         fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))
-            return LibC.stat(name, &status) == 0 && ((uint)status.st_mode & (uint)LibC.S_IFMT) == (uint)LibC.S_IFSOCK;
+            return LibC.lstat(name, &status) == 0 && ((uint)status.st_mode & (uint)LibC.S_IFMT) == (uint)LibC.S_IFSOCK;
     }
 
     private static unsafe void SetMode(string path, UnixFileMode mode)

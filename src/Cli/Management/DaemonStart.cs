@@ -5,6 +5,7 @@ using System.Globalization;
 using System.Net.Sockets;
 using XenSharp.Api;
 using XenSharp.Cli.Commands;
+using XenSharp.Devices;
 
 namespace XenSharp.Cli.Management;
 
@@ -25,7 +26,7 @@ internal static class DaemonStart
     internal static async Task EnsureAsync(DaemonClient daemon, CancellationToken cancellation)
     {
         string socket = Path.GetFullPath(daemon.Socket);
-        if (await AnswersAsync(socket, cancellation).ConfigureAwait(false))
+        if (Answers(socket))
             return;
 
         // Records of a daemon at a place of somebody's own are not to mix with those of the machine's.
@@ -50,7 +51,7 @@ internal static class DaemonStart
         using Process process = Process.Start(start)!;
         long began = Stopwatch.GetTimestamp();
         TimeSpan patience = s_patience;
-        while (!await AnswersAsync(socket, cancellation).ConfigureAwait(false))
+        while (!Answers(socket))
         {
             // Another command may have started one at the same time, which is the one that answers then.
             if (process.HasExited && patience == s_patience)
@@ -62,21 +63,16 @@ internal static class DaemonStart
     }
 
     /// <summary>Whether somebody listens; where that cannot be found out, what is asked for next says why.</summary>
-    private static async Task<bool> AnswersAsync(string path, CancellationToken cancellation)
+    private static bool Answers(string path)
     {
-        using var socket = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified);
         try
         {
-            await socket.ConnectAsync(new UnixDomainSocketEndPoint(path), cancellation).ConfigureAwait(false);
-            return true;
+            return LocalSocket.Look(path, out SocketException? failure) == LocalSocketState.Served
+                || failure is { SocketErrorCode: not SocketError.ConnectionRefused };
         }
-        catch (SocketException failure)
+        catch (IOException failure)
         {
-            return !(failure.SocketErrorCode == SocketError.ConnectionRefused || !File.Exists(path));
-        }
-        catch (ArgumentException failure)
-        {
-            throw new UsageException($"{path} is no name for a socket: {failure.Message}");
+            throw new UsageException(failure.Message);
         }
     }
 

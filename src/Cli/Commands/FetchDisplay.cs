@@ -41,33 +41,8 @@ internal static class FetchDisplay
 
     private sealed class BarDisplay(ProgressContext context) : IProgress<FetchProgress>
     {
-        private readonly Lock _lock = new();
-        private string? _stage;
-        private ProgressTask? _task;
+        private readonly StageBars _bars = new(context);
 
-        public void Report(FetchProgress value)
-        {
-            lock (_lock)
-            {
-                if (value.Stage != _stage)
-                {
-                    Finish();
-                    _stage = value.Stage;
-                    _task = context.AddTask(Markup.Escape(value.Stage), maxValue: 1);
-                }
-                _task!.IsIndeterminate = value.Fraction is null;
-                if (value.Fraction is { } fraction)
-                    _task.Value = Math.Clamp(fraction, 0, 1);
-            }
-        }
-
-        private void Finish()
-        {
-            if (_task is null)
-                return;
-            _task.IsIndeterminate = false;
-            _task.Value = 1;
-            _task.StopTask();
-        }
+        public void Report(FetchProgress value) => _bars.Show(value.Stage, value.Fraction);
     }
 }

@@ -2,6 +2,7 @@
 
 using Spectre.Console;
 using XenSharp.Api;
+using XenSharp.Cli.Commands;
 
 namespace XenSharp.Cli.Management;
 
@@ -25,36 +26,16 @@ internal static class OperationDisplay
 
     private sealed class Bars(ProgressContext context)
     {
-        private readonly Lock _lock = new();
-        private string? _stage;
-        private ProgressTask? _task;
+        private readonly StageBars _bars = new(context);
+        private string _stage = "Working";
 
         internal void Show(OperationUpdate update)
         {
-            lock (_lock)
-            {
-                if (_task is null || (update.Stage is not null && update.Stage != _stage))
-                {
-                    Finish();
-                    _stage = update.Stage;
-                    _task = context.AddTask(Markup.Escape(update.Stage ?? "Working"), maxValue: 1);
-                }
-
-                _task.IsIndeterminate = update.Total <= 0 && !update.Finished;
-                if (update.Total > 0)
-                    _task.Value = Math.Clamp((double)update.Done / update.Total, 0, 1);
-                if (update.Finished)
-                    Finish();
-            }
-        }
-
-        private void Finish()
-        {
-            if (_task is null)
-                return;
-            _task.IsIndeterminate = false;
-            _task.Value = 1;
-            _task.StopTask();
+            _stage = update.Stage ?? _stage;
+            if (update.Finished)
+                _bars.Finish();
+            else
+                _bars.Show(_stage, update.Total > 0 ? (double)update.Done / update.Total : null);
         }
     }
 }

@@ -51,9 +51,9 @@ public sealed class SaveTests : KvmFixture
     public async Task A_saved_guest_goes_on_as_another_domain()
     {
         CancellationToken cancellation = TestContext.CurrentContext.CancellationToken;
-        var manager = new DomainManager();
-        await using SavableDomain source = await BootAsync(manager, vcpus: 1, cancellation);
-        await GoesOnElsewhereAsync(source, manager, vcpus: 1, cancellation);
+        await using var context = new ToolstackContext(Host);
+        await using SavableDomain source = await BootAsync(context, vcpus: 1, cancellation);
+        await GoesOnElsewhereAsync(source, context, vcpus: 1, cancellation);
     }
 
     [Test]
@@ -61,21 +61,21 @@ public sealed class SaveTests : KvmFixture
     {
         const int vcpus = 2;
         CancellationToken cancellation = TestContext.CurrentContext.CancellationToken;
-        var manager = new DomainManager();
-        await using SavableDomain source = await BootAsync(manager, vcpus, cancellation);
+        await using var context = new ToolstackContext(Host);
+        await using SavableDomain source = await BootAsync(context, vcpus, cancellation);
         Look before = await LookAsync(source, "before", cancellation);
         await SuspendAsync(source, cancellation);
         source.Domain.Save(Stream.Null);
         source.Resume();
         await ShowsToBeWholeAsync(source, "resumed", before, vcpus, cancellation);
         await DumpsItselfAsync(source, vcpus);
-        await GoesOnElsewhereAsync(source, manager, vcpus, cancellation);
+        await GoesOnElsewhereAsync(source, context, vcpus, cancellation);
     }
 
-    private async Task<SavableDomain> BootAsync(DomainManager manager, int vcpus, CancellationToken cancellation)
+    private async Task<SavableDomain> BootAsync(ToolstackContext context, int vcpus, CancellationToken cancellation)
     {
-        var domain = SavableDomain.Build(Host, manager, Options("source", vcpus));
-        domain.Domain.Start();
+        var domain = SavableDomain.Build(context, Specification("source", vcpus));
+        domain.Start();
         _ = await domain.WaitForAsync("@ready", cancellation);
         return domain;
     }
@@ -89,7 +89,7 @@ public sealed class SaveTests : KvmFixture
     }
 
     /// <summary>Saves a guest, makes another domain of it, and shows that this one lacks nothing.</summary>
-    private async Task GoesOnElsewhereAsync(SavableDomain source, DomainManager manager, int vcpus, CancellationToken cancellation)
+    private async Task GoesOnElsewhereAsync(SavableDomain source, ToolstackContext context, int vcpus, CancellationToken cancellation)
     {
         Look before = await LookAsync(source, "source", cancellation);
         await SuspendAsync(source, cancellation);
@@ -103,16 +103,16 @@ public sealed class SaveTests : KvmFixture
         // While the source is there, the other can have neither its machine frames nor its number.
         image.Position = 0;
         begin = Stopwatch.GetTimestamp();
-        await using SavableDomain target = SavableDomain.Restore(Host, manager, Options("target", vcpus) with { Kernel = null }, image);
+        await using SavableDomain target = SavableDomain.Restore(context, Specification("target", vcpus), image);
         TestContext.Out.WriteLine($"restored in {Stopwatch.GetElapsedTime(begin).TotalMilliseconds:F0} ms");
         Assert.That(image.Position, Is.EqualTo(image.Length));
-        Assert.That(target.FirstFrame, Is.Not.EqualTo(source.FirstFrame));
+        Assert.That(target.Domain.Layout.Console, Is.Not.EqualTo(source.Domain.Layout.Console));
         Assert.That(target.Domain.Id, Is.Not.EqualTo(source.Domain.Id));
         Assert.That(target.Domain.OwnedPages, Is.EqualTo(source.Domain.OwnedPages));
         Assert.That(target.Domain.AuditFrames(), Is.Null);
         await source.DisposeAsync();
 
-        target.Domain.Start();
+        target.Start();
         await ShowsToBeWholeAsync(target, "target", before, vcpus, cancellation);
 
         // By its new xenstore connection it is asked to do all that again.
@@ -154,18 +154,8 @@ public sealed class SaveTests : KvmFixture
         }
     }
 
-    private DomainOptions Options(string name, int vcpus)
-    {
-        (Domains.Builder.KernelImage kernel, ReadOnlyMemory<byte> ramdisk) = _image.Take();
-        return SavableDomain.Options(Host, name) with
-        {
-            Kernel = kernel,
-            Ramdisk = ramdisk,
-            MemoryMiB = MemoryMiB,
-            Vcpus = vcpus,
-            CommandLine = "console=hvc0 quiet",
-        };
-    }
+    private DomainSpecification Specification(string name, int vcpus)
+        => new() { Name = name, Image = _image, MemoryMiB = MemoryMiB, Vcpus = vcpus, CommandLine = "console=hvc0 quiet" };
 
     /// <summary>What the guest answers.</summary>
     private readonly record struct Look(long Count, string File, long UnixTime, int Processors, double Uptime);

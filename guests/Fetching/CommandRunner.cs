@@ -29,6 +29,9 @@ public sealed class CommandNotFoundException(string message, Exception? inner = 
 /// <param name="searchPath">Folders separated by ':'; null for the PATH of this process.</param>
 public sealed class CommandRunner(string? searchPath = null)
 {
+    /// <summary>This process's PATH and the folders of programs for administrators, mkfs among them, that not everybody's has.</summary>
+    public static string SystemSearchPath => $"{Environment.GetEnvironmentVariable("PATH") ?? "/usr/bin:/bin"}:/usr/sbin:/sbin";
+
     /// <summary>Where the program is, or null when it is in none of the folders.</summary>
     public string? Find(string program)
     {

@@ -106,7 +106,7 @@ public static class DebianRootImage
         CommandResult result;
         try
         {
-            result = await new CommandRunner(SearchPath()).RunAsync(command, cancellation).ConfigureAwait(false);
+            result = await new CommandRunner(CommandRunner.SystemSearchPath).RunAsync(command, cancellation).ConfigureAwait(false);
         }
         catch (CommandNotFoundException missing)
         {
@@ -120,7 +120,4 @@ public static class DebianRootImage
             throw new GuestFetchException($"{complaint}: {why.TrimEnd('.')} ({command.Program} ended with status {result.ExitCode}). {Advice}");
         }
     }
-
-    // mkfs and what a Debian package's scripts call are in folders that are not in everybody's search path.
-    private static string SearchPath() => $"{Environment.GetEnvironmentVariable("PATH") ?? "/usr/bin:/bin"}:/usr/sbin:/sbin";
 }

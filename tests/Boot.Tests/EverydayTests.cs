@@ -182,7 +182,7 @@ public sealed partial class EverydayTests : KvmFixture
     }
 
     private static Task<CommandResult> RunAsync(CancellationToken cancellation, string program, params string[] arguments)
-        => new CommandRunner("/usr/sbin:/sbin:/usr/bin:/bin").RunAsync(new Command(program, arguments), cancellation);
+        => new CommandRunner(CommandRunner.SystemSearchPath).RunAsync(new Command(program, arguments), cancellation);
 
     [GeneratedRegex(@"flushed (\d+)\.")]
     private static partial Regex Flushed();

@@ -1,6 +1,5 @@
 // An image of a block back end's, read by whoever looks for a kernel in it.
 
-using System.ComponentModel;
 using System.Runtime.InteropServices;
 using XenSharp.Configuration.Boot;
 using XenSharp.Devices.Block.Images;
@@ -59,7 +58,7 @@ internal sealed unsafe class BlockImageReader : ImageReader
         _image.Submit(read);
         int error = read.Wait();
         if (error != 0)
-            throw new BootException($"{_image.Description} cannot be read: {new Win32Exception(error).Message}.");
+            throw new BootException($"{_image.Description} cannot be read: {Marshal.GetPInvokeErrorMessage(error)}.");
         (_windowStart, _windowLength) = (start, length);
     }
 

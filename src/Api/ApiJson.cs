@@ -26,7 +26,6 @@ namespace XenSharp.Api;
 [JsonSerializable(typeof(OperationUpdate))]
 [JsonSerializable(typeof(CreateDomainRequest))]
 [JsonSerializable(typeof(CreateDomainResult))]
-[JsonSerializable(typeof(ShutdownRequest))]
 [JsonSerializable(typeof(RenameRequest))]
 [JsonSerializable(typeof(SetVcpusRequest))]
 [JsonSerializable(typeof(SetMemoryRequest))]

@@ -48,9 +48,6 @@ public static class ProblemKind
     /// <summary>409: the domain is not in a state in which that can be done.</summary>
     public const string WrongState = "wrong-state";
 
-    /// <summary>409: the guest did not say that it listens to such requests; force asks it all the same.</summary>
-    public const string NotListening = "not-listening";
-
     /// <summary>400: the request's body or query is not what it should be.</summary>
     public const string BadRequest = "bad-request";
 

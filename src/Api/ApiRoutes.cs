@@ -39,10 +39,10 @@ public static class ApiRoutes
     /// <summary>GET: <see cref="DomainInfo"/>; DELETE: destroys it at once.</summary>
     public const string Domain = Domains + "/{domain}";
 
-    /// <summary>POST <see cref="ShutdownRequest"/>: asks the guest to power off. 202: it was asked.</summary>
+    /// <summary>POST: asks the guest to power off. 202: it was asked.</summary>
     public const string Shutdown = Domain + "/shutdown";
 
-    /// <summary>POST <see cref="ShutdownRequest"/>: asks the guest to reboot. 202: it was asked.</summary>
+    /// <summary>POST: asks the guest to reboot. 202: it was asked.</summary>
     public const string Reboot = Domain + "/reboot";
 
     /// <summary>POST: stops all its vCPUs.</summary>

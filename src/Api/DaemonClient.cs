@@ -76,12 +76,12 @@ public sealed class DaemonClient : IDisposable
         => DoAsync(HttpMethod.Delete, ApiRoutes.Of(ApiRoutes.Domain, domain), cancellation);
 
     /// <summary>Asks a guest to power off; to see it do so, follow <see cref="FollowEventsAsync"/>.</summary>
-    public Task ShutdownAsync(string domain, ShutdownRequest? request = null, CancellationToken cancellation = default)
-        => DoAsync(HttpMethod.Post, ApiRoutes.Of(ApiRoutes.Shutdown, domain), request ?? new(), s_json.ShutdownRequest, cancellation);
+    public Task ShutdownAsync(string domain, CancellationToken cancellation = default)
+        => DoAsync(HttpMethod.Post, ApiRoutes.Of(ApiRoutes.Shutdown, domain), cancellation);
 
     /// <summary>Asks a guest to reboot.</summary>
-    public Task RebootAsync(string domain, ShutdownRequest? request = null, CancellationToken cancellation = default)
-        => DoAsync(HttpMethod.Post, ApiRoutes.Of(ApiRoutes.Reboot, domain), request ?? new(), s_json.ShutdownRequest, cancellation);
+    public Task RebootAsync(string domain, CancellationToken cancellation = default)
+        => DoAsync(HttpMethod.Post, ApiRoutes.Of(ApiRoutes.Reboot, domain), cancellation);
 
     /// <summary>Stops all vCPUs of a domain.</summary>
     public Task PauseAsync(string domain, CancellationToken cancellation = default)

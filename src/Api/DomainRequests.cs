@@ -56,16 +56,6 @@ public sealed record CreateDomainResult
     public DomainConfigurationDocument? Configuration { get; init; }
 }
 
-/// <summary>A guest that is to power off, or to reboot.</summary>
-public sealed record ShutdownRequest
-{
-    /// <summary>
-    /// Asked even of a guest that did not say it listens to such requests (control/feature-poweroff, control/feature-reboot). Linux
-    /// says so when its driver is there, which takes until late in its boot.
-    /// </summary>
-    public bool Force { get; init; }
-}
-
 /// <summary>A new name.</summary>
 public sealed record RenameRequest
 {

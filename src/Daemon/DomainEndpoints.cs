@@ -92,9 +92,9 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
         return TypedResults.NoContent();
     }
 
-    private Accepted Shutdown(string domain, ShutdownRequest request) => RequestShutdown(domain, reboot: false);
+    private Accepted Shutdown(string domain) => RequestShutdown(domain, reboot: false);
 
-    private Accepted Reboot(string domain, ShutdownRequest request) => RequestShutdown(domain, reboot: true);
+    private Accepted Reboot(string domain) => RequestShutdown(domain, reboot: true);
 
     private Accepted RequestShutdown(string domain, bool reboot)
     {

@@ -10,14 +10,14 @@ namespace XenSharp.Cli.Management;
 /// <summary>Asks guests to power off or to reboot.</summary>
 internal static class ShutdownCommands
 {
-    internal static Command CreateShutdown() => Create("shutdown", "Asks a guest to power off.", "Shutting down", static (daemon, domain, request, cancellation)
-        => daemon.ShutdownAsync(domain, request, cancellation));
+    internal static Command CreateShutdown() => Create("shutdown", "Asks a guest to power off.", "Shutting down", static (daemon, domain, cancellation)
+        => daemon.ShutdownAsync(domain, cancellation));
 
-    internal static Command CreateReboot() => Create("reboot", "Asks a guest to reboot.", "Rebooting", static (daemon, domain, request, cancellation)
-        => daemon.RebootAsync(domain, request, cancellation));
+    internal static Command CreateReboot() => Create("reboot", "Asks a guest to reboot.", "Rebooting", static (daemon, domain, cancellation)
+        => daemon.RebootAsync(domain, cancellation));
 
     private static ManagementCommand Create(
-        string name, string description, string doing, Func<DaemonClient, string, ShutdownRequest, CancellationToken, Task> ask)
+        string name, string description, string doing, Func<DaemonClient, string, CancellationToken, Task> ask)
     {
         Argument<string> domain = ManagementCommand.Domain();
         domain.Arity = ArgumentArity.ZeroOrOne;
@@ -27,7 +27,9 @@ internal static class ShutdownCommands
             Description = "Wait until it has shut down; given twice, until it has been destroyed.",
             Arity = ArgumentArity.Zero,
         };
-        var force = new Option<bool>("-F") { Description = "Ask also a guest that did not say that it listens, as one does that has just begun to boot." };
+
+        // xl turns to ACPI then, for guests without PV drivers; of PV guests it makes no difference.
+        var force = new Option<bool>("-F") { Description = "Accepted for scripts written for xl: a PV guest is always asked." };
         var command = new ManagementCommand(name, description) { domain, all, wait, force };
         command.Validators.Add(result =>
         {
@@ -40,7 +42,6 @@ internal static class ShutdownCommands
             IReadOnlyList<DomainInfo> domains = parsed.GetValue(all)
                 ? await daemon.ListAsync(cancellation).ConfigureAwait(false)
                 : [await daemon.GetAsync(parsed.GetRequiredValue(domain), cancellation).ConfigureAwait(false)];
-            var request = new ShutdownRequest { Force = parsed.GetValue(force) };
             int waits = parsed.GetResult(wait)?.IdentifierTokenCount ?? 0;
 
             // From before the first is asked, so that none is missed.
@@ -48,7 +49,7 @@ internal static class ShutdownCommands
             int status = await ManagementCommand.ForEachAsync(domains, async one =>
             {
                 await Console.Error.WriteLineAsync(string.Create(CultureInfo.InvariantCulture, $"{doing} domain {one.Id}")).ConfigureAwait(false);
-                await ask(daemon, one.Id.ToString(CultureInfo.InvariantCulture), request, cancellation).ConfigureAwait(false);
+                await ask(daemon, one.Id.ToString(CultureInfo.InvariantCulture), cancellation).ConfigureAwait(false);
                 endings?.Add(one.Id);
             }).ConfigureAwait(false);
             if (endings is not null)

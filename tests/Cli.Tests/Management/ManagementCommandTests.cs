@@ -363,10 +363,10 @@ public sealed class ManagementCommandTests
     [Test]
     public async Task ShutdownOfAllGoesOnAfterOneThatRefuses()
     {
-        _daemon.OnProblem("POST /v1/domains/3/shutdown", 409, ProblemKind.NotListening, "The guest does not listen; use -F.").On("POST /v1/domains/12/shutdown", null);
+        _daemon.OnProblem("POST /v1/domains/3/shutdown", 409, ProblemKind.WrongState, "The guest has ended.").On("POST /v1/domains/12/shutdown", null);
         CommandEnd end = await RunAsync("shutdown -a -F");
-        Assert.That((end.Status, end.Error), Is.EqualTo((1, "Shutting down domain 3\nxensharp: The guest does not listen; use -F.\nShutting down domain 12\n")));
-        Assert.That(_daemon.Requests[^1], Is.EqualTo(new FakeRequest("POST /v1/domains/12/shutdown", """{"force":true}""")));
+        Assert.That((end.Status, end.Error), Is.EqualTo((1, "Shutting down domain 3\nxensharp: The guest has ended.\nShutting down domain 12\n")));
+        Assert.That(_daemon.Requests[^1], Is.EqualTo(new FakeRequest("POST /v1/domains/12/shutdown", "")));
     }
 
     [Test]

@@ -1,6 +1,8 @@
-// 32-bit processes of a 64-bit Debian guest: the busybox of Debian's i386.
+// 32-bit processes of a 64-bit Debian guest: the busybox of Debian's i386, and a program that calls the kernel by SYSENTER.
 using System.Text.RegularExpressions;
 using XenSharp.Cli.Tests;
+using XenSharp.Domains.Emulation;
+using XenSharp.Guests.Elf;
 using XenSharp.Guests.Fetching;
 using XenSharp.Guests.Initramfs;
 
@@ -26,10 +28,20 @@ public sealed class CompatibilityTests : KvmFixture
         $b awk 'BEGIN { printf "%.4f\n", 1.5 * 2.25 }'; say float $?
         $b dd if=/dev/zero bs=64k count=4 2>/dev/null | $b md5sum; say vectors $?
         $b kill -9 1000000 2>/dev/null; say errno $?
+        /bin/sysenter; say sysenter $?
         for i in 1 2 3 4; do $b sh -c 'for j in 1 2 3; do sleep 0.01; done; exit 7' & done
         for p in $(jobs -p); do wait $p; say switched $?; done
         echo "[dmesg]"; dmesg; echo "[end]"
         """;
+
+    /// <summary>
+    /// Status of the program that lives on SYSENTER: Intel's processors have the instruction for 32-bit code of a 64-bit kernel, and AMD's do
+    /// not, where the kernel sends SIGILL.
+    /// </summary>
+    private static readonly int s_sysenterStatus = CpuidPolicy.FromHost(new CpuidOptions()).Vendor == CpuVendor.Intel ? SysenterDone : 128 + 4;
+
+    private const int SysenterDone = 42;
+    private const int SysenterTimes = 100;
 
     [TestCase(1)]
     [TestCase(2)]
@@ -58,7 +70,11 @@ public sealed class CompatibilityTests : KvmFixture
             await File.WriteAllBytesAsync(ramdisk, await BusyboxInitramfs.BuildAsync(busybox, new BusyboxInitramfsOptions
             {
                 InitScript = Script,
-                Files = [new InitramfsFile("bin/busybox-i386", await File.ReadAllBytesAsync(busybox32), Executable: true)],
+                Files =
+                [
+                    new InitramfsFile("bin/busybox-i386", await File.ReadAllBytesAsync(busybox32), Executable: true),
+                    new InitramfsFile("bin/sysenter", SysenterProgram.Build("by sysenter\n", SysenterTimes, SysenterDone), Executable: true),
+                ],
             }));
             CommandEnd end = await CommandProcess.RunAsync(
                 "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "256", "--vcpus", $"{vcpus}");
@@ -67,12 +83,15 @@ public sealed class CompatibilityTests : KvmFixture
                 Regex.Matches(end.Output, @"\[(\w+: \d+)\]").Select(static match => match.Groups[1].Value),
                 Is.EqualTo((string[])
                 [
-                    "echo: 0", "signal: 0", "segfault: 139", "child: 0", "float: 0", "vectors: 0", "errno: 1",
+                    "echo: 0", "signal: 0", "segfault: 139", "child: 0", "float: 0", "vectors: 0", "errno: 1", $"sysenter: {s_sysenterStatus}",
                     .. Enumerable.Repeat("switched: 7", 4),
                 ]),
                 end.Output);
             foreach (string line in (string[])["hello\r\n", "trapped\r\nafter\r\n", "5\r\n", "3.3750\r\n", "ec87a838931d4d5d2e94a04644788a55  -\r\n"])
                 Assert.That(end.Output, Does.Contain(line));
+
+            int written = Regex.Matches(end.Output, "by sysenter\r\n").Count;
+            Assert.That(written, Is.EqualTo(s_sysenterStatus == SysenterDone ? SysenterTimes : 0));
 
             // The overflow of the stack is reported, and nothing else.
             string log = KernelLog.Section(end.Output, "[dmesg]", "[end]");

@@ -32,6 +32,9 @@ public sealed class DaemonClient : IDisposable
             {
                 ConnectCallback = ConnectAsync,
                 UseProxy = false,
+
+                // A command asks once or twice: nothing that looks after connections, nor a thread for that.
+                PooledConnectionIdleTimeout = TimeSpan.Zero,
                 UseCookies = false,
                 AllowAutoRedirect = false,
                 AutomaticDecompression = DecompressionMethods.None,

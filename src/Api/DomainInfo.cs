@@ -109,11 +109,17 @@ public sealed record DomainInfo
     /// <summary>Processor time of all its vCPUs together, in seconds.</summary>
     public required double ProcessorSeconds { get; init; }
 
+    /// <summary>When the daemon was asked for this incarnation, or began to make it anew; null where it does not say.</summary>
+    public DateTimeOffset? RequestTime { get; init; }
+
     /// <summary>When this incarnation was made.</summary>
     public required DateTimeOffset StartTime { get; init; }
 
     /// <summary>Seconds since then.</summary>
     public required double UptimeSeconds { get; init; }
+
+    /// <summary>When its first vCPU was about to execute its first instruction; null before that.</summary>
+    public DateTimeOffset? FirstEntryTime { get; init; }
 
     /// <summary>The kernel's file.</summary>
     public string Kernel { get; init; } = string.Empty;

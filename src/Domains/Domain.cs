@@ -163,7 +163,7 @@ public sealed unsafe partial class Domain : IDisposable
     /// <summary>Receives what the guest prints by console_io; called on the vCPU's thread with bytes to copy.</summary>
     public EmergencyConsole? EmergencyOutput { get; set; }
 
-    /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
+    /// <summary>Raised on the first vCPU's thread right before the domain's first entry; one that is made paused waits before it.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
     /// <summary>Bytes of managed memory that serving the guest took on its vCPUs' threads; known once the domain has stopped.</summary>
@@ -499,8 +499,6 @@ public sealed unsafe partial class Domain : IDisposable
         Rest.Leave();
         try
         {
-            if (vcpu is { Id: 0, HasRun: false })
-                BeforeFirstEntry?.Invoke();
             long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
             _ = Interlocked.Add(ref _allocatedBytes, GC.GetAllocatedBytesForCurrentThread() - before);

@@ -147,14 +147,21 @@ public sealed class RunningDomain : IAsyncDisposable
     private static RunningDomain Create(
         ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
     {
-        RunningDomain domain = Connect(new RunningDomain(
-            toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
-        if (!specification.Image.Reusable)
+        bool collect;
+        RunningDomain domain;
+        try
         {
-            // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
-            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+            domain = Connect(new RunningDomain(
+                toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
+        }
+        finally
+        {
+            collect = specification.Image.Release();
         }
 
+        // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
+        if (collect)
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
         return domain;
     }
 

@@ -36,18 +36,20 @@ public sealed partial class ManagedDomain
     private int _onlineVcpus;
     private long _targetKiB;
     private long _maximumKiB;
+    private long _firstEntry;
     private bool _started;
     private bool _dying;
     private bool _gone;
 
-    internal ManagedDomain(DomainToolstack toolstack, RunningDomain running, DomainConfiguration configuration, ConsoleHub console)
+    internal ManagedDomain(DomainToolstack toolstack, RunningDomain running, DomainConfiguration configuration, ConsoleHub console, DateTimeOffset requestTime)
     {
         (_toolstack, Running, _configuration, Console) = (toolstack, running, configuration, console);
-        (Name, Uuid) = (configuration.Name, running.Specification.Uuid);
+        (Name, Uuid, RequestTime) = (configuration.Name, running.Specification.Uuid, requestTime);
         _onlineVcpus = configuration.Vcpus;
         _targetKiB = (long)configuration.MemoryMiB << 10;
         _maximumKiB = (long)configuration.GreatestMemoryMiB << 10;
         Id = running.Domain.Id.Value;
+        running.Domain.BeforeFirstEntry = () => Volatile.Write(ref _firstEntry, DateTimeOffset.UtcNow.UtcTicks);
     }
 
     /// <summary>Its number.</summary>
@@ -58,6 +60,9 @@ public sealed partial class ManagedDomain
 
     /// <summary>Its UUID; a crashed one that was renamed to make room for the next has another than it began with.</summary>
     public Guid Uuid { get; internal set; }
+
+    /// <summary>When it was asked for.</summary>
+    public DateTimeOffset RequestTime { get; }
 
     /// <summary>When it was made.</summary>
     public DateTimeOffset StartTime { get; } = DateTimeOffset.UtcNow;
@@ -111,7 +116,9 @@ public sealed partial class ManagedDomain
                 OnlineVcpus = vcpus.Count(static vcpu => vcpu.IsUp),
                 MaximumVcpus = vcpus.Count,
                 ProcessorSeconds = vcpus.Sum(static vcpu => vcpu.ProcessorTime.TotalSeconds),
+                RequestTime = RequestTime,
                 StartTime = StartTime,
+                FirstEntryTime = Volatile.Read(ref _firstEntry) is not 0 and long ticks ? new DateTimeOffset(ticks, TimeSpan.Zero) : null,
                 UptimeSeconds = (DateTimeOffset.UtcNow - StartTime).TotalSeconds,
                 Kernel = Running.Specification.KernelFile,
                 Ramdisk = Running.Specification.RamdiskFile,

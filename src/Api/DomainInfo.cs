@@ -157,6 +157,9 @@ public sealed record VcpuInfo
     /// <summary>The host's processor that it is on, or was last; null where that is not known.</summary>
     public int? Processor { get; init; }
 
+    /// <summary>The host's processors that it may run on, such as "0-3,6"; null for all (its hard affinity).</summary>
+    public string? Processors { get; init; }
+
     /// <summary>Processor time in seconds.</summary>
     public required double ProcessorSeconds { get; init; }
 

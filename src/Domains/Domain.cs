@@ -106,7 +106,7 @@ public sealed unsafe partial class Domain : IDisposable
                 MaxPages = Math.Max(mayOwn, OwnedPages);
             }
 
-            Grants = new GrantTable(this, options.Vcpus);
+            Grants = new GrantTable(this, options.Vcpus, options.GrantLimits);
             GrantRings();
             Time.UpdateWallClock(Context->SharedInfo);
             _manager.Publish(this);
@@ -297,6 +297,13 @@ public sealed unsafe partial class Domain : IDisposable
         target.Cpu.Kick();
         return true;
     }
+
+    /// <summary>Says which of the host's processors a vCPU may run on (XEN_DOMCTL_setvcpuaffinity's hard affinity).</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <param name="processors">Numbers of the host's processors, at least one.</param>
+    /// <returns>False where there is no such vCPU, or the host does not let it.</returns>
+    public bool SetProcessors(int vcpu, IReadOnlyList<int> processors)
+        => vcpu >= 0 && FindVcpu((uint)vcpu) is { } target && target.HostThread.SetProcessors(processors);
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy()

@@ -5,6 +5,7 @@ using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 
 namespace XenSharp.Toolstack;
 
@@ -42,6 +43,9 @@ public sealed record DomainSpecification
 
     /// <summary>The highest event-channel port that the guest may have (<see cref="DomainOptions.MaxEventChannels"/>).</summary>
     public uint MaxEventChannels { get; init; } = 1023;
+
+    /// <summary>What its grant table may grow to.</summary>
+    public GrantLimits GrantLimits { get; init; } = new();
 
     /// <summary>Seconds that the wall clock is ahead of UTC.</summary>
     public int TimeOffsetSeconds { get; init; }

@@ -54,7 +54,7 @@ public sealed class RunningDomain : IAsyncDisposable
         _emergencySink = emergencySink;
         Specification = specification;
         KvmHost host = toolstack.Host;
-        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
+        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB, specification.GrantLimits);
         _frames = toolstack.Domains.TakeFrames(frames);
         try
         {
@@ -331,6 +331,7 @@ public sealed class RunningDomain : IAsyncDisposable
         MaxMemoryMiB = specification.MaxMemoryMiB,
         Vcpus = specification.Vcpus,
         MaxEventChannels = specification.MaxEventChannels,
+        GrantLimits = specification.GrantLimits,
         CommandLine = specification.CommandLine,
         Uuid = specification.Uuid,
         TimeOffsetSeconds = specification.TimeOffsetSeconds,

@@ -8,6 +8,7 @@ using XenSharp.Core;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 using XenSharp.Kvm;
 
 namespace XenSharp.Toolstack.Management;
@@ -35,17 +36,8 @@ internal static class DomainLoader
         }
 
         List<string> ineffective = [];
-        void Note(bool present, string key)
-        {
-            if (present)
-                ineffective.Add($"{key} has no effect in this build.");
-        }
-
         ineffective.AddRange(configuration.Cpuid.Where(static mask => !Override(mask).IsHeeded).Select(static mask =>
             $"cpuid has no effect on leaf 0x{mask.Leaf:x}, {mask.Register}: features, the processor's signature and its name can be changed."));
-        Note(configuration.MaxGrantFrames is not null, "max_grant_frames");
-        Note(configuration.MaxMaptrackFrames is not null, "max_maptrack_frames");
-        Note(configuration.MaxGrantVersion is not null, "max_grant_version");
         return ineffective;
     }
 
@@ -98,6 +90,18 @@ internal static class DomainLoader
         }
     }
 
+    /// <summary>What its grant table may grow to.</summary>
+    private static GrantLimits GrantsOf(DomainConfiguration configuration)
+    {
+        var usual = new GrantLimits();
+        return new GrantLimits
+        {
+            Frames = configuration.MaxGrantFrames ?? usual.Frames,
+            HandlePages = configuration.MaxMaptrackFrames ?? usual.HandlePages,
+            Version = configuration.MaxGrantVersion ?? usual.Version,
+        };
+    }
+
     /// <summary>What the domain is made from.</summary>
     internal static DomainSpecification Describe(DomainConfiguration configuration, DomainImage image) => new()
     {
@@ -109,6 +113,7 @@ internal static class DomainLoader
         Vcpus = configuration.VcpuCount,
         OnlineVcpus = configuration.Vcpus,
         MaxEventChannels = (uint)configuration.MaxEventChannels,
+        GrantLimits = GrantsOf(configuration),
         CommandLine = configuration.CommandLine,
         TimeOffsetSeconds = TimeOffset(configuration),
         Cpuid = [.. configuration.Cpuid.Select(Override)],

@@ -344,6 +344,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             // Nobody but the toolstack says how much memory it may have.
             running.Domain.MaxPages = DomainOptions.MaxPages(configuration.MemoryMiB);
             domain = new ManagedDomain(this, running, configuration, console, making.RequestTime);
+            domain.PlaceConfigured();
             _options.BeforeStep?.Invoke(CreateStep.Devices);
             await domain.AttachConfiguredAsync(cancellation).ConfigureAwait(false);
             cancellation.ThrowIfCancellationRequested();

@@ -37,6 +37,7 @@ public sealed partial class ManagedDomain
     private long _targetKiB;
     private long _maximumKiB;
     private long _firstEntry;
+    private readonly IReadOnlyList<int>?[] _processors;
     private bool _started;
     private bool _dying;
     private bool _gone;
@@ -49,6 +50,7 @@ public sealed partial class ManagedDomain
         _targetKiB = (long)configuration.MemoryMiB << 10;
         _maximumKiB = (long)configuration.GreatestMemoryMiB << 10;
         Id = running.Domain.Id.Value;
+        _processors = new IReadOnlyList<int>?[running.Specification.Vcpus];
         running.Domain.BeforeFirstEntry = () => Volatile.Write(ref _firstEntry, DateTimeOffset.UtcNow.UtcTicks);
     }
 
@@ -137,6 +139,7 @@ public sealed partial class ManagedDomain
             if (_gone)
                 throw IsGone();
             bool ended = Exit is not null;
+            IReadOnlyList<int> online = HostMachine.OnlineProcessors;
             return
             [
                 .. Running.Domain.Activity.Select(vcpu => new VcpuInfo
@@ -148,6 +151,8 @@ public sealed partial class ManagedDomain
                     Paused = _pauses != 0,
                     Processor = HostMachine.ProcessorOf(vcpu.ThreadId),
                     ProcessorSeconds = vcpu.ProcessorTime.TotalSeconds,
+                    Processors = (HostMachine.ProcessorsFor(vcpu.ThreadId) ?? _processors[vcpu.Id]) is { } allowed && online.Except(allowed).Any()
+                        ? ProcessorSet.Format(allowed) : null,
                 }),
             ];
         }
@@ -237,6 +242,30 @@ public sealed partial class ManagedDomain
         }
 
         Reconfigure(configuration => configuration with { Vcpus = online });
+    }
+
+    /// <summary>Says which of the host's processors vCPUs may run on, until the domain ends.</summary>
+    /// <param name="vcpu">Which vCPU; null for all.</param>
+    /// <param name="processors">In xl's notation (<see cref="ProcessorSet"/>).</param>
+    public void SetProcessors(int? vcpu, string processors)
+    {
+        IReadOnlyList<int> chosen = Resolve(processors, "Name others.");
+        lock (_gate)
+        {
+            CheckAlive("given processors");
+            int last = Running.Specification.Vcpus - 1;
+            if (vcpu < 0 || vcpu > last)
+                throw new ToolstackException(ProblemKind.BadRequest, $"The domain {Name} has no vCPU {vcpu}; its vCPUs are 0 to {last}.");
+            for (int i = vcpu ?? 0; i <= (vcpu ?? last); i++)
+                Place(i, chosen);
+        }
+    }
+
+    /// <summary>Puts its vCPUs where its configuration says. Before it runs.</summary>
+    internal void PlaceConfigured()
+    {
+        foreach ((int vcpu, string processors) in Configuration.Processors.Index().Take(Running.Specification.Vcpus))
+            Place(vcpu, Resolve(processors, "Change cpus= in its configuration."));
     }
 
     /// <summary>Tells the guest's balloon how much memory it is to leave the domain, and sees to it that it gets no more.</summary>
@@ -408,6 +437,29 @@ public sealed partial class ManagedDomain
     {
         _toolstack.Record(this, () => Volatile.Write(ref _configuration, change(_configuration)));
         _toolstack.Tell(DomainEventKind.Changed, this);
+    }
+
+    private static IReadOnlyList<int> Resolve(string processors, string advice)
+    {
+        try
+        {
+            return ProcessorSet.Parse(processors).Resolve(HostMachine.OnlineProcessors, HostMachine.ProcessorsOfNode);
+        }
+        catch (FormatException failure)
+        {
+            throw new ToolstackException(ProblemKind.BadRequest, $"{failure.Message} {advice}", failure);
+        }
+    }
+
+    private void Place(int vcpu, IReadOnlyList<int> processors)
+    {
+        if (!Running.Domain.SetProcessors(vcpu, processors))
+        {
+            throw new ToolstackException(
+                ProblemKind.HostCannot, $"The host does not let vCPU {vcpu} of {Name} run on {ProcessorSet.Format(processors)}: a cpuset of its cgroup may keep the daemon from there.");
+        }
+
+        _processors[vcpu] = processors;
     }
 
     private static bool IsRunning(VcpuActivity vcpu) => vcpu.IsUp && vcpu.Waiting == WaitState.None;

@@ -28,16 +28,15 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
     private const string UnfinishedExtension = ".new";
     private const UnixFileMode Private = UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute;
     private const int Block = 4096;
-    private const int SeekData = 3;
-    private const int SeekHole = 4;
-
-    /// <summary>
-    /// File systems count time in ticks of some milliseconds: a file that was changed just now could be changed once more without a trace.
-    /// </summary>
-    private static readonly TimeSpan s_settled = TimeSpan.FromSeconds(2);
 
     private readonly Lock _lock = new();
     private readonly HashSet<Task> _finishing = [];
+
+    /// <summary>
+    /// How long a file must have been as it is. File systems count time in ticks of some milliseconds: one that was changed just now could be
+    /// changed once more without a trace.
+    /// </summary>
+    internal TimeSpan Settled { get; init; } = TimeSpan.FromSeconds(1);
 
     /// <summary>Reads a kernel's file, or what it was unpacked to before.</summary>
     /// <param name="path">Absolute path of the kernel.</param>
@@ -82,13 +81,13 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
     }
 
     /// <summary>What tells a file, as it is now, from all others and from itself at other times; null where nothing does.</summary>
-    private static unsafe string? IdentityOf(SafeFileHandle file)
+    private unsafe string? IdentityOf(SafeFileHandle file)
     {
         stat status;
         if (LibC.fstat((int)file.DangerousGetHandle(), &status) != 0 || (status.st_mode & LibC.S_IFMT) != LibC.S_IFREG)
             return null;
-        DateTimeOffset changed = DateTimeOffset.FromUnixTimeSeconds(status.st_ctim.tv_sec);
-        return DateTimeOffset.UtcNow - changed < s_settled
+        DateTimeOffset changed = DateTimeOffset.FromUnixTimeMilliseconds(Nanoseconds(status.st_ctim) / 1_000_000);
+        return DateTimeOffset.UtcNow - changed < Settled
             ? null
             : string.Create(
                 CultureInfo.InvariantCulture,
@@ -106,9 +105,13 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
             if (!File.Exists(path))
                 return null;
             using (SafeFileHandle file = File.OpenHandle(path))
-                content = ReadSparse(file);
-            if (content is null)
-                return null;
+            {
+                long length = RandomAccess.GetLength(file);
+                if (length is <= 0 or > KernelImage.LargestUnpackedSize)
+                    return null;
+                content = HostBuffer.Map(file, (int)length);
+            }
+
             var kernel = new LoadedKernel(KernelImage.Parse(content.Memory), content);
             File.SetLastWriteTimeUtc(path, DateTime.UtcNow);
             return kernel;
@@ -120,41 +123,6 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
             return null;
         }
     }
-
-    private static HostBuffer? ReadSparse(SafeFileHandle file)
-    {
-        long length = RandomAccess.GetLength(file);
-        if (length is <= 0 or > KernelImage.LargestUnpackedSize)
-            return null;
-        var content = new HostBuffer((int)length);
-        try
-        {
-            // Where nothing was written there are zeroes, in the buffer as well.
-            for (long position = Seek(file, 0, SeekData); position >= 0 && position < length;)
-            {
-                long end = Seek(file, position, SeekHole);
-                end = end > position ? Math.Min(end, length) : length;
-                while (position < end)
-                {
-                    int count = RandomAccess.Read(file, content.GetSpan()[(int)position..(int)end], position);
-                    if (count == 0)
-                        throw new EndOfStreamException();
-                    position += count;
-                }
-
-                position = Seek(file, position, SeekData);
-            }
-
-            return content;
-        }
-        catch
-        {
-            ((IDisposable)content).Dispose();
-            throw;
-        }
-    }
-
-    private static long Seek(SafeFileHandle file, long position, int whence) => (long)LibC.lseek((int)file.DangerousGetHandle(), position, whence);
 
     /// <summary>Writes an image, without its blocks of zeroes; it is found once all of it is on the disk, which is not waited for.</summary>
     private void Keep(string identity, ReadOnlySpan<byte> elf)

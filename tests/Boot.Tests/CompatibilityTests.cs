@@ -43,9 +43,8 @@ public sealed class CompatibilityTests : KvmFixture
     private const int SysenterDone = 42;
     private const int SysenterTimes = 100;
 
-    [TestCase(1)]
-    [TestCase(2)]
-    public async Task Debians_i386_busybox_works(int vcpus)
+    [Test]
+    public async Task Debians_i386_busybox_works()
     {
         string kernel;
         string busybox;
@@ -77,7 +76,7 @@ public sealed class CompatibilityTests : KvmFixture
                 ],
             }));
             CommandEnd end = await CommandProcess.RunAsync(
-                "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "256", "--vcpus", $"{vcpus}");
+                "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "256", "--vcpus", "2");
             Assert.That(end.Status, Is.Zero, end.Error);
             Assert.That(
                 Regex.Matches(end.Output, @"\[(\w+: \d+)\]").Select(static match => match.Groups[1].Value),

@@ -21,6 +21,9 @@ public sealed class EventPingPongTests : KvmFixture
     private const string Variable = "XENSHARP_EVENTS";
 
     private const int Ports = 4;
+
+    /// <summary>Exits between two checks of a domain's frame table, while the other end has its page and sends to it.</summary>
+    private const int AuditInterval = 1_000;
     private const ushort First = 1, Second = 2;
 
     private static readonly int s_waits = Enum.GetValues<PingPongWait>().Length;
@@ -60,6 +63,8 @@ public sealed class EventPingPongTests : KvmFixture
         await ExpectPowerOffAsync(offering, end.Token);
         await ExpectPowerOffAsync(taking, end.Token);
         var expected = new EventExchangeFigures(Ports * rounds, Doubled: 0, Lost: 0);
+        Assert.That(offering.Domain.AuditCount, Is.Positive, "checked meanwhile");
+        Assert.That(taking.Domain.AuditCount, Is.Positive, "checked meanwhile");
         Assert.That((EventExchange.Find(offered.ToArray()), EventExchange.Find(taken.ToArray())), Is.EqualTo((expected, expected)));
     }
 
@@ -92,6 +97,7 @@ public sealed class EventPingPongTests : KvmFixture
         }
 
         await ExpectPowerOffAsync(running, end.Token);
+        Assert.That(running.Domain.AuditCount, Is.Positive, "checked meanwhile");
         Assert.That(EventExchange.Find(output.ToArray()), Is.EqualTo(new EventExchangeFigures(Ports * rounds, Doubled: 0, Lost: 0)));
         await running.DisposeAsync();
         foreach (EventChannelBackend backend in backends)
@@ -145,7 +151,7 @@ public sealed class EventPingPongTests : KvmFixture
     }
 
     private static DomainSpecification Specification(string name, byte[] kernel)
-        => new() { Name = name, MemoryMiB = 16, Image = new DomainImage(KernelImage.Parse(kernel)) };
+        => new() { Name = name, MemoryMiB = 16, Image = new DomainImage(KernelImage.Parse(kernel)), AuditInterval = AuditInterval };
 
     private static async Task ExpectPowerOffAsync(RunningDomain domain, CancellationToken cancellation)
     {

@@ -29,6 +29,7 @@ public sealed unsafe partial class Domain : IDisposable
     private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
     private readonly DomainManager _manager;
+    private readonly CpuidOptions _processor;
     private DomainExit? _exit;
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
@@ -57,13 +58,14 @@ public sealed unsafe partial class Domain : IDisposable
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc) { WallClockOffset = TimeSpan.FromSeconds(options.TimeOffsetSeconds) };
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
-        Cpuid = CpuidPolicy.FromHost(options.Cpuid with
+        _processor = options.Cpuid with
         {
             TscKiloHertz = machine.TimeStampCounter.KiloHertz,
             HostTscKiloHertz = machine.TimeStampCounter.KiloHertz,
             EndOfMachineFrames = machine.Memory.EndFrame,
             VcpuCount = options.Vcpus,
-        });
+        };
+        Cpuid = CpuidPolicy.FromHost(_processor);
         Id = new DomainId(_manager.Reserve(options.Id));
         try
         {
@@ -226,7 +228,11 @@ public sealed unsafe partial class Domain : IDisposable
 
     internal Timekeeping Time { get; }
 
-    internal CpuidPolicy Cpuid { get; }
+    internal CpuidPolicy Cpuid { get; private set; }
+
+    /// <summary>Has CPUID show no more than a guest knows already that was saved elsewhere; before any vCPU has run.</summary>
+    internal void RestrictCpuid(IReadOnlyList<CpuidOverride> overrides)
+        => Cpuid = CpuidPolicy.FromHost(_processor with { Overrides = [.. _processor.Overrides, .. overrides] });
 
     internal IoPorts Ports { get; }
 

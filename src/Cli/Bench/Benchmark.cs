@@ -44,6 +44,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         [DebianBoot] = 220_000,
         [NameOf(PingPongWait.Running)] = 2.5,
         [NameOf(PingPongWait.Sleeping)] = 4,
+        [NameOf(PingPongWait.Answering)] = 2.5,
     };
 
     private const string DomainCreate = "domain create to first guest instruction";
@@ -101,6 +102,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     {
         PingPongWait.Running => "event to another domain, both running",
         PingPongWait.Sleeping => "event to another domain that sleeps",
+        PingPongWait.Answering => "event to another domain, answered by its handler",
         _ => wait.ToString(),
     };
 

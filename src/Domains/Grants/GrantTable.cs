@@ -352,10 +352,10 @@ internal sealed unsafe class GrantTable : IDisposable
 
         // The other table has a lock of its own, of which no two are held.
         GrantTable? other = transitiveDomain == Id ? null : directory?.EnterGrants(transitiveDomain);
-        GrantStatus found = GrantStatus.GeneralError;
         bool acquiredInVain;
-        if (other != null)
-            found = other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page);
+        GrantStatus found = other != null ? other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page)
+            : transitiveDomain != Id && directory?.WhyNotEntered(transitiveDomain) == GrantStatus.BadPage ? GrantStatus.BadPage
+            : GrantStatus.GeneralError;
         lock (Lock)
         {
             ref ActiveGrant active = ref _active[reference];

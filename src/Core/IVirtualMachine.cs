@@ -134,6 +134,15 @@ public unsafe interface IVirtualMachine : IDisposable
     /// <summary>The domain's RAM.</summary>
     MachineMemory Memory { get; }
 
+    /// <summary>
+    /// Copies into <see cref="Memory"/>, for much that is not looked at soon: pages that it is the first to store into need not be mapped here
+    /// for it.
+    /// </summary>
+    /// <param name="address">Where to; within the memory, with all that is copied.</param>
+    /// <param name="bytes">What to copy.</param>
+    unsafe void Load(MachineAddress address, ReadOnlySpan<byte> bytes)
+        => bytes.CopyTo(new Span<byte>(Memory.Page(address.Frame) + (address.Value & Paging.PageOffsetMask), bytes.Length));
+
     /// <summary>Host view of the M2P table; entry i belongs to frame <c>Memory.FirstFrame + i</c>.</summary>
     ulong* MachineToPhys { get; }
 

@@ -82,7 +82,7 @@ public sealed unsafe partial class Domain : IDisposable
             Granted = new BackendGrants(this);
             Scrubber = new Scrubber(Context, machine);
             Audit = options.AuditInterval == 0 ? null : new DomainAudit(options.AuditInterval);
-            DomainBuilder? builder = image == null ? new DomainBuilder(_memory.Context, options) : null;
+            DomainBuilder? builder = image == null ? new DomainBuilder(_memory.Context, options, machine) : null;
             builder?.AllocateMemory();
             DomainBuilder.AllocateSharedInfo(Context);
             Events = new EventChannelDomain(

@@ -67,6 +67,31 @@ internal sealed unsafe class HostMemory : IDisposable
         }
     }
 
+    /// <summary>Copies bytes in by the file: a page that is new is filled instead of being cleared, and is not mapped here, which takes half the time.</summary>
+    /// <param name="offset">Where to, in bytes; all lies within the memory.</param>
+    /// <param name="bytes">What to copy.</param>
+    public void Write(ulong offset, ReadOnlySpan<byte> bytes)
+    {
+        while (!bytes.IsEmpty)
+        {
+            nint count;
+            fixed (byte* start = bytes)
+                count = (nint)LibC.pwrite(_file, start, bytes.Length, (long)offset);
+            if (count <= 0)
+            {
+                if (count < 0 && LibC.errno == LibC.EINTR)
+                    continue;
+
+                // Where the host has no page the mapping says so in its way.
+                bytes.CopyTo(new Span<byte>(Address + offset, bytes.Length));
+                return;
+            }
+
+            offset += (ulong)count;
+            bytes = bytes[(int)count..];
+        }
+    }
+
     /// <summary>Gives a part back to the host: it reads as zeroes from then on, here and in every VM that has it.</summary>
     /// <param name="offset">In bytes, a multiple of the page size.</param>
     /// <param name="length">In bytes, a multiple of the page size.</param>

@@ -93,6 +93,15 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     public MachineMemory Memory { get; }
 
+    /// <inheritdoc/>
+    public void Load(MachineAddress address, ReadOnlySpan<byte> bytes)
+    {
+        ulong offset = address.Value - Memory.FirstFrame.Address.Value;
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(offset, _ram.Size);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan((ulong)bytes.Length, _ram.Size - offset);
+        _ram.Write(offset, bytes);
+    }
+
     public ulong* MachineToPhys { get; private set; }
 
     public Mfn MachineToPhysFrame { get; private set; }

@@ -88,6 +88,7 @@ internal static class VcpuCommands
         var vcpu = new Argument<int>("VCPU")
         {
             Description = "The vCPU's number, or all.",
+            HelpName = "VCPU|all",
             CustomParser = static result =>
             {
                 string text = result.Tokens[0].Value;
@@ -100,7 +101,7 @@ internal static class VcpuCommands
             },
         };
         vcpu.CompletionSources.Add(AllProcessors);
-        var hard = new Argument<string>("CPUs") { Description = "The host's processors that it may run on, such as 0-3,^1 or node:0; all for every one." };
+        var hard = new Argument<string>("CPUs") { HelpName = "CPUs|all", Description = "The host's processors that it may run on, such as 0-3,^1 or node:0; all for every one." };
         hard.CompletionSources.Add(AllProcessors);
         hard.Validators.Add(static result =>
         {

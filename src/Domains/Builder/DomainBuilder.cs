@@ -24,6 +24,7 @@ internal sealed unsafe class DomainBuilder
     private const PageFlags LeafFlags = PageFlags.Present | PageFlags.Writable | PageFlags.Accessed;
 
     private readonly DomainContext* _domain;
+    private readonly IVirtualMachine _machine;
     private readonly DomainOptions _options;
     private readonly KernelImage _kernel;
     private readonly ulong _pages;
@@ -31,9 +32,11 @@ internal sealed unsafe class DomainBuilder
 
     /// <param name="domain">The empty domain; its frames are all free.</param>
     /// <param name="options">What to build.</param>
-    public DomainBuilder(DomainContext* domain, DomainOptions options)
+    /// <param name="machine">The domain's VM.</param>
+    public DomainBuilder(DomainContext* domain, DomainOptions options, IVirtualMachine machine)
     {
         _domain = domain;
+        _machine = machine;
         _options = options;
         _kernel = options.Kernel ?? throw new DomainBuildException("A domain that is built needs a kernel: give it one.");
         _pages = DomainOptions.Pages(options.MemoryMiB);
@@ -255,11 +258,8 @@ internal sealed unsafe class DomainBuilder
     /// <summary>Copies to a guest-physical address. The domain's frames are one run, so its memory is contiguous here too.</summary>
     private void CopyIn(ulong address, ReadOnlySpan<byte> bytes)
     {
-        if (bytes.IsEmpty)
-            return;
-        var room = new Span<byte>(HostOf(address), bytes.Length);
-        HostPages.Populate(room);
-        bytes.CopyTo(room);
+        if (!bytes.IsEmpty)
+            _machine.Load(_firstFrame.Address + address, bytes);
     }
 
     private void BuildPageTables(in Plan plan)

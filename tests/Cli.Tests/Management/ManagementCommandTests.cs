@@ -159,7 +159,7 @@ public sealed class ManagementCommandTests
     [TestCase("mem-set web", "mem-set takes <Domain> and <")]
     [TestCase("list -z", "does not know \"-z\"")]
     [TestCase("destroy --force", "does not know \"--force\"")]
-    [TestCase("vcpu-pin web 0", "vcpu-pin takes <Domain> and <VCPU> and <CPUs>")]
+    [TestCase("vcpu-pin web 0", "vcpu-pin takes <Domain> and <VCPU|all> and <CPUs|all>")]
     [TestCase("vcpu-pin web x 0", "\"x\" is neither")]
     [TestCase("vcpu-pin web 0 0-", "\"0-\" is no such name")]
     [TestCase("vcpu-pin web 0 1 2", "leave them out")]

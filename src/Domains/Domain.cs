@@ -108,7 +108,7 @@ public sealed unsafe partial class Domain : IDisposable
                 MaxPages = Math.Max(mayOwn, OwnedPages);
             }
 
-            Grants = new GrantTable(this, options.Vcpus);
+            Grants = new GrantTable(this, options.Vcpus, options.GrantLimits);
             GrantRings();
             Time.UpdateWallClock(Context->SharedInfo);
             _manager.Publish(this);
@@ -165,7 +165,7 @@ public sealed unsafe partial class Domain : IDisposable
     /// <summary>Receives what the guest prints by console_io; called on the vCPU's thread with bytes to copy.</summary>
     public EmergencyConsole? EmergencyOutput { get; set; }
 
-    /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
+    /// <summary>Raised on the first vCPU's thread right before the domain's first entry; one that is made paused waits before it.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
     /// <summary>Bytes of managed memory that serving the guest took on its vCPUs' threads; known once the domain has stopped.</summary>
@@ -303,6 +303,13 @@ public sealed unsafe partial class Domain : IDisposable
         target.Cpu.Kick();
         return true;
     }
+
+    /// <summary>Says which of the host's processors a vCPU may run on (XEN_DOMCTL_setvcpuaffinity's hard affinity).</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <param name="processors">Numbers of the host's processors, at least one.</param>
+    /// <returns>False where there is no such vCPU, or the host does not let it.</returns>
+    public bool SetProcessors(int vcpu, IReadOnlyList<int> processors)
+        => vcpu >= 0 && FindVcpu((uint)vcpu) is { } target && target.HostThread.SetProcessors(processors);
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy()
@@ -505,8 +512,6 @@ public sealed unsafe partial class Domain : IDisposable
         Rest.Leave();
         try
         {
-            if (vcpu is { Id: 0, HasRun: false })
-                BeforeFirstEntry?.Invoke();
             long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
             _ = Interlocked.Add(ref _allocatedBytes, GC.GetAllocatedBytesForCurrentThread() - before);

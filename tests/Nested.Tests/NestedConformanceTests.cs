@@ -15,7 +15,8 @@ namespace XenSharp.Nested.Tests;
 [TestFixture(true)]
 [TestFixture(false)]
 [Category("Nested")]
-[CancelAfter(900_000)]
+[Parallelizable(ParallelScope.Self)]
+[CancelAfter(1_200_000)]
 public sealed class NestedConformanceTests(bool nestedPaging)
 {
     /// <summary>Two processors' worth of emulation lie between a script and this machine.</summary>

@@ -19,7 +19,8 @@ namespace XenSharp.Nested.Tests;
 [TestFixture(true)]
 [TestFixture(false)]
 [Category("Nested")]
-[CancelAfter(600_000)]
+[Parallelizable(ParallelScope.Self)]
+[CancelAfter(900_000)]
 public sealed class NestedKvmBedTests(bool nestedPaging)
 {
     private const string Hello = "hello\n";
@@ -31,7 +32,7 @@ public sealed class NestedKvmBedTests(bool nestedPaging)
     private const int FloodLength = 200_000;
 
     /// <summary>What in a kernel's log says that something went wrong in it, for grep -E.</summary>
-    private const string Trouble = "WARNING|BUG|Call Trace|Oops|general protection|nable to handle|soft lockup|detected stall";
+    internal const string Trouble = "WARNING|BUG|Call Trace|Oops|general protection|nable to handle|soft lockup|detected stall";
 
     private readonly Dictionary<string, GuestRun> _runs = [];
     private NestedKvmBed _bed = null!;

@@ -45,8 +45,10 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
     private static readonly string[] ChannelModules =
         ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_console"];
 
-    /// <summary>kvm_amd and what it needs, in the order of loading.</summary>
-    private static readonly string[] KvmModules = ["irqbypass", "ccp", "kvm", "kvm-amd"];
+    /// <summary>What kvm_amd needs, in the order of loading.</summary>
+    private static readonly string[] KvmModules = ["irqbypass", "ccp", "kvm"];
+
+    private const string KvmAmdModule = "kvm-amd";
 
     /// <summary>The value of -cpu.</summary>
     public string Cpu { get; init; } = DefaultCpu;
@@ -57,9 +59,16 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
     /// <summary>More words for the command line of the machine's kernel.</summary>
     public string KernelArguments { get; init; } = string.Empty;
 
+    /// <summary>
+    /// Path of a file that gets what the script writes to file descriptor 5, which is for bytes that are too many for lines; null for
+    /// a script that has none.
+    /// </summary>
+    public string? WriteFile { get; init; }
+
     /// <summary>Runs the script and yields its lines; ends when it has ended and the machine is off.</summary>
     /// <param name="script">Commands for busybox's shell; /tmp is theirs, standard input is empty, what they print is lost in the
-    /// kernel's messages.</param>
+    /// kernel's messages. <c>fail SENTENCE</c> ends all with an <see cref="OracleException"/>, and <c>use_npt 0</c> or <c>1</c> makes the
+    /// machine one without or with nested paging, while nobody has /dev/kvm open.</param>
     /// <param name="files">What the script needs.</param>
     /// <param name="guestMemoryMiB">Memory of the largest guest that the script runs.</param>
     /// <param name="timeout">How long all of it may take.</param>
@@ -86,6 +95,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
             MemoryMiB = KernelAndToolsMiB + guestMemoryMiB + (int)(2 * new FileInfo(ramdisk).Length >> 20),
             Timeout = timeout,
             ReadChannel = stream => ReadAsync(stream, lines.Writer),
+            WriteFile = WriteFile,
             SwitchOff = switchOff.Token,
         };
         using CancellationTokenSource abandoned = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
@@ -179,7 +189,7 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
         ];
         foreach (string library in await SharedLibraries.OfAsync(command, cancellation).ConfigureAwait(false))
             all.Add(new(library.TrimStart('/'), library) { Executable = true });
-        foreach (string module in (ReadOnlySpan<string>)[.. ChannelModules, .. KvmModules])
+        foreach (string module in (ReadOnlySpan<string>)[.. ChannelModules, .. KvmModules, KvmAmdModule])
             all.Add(new($"modules/{module}.ko", FindModule(kernel, module)));
         all.AddRange(files);
 
@@ -223,7 +233,6 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
 
     private string Init(string script)
     {
-        char parameter = nestedPaging ? 'Y' : 'N';
         return $$"""
             #!/bin/sh
             export PATH=/bin HOME=/
@@ -236,7 +245,10 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
                 insmod /modules/$module.ko
             done
             for port in /sys/class/virtio-ports/*; do
-                [ "$(cat $port/name)" = {{QemuMachine.ChannelName}} ] && exec 3>/dev/${port##*/}
+                case $(cat $port/name) in
+                    {{QemuMachine.ChannelName}}) exec 3>/dev/${port##*/};;
+                    {{QemuMachine.FileName}}) exec 5>/dev/${port##*/};;
+                esac
             done
             exec </dev/null
 
@@ -244,15 +256,25 @@ internal sealed class NestedMachine(GuestCache cache, string command, bool neste
                 echo "{{ErrorWord}} $(echo "$1" | base64 -w 0)" >&3
                 poweroff -f
             }
+            load() {
+                said=$(insmod /modules/$1.ko $2 2>&1) ||
+                    fail "The module $1 does not load in the emulated machine: $said; has QEMU an AMD processor with SVM (-cpu {{Cpu}})?"
+            }
+            use_npt() {
+                if [ -d /sys/module/kvm_amd ]; then
+                    said=$(rmmod {{KvmAmdModule}} 2>&1) || fail "The module {{KvmAmdModule}} does not unload in the emulated machine: $said; who has /dev/kvm open?"
+                fi
+                load {{KvmAmdModule}} npt=$1
+                case $1$(cat /sys/module/kvm_amd/parameters/npt) in
+                    0N | 1Y) ;;
+                    *) fail "kvm_amd took no npt=$1 in the emulated machine; has QEMU nested paging (-cpu {{Cpu}})?";;
+                esac
+                [ -c /dev/kvm ] || fail "There is no /dev/kvm in the emulated machine although kvm_amd is loaded; look at its kernel's messages."
+            }
             for module in {{string.Join(' ', KvmModules)}}; do
-                parameters=
-                [ $module = kvm-amd ] && parameters=npt={{(nestedPaging ? 1 : 0)}}
-                said=$(insmod /modules/$module.ko $parameters 2>&1) ||
-                    fail "The module $module does not load in the emulated machine: $said; has QEMU an AMD processor with SVM (-cpu {{Cpu}})?"
+                load $module
             done
-            [ "$(cat /sys/module/kvm_amd/parameters/npt)" = {{parameter}} ] ||
-                fail "kvm_amd took no npt={{(nestedPaging ? 1 : 0)}} in the emulated machine; has QEMU nested paging (-cpu {{Cpu}})?"
-            [ -c /dev/kvm ] || fail "There is no /dev/kvm in the emulated machine although kvm_amd is loaded; look at its kernel's messages."
+            use_npt {{(nestedPaging ? 1 : 0)}}
 
             {{script.ReplaceLineEndings("\n").Trim()}}
 

@@ -41,6 +41,12 @@ public sealed record QemuOptions(string Kernel)
     /// </summary>
     public Func<Stream, Task>? ReadChannel { get; init; }
 
+    /// <summary>
+    /// Path of a file that gets all that the guest writes to the virtio serial port named <see cref="QemuMachine.FileName"/>, at once and
+    /// byte for byte; null for a machine without that port. Only with <see cref="ReadChannel"/>.
+    /// </summary>
+    public string? WriteFile { get; init; }
+
     /// <summary>Switches the machine off when it is cancelled; the run then ends as if the guest had done it.</summary>
     public CancellationToken SwitchOff { get; init; }
 }
@@ -57,6 +63,9 @@ public static class QemuMachine
 {
     /// <summary>The name that the guest finds the port of <see cref="QemuOptions.ReadChannel"/> by, in /sys/class/virtio-ports.</summary>
     public const string ChannelName = "xensharp";
+
+    /// <summary>The name that the guest finds the port of <see cref="QemuOptions.WriteFile"/> by.</summary>
+    public const string FileName = "xensharp-file";
 
     /// <summary>Boots a machine and waits until it is off.</summary>
     /// <exception cref="OracleException">QEMU does not start.</exception>
@@ -138,6 +147,15 @@ public static class QemuMachine
                 "-device", "virtio-serial-pci", "-chardev", "file,id=channel,path=/dev/fd/1",
                 "-device", $"virtserialport,chardev=channel,name={ChannelName}",
             ]);
+            if (options.WriteFile is { } path)
+            {
+                // A comma would end the path.
+                arguments.AddRange(
+                [
+                    "-chardev", $"file,id=file,path={path.Replace(",", ",,", StringComparison.Ordinal)}",
+                    "-device", $"virtserialport,chardev=file,name={FileName}",
+                ]);
+            }
         }
         return arguments;
     }

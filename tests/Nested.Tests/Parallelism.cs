@@ -1,0 +1,3 @@
+// Two emulated machines at a time: each has one processor, and waits for nobody.
+
+[assembly: LevelOfParallelism(2)]

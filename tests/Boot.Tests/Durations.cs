@@ -1,15 +1,20 @@
-// How long tests of category Long take.
+// How long tests of category Long take, and how much they do.
 using System.Globalization;
 
 namespace XenSharp.Boot.Tests;
 
-/// <summary>Times that the environment can change.</summary>
+/// <summary>Times and amounts that the environment can change.</summary>
 internal static class Durations
 {
     /// <summary>Seconds by an environment variable.</summary>
     /// <param name="variable">Its name.</param>
     /// <param name="usual">What counts where it is not set.</param>
-    public static int Seconds(string variable, int usual) => Environment.GetEnvironmentVariable(variable) is { Length: > 0 } text
+    public static int Seconds(string variable, int usual) => Number(variable, usual);
+
+    /// <summary>Another number by an environment variable.</summary>
+    /// <param name="variable">Its name.</param>
+    /// <param name="usual">What counts where it is not set.</param>
+    public static int Number(string variable, int usual) => Environment.GetEnvironmentVariable(variable) is { Length: > 0 } text
         ? int.Parse(text, NumberStyles.None, CultureInfo.InvariantCulture)
         : usual;
 }

@@ -15,11 +15,14 @@ public enum PingPongWait
 
     /// <summary>In SCHEDOP_block.</summary>
     Sleeping,
+
+    /// <summary>As <see cref="Running"/>, while their event handlers answer before they return, as those of drivers do.</summary>
+    Answering,
 }
 
 /// <summary>
 /// Builds the two guests. The first allocates a port that the second binds to; from then on each answers an event of the other's by one of
-/// its own, first running and then sleeping. The first writes <see cref="Marker"/> and <see cref="ResultBytes"/> bytes for
+/// its own: first from the handler, then from what the handler has returned to, running and sleeping. The first writes <see cref="Marker"/> and <see cref="ResultBytes"/> bytes for
 /// <see cref="Nanoseconds"/>, and both power off.
 /// </summary>
 /// <remarks>Without rounds they are a storm: see <see cref="BuildFlood"/>.</remarks>
@@ -38,6 +41,9 @@ public static class EventPingPong
     private const int AllocUnbound = 6;
     private const int SchedulerYield = 0;
     private const int SchedulerBlock = 1;
+
+    /// <summary>Those who answer an event once its handler has returned.</summary>
+    private static readonly PingPongWait[] s_outsideHandler = [PingPongWait.Running, PingPongWait.Sleeping];
 
     private static readonly int s_waits = Enum.GetValues<PingPongWait>().Length;
 
@@ -90,6 +96,9 @@ public static class EventPingPong
         /// <summary>Events that have come; the last of the results.</summary>
         private readonly ulong _received;
 
+        /// <summary>Events that the handler still answers.</summary>
+        private readonly ulong _answers;
+
         public Builder(ushort peer, int rounds)
         {
             _peer = peer;
@@ -102,6 +111,7 @@ public static class EventPingPong
             _start = _guest.Reserve(sizeof(ulong));
             _binding = _guest.Reserve(12);
             _port = _guest.Reserve(4);
+            _answers = _guest.Reserve(4);
             _stackTop = _guest.Reserve(PageSize, PageSize) + PageSize;
         }
 
@@ -125,8 +135,7 @@ public static class EventPingPong
 
             _guest.Shutdown(GuestShutdownReason.PowerOff);
             _code.Label(ref handler);
-            _code.inc(__dword_ptr[_received]);
-            _upcalls.Return();
+            Handle();
             _console.EmitRoutines();
             return _guest.Build(new GuestIdentity("xensharp-ping-pong"));
         }
@@ -142,19 +151,30 @@ public static class EventPingPong
             _code.xor(ebx, ebx);
             WaitForMore(PingPongWait.Running);
             FloodIfWithoutRounds();
-            foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
+            Measure(PingPongWait.Answering, () =>
             {
-                _upcalls.ReadTsc();
-                _code.mov(__qword_ptr[_start], rax);
-                Repeat(() =>
+                _code.mov(__dword_ptr[_answers], _rounds - 1);
+                EventOperation(Send, _port);
+                WaitForTotal(1 + _rounds);
+            });
+            foreach (PingPongWait wait in s_outsideHandler)
+            {
+                Measure(wait, () => Repeat(() =>
                 {
                     EventOperation(Send, _port);
                     WaitForMore(wait);
-                });
-                _upcalls.ReadTsc();
-                _code.sub(rax, __qword_ptr[_start]);
-                _code.mov(__qword_ptr[_results + ((ulong)wait * sizeof(ulong))], rax);
+                }));
             }
+        }
+
+        private void Measure(PingPongWait wait, Action body)
+        {
+            _upcalls.ReadTsc();
+            _code.mov(__qword_ptr[_start], rax);
+            body();
+            _upcalls.ReadTsc();
+            _code.sub(rax, __qword_ptr[_start]);
+            _code.mov(__qword_ptr[_results + ((ulong)wait * sizeof(ulong))], rax);
         }
 
         private void BeSecond()
@@ -178,10 +198,12 @@ public static class EventPingPong
             // To be bound counts as an event.
             _upcalls.ForgetEvents();
             _code.xor(ebx, ebx);
+            _code.mov(__dword_ptr[_answers], _rounds);
             Unmask();
             EventOperation(Send, _port);
             FloodIfWithoutRounds();
-            foreach (PingPongWait wait in Enum.GetValues<PingPongWait>())
+            WaitForTotal(_rounds);
+            foreach (PingPongWait wait in s_outsideHandler)
             {
                 Repeat(() =>
                 {
@@ -189,6 +211,25 @@ public static class EventPingPong
                     EventOperation(Send, _port);
                 });
             }
+        }
+
+        private void Handle()
+        {
+            Label answered = _code.CreateLabel();
+            _upcalls.ForgetEvents();
+            _code.inc(__dword_ptr[_received]);
+            _code.cmp(__dword_ptr[_answers], 0);
+            _code.je(answered);
+            _code.dec(__dword_ptr[_answers]);
+            _code.push(rax);
+            _code.push(rdi);
+            _code.push(rsi);
+            EventOperation(Send, _port);
+            _code.pop(rsi);
+            _code.pop(rdi);
+            _code.pop(rax);
+            _code.Label(ref answered);
+            _upcalls.Resume();
         }
 
         private void FloodIfWithoutRounds()
@@ -226,6 +267,20 @@ public static class EventPingPong
             _code.xor(edi, edi);
             _code.xor(esi, esi);
             _guest.Hypercall(GuestHypercall.XenVersion);
+        }
+
+        /// <summary>Waits, running, until a number of events have come, and has EBX be that number, which more may exceed by now.</summary>
+        private void WaitForTotal(int events)
+        {
+            Label loop = _code.CreateLabel();
+
+            // A label may be right before this, and an instruction has but one.
+            _code.nop();
+            _code.Label(ref loop);
+            _code.pause();
+            _code.cmp(__dword_ptr[_received], events);
+            _code.jb(loop);
+            _code.mov(ebx, events);
         }
 
         /// <summary>Waits until more events have come than EBX says, and counts EBX up to there.</summary>

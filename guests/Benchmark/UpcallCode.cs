@@ -41,13 +41,29 @@ internal sealed class UpcallCode(PvAssembler guest, PvConsole console)
         guest.Code.mov(__qword_ptr[console.SharedInfoAddress + SharedInfoOffset.EvtchnPending], 0);
     }
 
-    /// <summary>
-    /// Takes all events as seen and returns. RSP: RCX, R11, RIP, CS, RFLAGS, RSP, SS, as pushed by the upcall; RAX is the
-    /// interrupted code's.
-    /// </summary>
+    /// <summary>Takes what is pending of the first 64 ports, as bits in RAX. What comes later makes an upcall of its own.</summary>
+    public void TakeEvents()
+    {
+        // In the order that senders set them in, backwards; an exchange with memory is locked.
+        guest.Code.mov(__byte_ptr[Pending], 0);
+        guest.Code.xor(eax, eax);
+        guest.Code.xchg(__qword_ptr[console.SharedInfoAddress + 8], rax);
+        guest.Code.xor(eax, eax);
+        guest.Code.xchg(__qword_ptr[console.SharedInfoAddress + SharedInfoOffset.EvtchnPending], rax);
+    }
+
+    /// <summary>Takes all events as seen and returns, as <see cref="Resume"/>.</summary>
     public void Return()
     {
         ForgetEvents();
+        Resume();
+    }
+
+    /// <summary>
+    /// Returns from an upcall. RSP: RCX, R11, RIP, CS, RFLAGS, RSP, SS, as pushed by it; RAX is the interrupted code's.
+    /// </summary>
+    public void Resume()
+    {
         guest.Code.mov(r11, __qword_ptr[rsp + 8]);
         guest.Code.mov(__qword_ptr[rsp + 8], 0);
         guest.Code.push(r11);

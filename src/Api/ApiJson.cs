@@ -28,6 +28,7 @@ namespace XenSharp.Api;
 [JsonSerializable(typeof(CreateDomainResult))]
 [JsonSerializable(typeof(RenameRequest))]
 [JsonSerializable(typeof(SetVcpusRequest))]
+[JsonSerializable(typeof(PinVcpusRequest))]
 [JsonSerializable(typeof(SetMemoryRequest))]
 [JsonSerializable(typeof(SysrqRequest))]
 [JsonSerializable(typeof(TriggerRequest))]

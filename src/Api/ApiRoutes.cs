@@ -57,6 +57,9 @@ public static class ApiRoutes
     /// <summary>GET: an array of <see cref="VcpuInfo"/>; PUT <see cref="SetVcpusRequest"/>: brings vCPUs up or down.</summary>
     public const string Vcpus = Domain + "/vcpus";
 
+    /// <summary>PUT <see cref="PinVcpusRequest"/>: where vCPUs may run (<c>xl vcpu-pin</c>).</summary>
+    public const string VcpuProcessors = Vcpus + "/processors";
+
     /// <summary>PUT <see cref="SetMemoryRequest"/>: what the balloon is to shrink or grow to (<c>xl mem-set</c>).</summary>
     public const string MemoryTarget = Domain + "/memory/target";
 

@@ -32,6 +32,9 @@ public sealed class DaemonClient : IDisposable
             {
                 ConnectCallback = ConnectAsync,
                 UseProxy = false,
+
+                // A command asks once or twice: nothing that looks after connections, nor a thread for that.
+                PooledConnectionIdleTimeout = TimeSpan.Zero,
                 UseCookies = false,
                 AllowAutoRedirect = false,
                 AutomaticDecompression = DecompressionMethods.None,
@@ -103,6 +106,10 @@ public sealed class DaemonClient : IDisposable
     /// <summary>Tells a guest how many vCPUs it is to have up.</summary>
     public Task SetVcpusAsync(string domain, int online, CancellationToken cancellation = default)
         => DoAsync(HttpMethod.Put, ApiRoutes.Of(ApiRoutes.Vcpus, domain), new SetVcpusRequest { Online = online }, s_json.SetVcpusRequest, cancellation);
+
+    /// <summary>Says which of the host's processors vCPUs may run on.</summary>
+    public Task PinVcpusAsync(string domain, PinVcpusRequest request, CancellationToken cancellation = default)
+        => DoAsync(HttpMethod.Put, ApiRoutes.Of(ApiRoutes.VcpuProcessors, domain), request, s_json.PinVcpusRequest, cancellation);
 
     /// <summary>Tells a guest how much memory its balloon is to leave it.</summary>
     public Task SetMemoryTargetAsync(string domain, long memoryKiB, CancellationToken cancellation = default)

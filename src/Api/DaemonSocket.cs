@@ -17,6 +17,10 @@ public static partial class DaemonSocket
     public static string DefaultPath
         => Environment.GetEnvironmentVariable(EnvironmentVariable) is { Length: > 0 } named ? named : Path.Combine(RuntimeFolder, "xensharp.sock");
 
+    /// <summary>Where a daemon has the store's socket, unless it is told otherwise: in a folder beside its own.</summary>
+    /// <param name="socket">Absolute path of the daemon's socket.</param>
+    public static string XenstoreBeside(string socket) => Path.Combine(Path.GetDirectoryName(socket) ?? "/", "xenstored", "socket");
+
     /// <summary>Where sockets and locks of the running daemon are: they are of no use after a restart of the machine.</summary>
     public static string RuntimeFolder
         => IsRoot ? "/run/xensharp"

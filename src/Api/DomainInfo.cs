@@ -109,11 +109,17 @@ public sealed record DomainInfo
     /// <summary>Processor time of all its vCPUs together, in seconds.</summary>
     public required double ProcessorSeconds { get; init; }
 
+    /// <summary>When the daemon was asked for this incarnation, or began to make it anew; null where it does not say.</summary>
+    public DateTimeOffset? RequestTime { get; init; }
+
     /// <summary>When this incarnation was made.</summary>
     public required DateTimeOffset StartTime { get; init; }
 
     /// <summary>Seconds since then.</summary>
     public required double UptimeSeconds { get; init; }
+
+    /// <summary>When its first vCPU was about to execute its first instruction; null before that.</summary>
+    public DateTimeOffset? FirstEntryTime { get; init; }
 
     /// <summary>The kernel's file.</summary>
     public string Kernel { get; init; } = string.Empty;
@@ -150,6 +156,9 @@ public sealed record VcpuInfo
 
     /// <summary>The host's processor that it is on, or was last; null where that is not known.</summary>
     public int? Processor { get; init; }
+
+    /// <summary>The host's processors that it may run on, such as "0-3,6"; null for all (its hard affinity).</summary>
+    public string? Processors { get; init; }
 
     /// <summary>Processor time in seconds.</summary>
     public required double ProcessorSeconds { get; init; }

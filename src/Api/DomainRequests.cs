@@ -70,6 +70,16 @@ public sealed record SetVcpusRequest
     public required int Online { get; init; }
 }
 
+/// <summary>Which of the host's processors vCPUs may run on.</summary>
+public sealed record PinVcpusRequest
+{
+    /// <summary>Which vCPU; null for all that the domain has.</summary>
+    public int? Vcpu { get; init; }
+
+    /// <summary>The processors in xl's notation, such as "0-3,^1", "node:0" or "all".</summary>
+    public required string Processors { get; init; }
+}
+
 /// <summary>An amount of memory.</summary>
 public sealed record SetMemoryRequest
 {

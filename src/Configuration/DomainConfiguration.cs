@@ -83,6 +83,13 @@ public sealed record DomainConfiguration
     /// <summary>What CPUID is to answer otherwise than it would (cpuid).</summary>
     public IReadOnlyList<CpuidMask> Cpuid { get; set; } = [];
 
+    /// <summary>Which of the host's processors each vCPU may run on (cpus), in the notation of <see cref="ProcessorSet"/>; those without an item may on all.</summary>
+    public IReadOnlyList<string> Processors
+    {
+        get => field ?? [];
+        init;
+    }
+
     /// <summary>The highest event-channel port (max_event_channels), as libxl's default.</summary>
     public int MaxEventChannels { get; set; } = 1023;
 

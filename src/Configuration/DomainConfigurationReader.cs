@@ -124,9 +124,10 @@ public sealed class DomainConfigurationReader
             RtcTimeOffset = (int)(_settings.Number("rtc_timeoffset", int.MinValue, int.MaxValue) ?? 0),
             Cpuid = ReadCpuid(),
             MaxEventChannels = (int)(_settings.Number("max_event_channels", 1, DomainConfigurationRules.HighestEventChannel) ?? 1023),
-            MaxGrantFrames = (int?)_settings.Number("max_grant_frames", 1, int.MaxValue),
-            MaxMaptrackFrames = (int?)_settings.Number("max_maptrack_frames", 0, int.MaxValue),
+            MaxGrantFrames = (int?)_settings.Number("max_grant_frames", 1, DomainConfigurationRules.MostGrantFrames),
+            MaxMaptrackFrames = (int?)_settings.Number("max_maptrack_frames", 0, DomainConfigurationRules.MostMaptrackFrames),
             MaxGrantVersion = (int?)_settings.Number("max_grant_version", 1, 2),
+            Processors = ReadProcessors((int)(_settings.Number("maxvcpus", 1, DomainConfigurationRules.MostVcpus) ?? vcpus ?? 1)),
             NoMigrate = _settings.Boolean("nomigrate") ?? false,
         };
 
@@ -312,6 +313,14 @@ public sealed class DomainConfigurationReader
         }
 
         return devices;
+    }
+
+    /// <summary>One text for all vCPUs, or a list with one for each.</summary>
+    private IReadOnlyList<string> ReadProcessors(int vcpus)
+    {
+        if (!_settings.TryGet("cpus", out ConfigurationSetting? setting))
+            return [];
+        return setting.Value is TextValue text ? [.. Enumerable.Repeat(text.Text, vcpus)] : [.. _settings.List("cpus").Select(static item => item.Text)];
     }
 
     private IReadOnlyList<CpuidMask> ReadCpuid()

@@ -23,6 +23,12 @@ public static class DomainConfigurationRules
     /// <summary>The highest event-channel port there can be.</summary>
     public const int HighestEventChannel = 131071;
 
+    /// <summary>Most pages of a grant table; Xen refuses more than 64, unless its command line says otherwise.</summary>
+    public const int MostGrantFrames = 1024;
+
+    /// <summary>Most pages of what a domain keeps about grants that it has mapped; Xen refuses more than 1024, unless its command line says otherwise.</summary>
+    public const int MostMaptrackFrames = 16384;
+
     /// <summary>Whether a text can be the name of a domain.</summary>
     public static bool IsName(string name)
     {
@@ -56,14 +62,33 @@ public static class DomainConfigurationRules
             yield return ("maxvcpus", $"maxvcpus takes a number from 1 to {MostVcpus}; {configuration.MaxVcpus} is none.");
         else if (configuration.MaxVcpus != 0 && configuration.MaxVcpus < configuration.Vcpus)
             yield return ("maxvcpus", $"maxvcpus={configuration.MaxVcpus} is less than vcpus={configuration.Vcpus}; it is to be at least that.");
+        foreach (string processors in configuration.Processors.Distinct())
+        {
+            if (WrongProcessors(processors) is { } wrong)
+                yield return ("cpus", wrong);
+        }
+
         if (configuration.MaxEventChannels is < 1 or > HighestEventChannel)
             yield return ("max_event_channels", $"max_event_channels takes a number from 1 to {HighestEventChannel}; {configuration.MaxEventChannels} is none.");
         if (configuration.MaxGrantVersion is < 1 or > 2)
             yield return ("max_grant_version", $"max_grant_version takes 1 or 2; {configuration.MaxGrantVersion} is neither.");
-        if (configuration.MaxGrantFrames is < 1)
-            yield return ("max_grant_frames", $"max_grant_frames takes a number from 1 on; {configuration.MaxGrantFrames} is none.");
-        if (configuration.MaxMaptrackFrames is < 0)
-            yield return ("max_maptrack_frames", $"max_maptrack_frames takes a number from 0 on; {configuration.MaxMaptrackFrames} is none.");
+        if (configuration.MaxGrantFrames is < 1 or > MostGrantFrames)
+            yield return ("max_grant_frames", $"max_grant_frames takes a number from 1 to {MostGrantFrames}; {configuration.MaxGrantFrames} is none.");
+        if (configuration.MaxMaptrackFrames is < 0 or > MostMaptrackFrames)
+            yield return ("max_maptrack_frames", $"max_maptrack_frames takes a number from 0 to {MostMaptrackFrames}; {configuration.MaxMaptrackFrames} is none.");
+    }
+
+    private static string? WrongProcessors(string text)
+    {
+        try
+        {
+            _ = ProcessorSet.Parse(text);
+            return null;
+        }
+        catch (FormatException failure)
+        {
+            return failure.Message;
+        }
     }
 
     private static IEnumerable<(string Key, string Text)> CheckBoot(DomainConfiguration configuration)

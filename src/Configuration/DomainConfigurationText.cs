@@ -27,6 +27,7 @@ public static class DomainConfigurationText
         Number("maxmem", configuration.MaxMemoryMiB, 0);
         Number("vcpus", configuration.Vcpus, null);
         Number("maxvcpus", configuration.MaxVcpus, 0);
+        List("cpus", configuration.Processors);
         Action("on_poweroff", configuration.OnPoweroff, defaults.OnPoweroff);
         Action("on_reboot", configuration.OnReboot, defaults.OnReboot);
         Action("on_crash", configuration.OnCrash, defaults.OnCrash);

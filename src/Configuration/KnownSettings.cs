@@ -16,7 +16,7 @@ internal static class KnownSettings
     internal static readonly FrozenSet<string> Used = Words("""
         name uuid type builder kernel ramdisk cmdline root extra firmware bootloader bootloader_args memory maxmem vcpus maxvcpus
         on_poweroff on_reboot on_crash on_watchdog on_soft_reset disk vif channel localtime rtc_timeoffset cpuid max_event_channels
-        max_grant_frames max_maptrack_frames max_grant_version nomigrate
+        max_grant_frames max_maptrack_frames max_grant_version nomigrate cpus
         """).ToFrozenSet(StringComparer.Ordinal);
 
     private static readonly FrozenDictionary<string, SettingFate> s_fates = Fates();
@@ -38,8 +38,8 @@ internal static class KnownSettings
             """);
         Add(false, "it is for PVH guests, and this is a PV domain", "pvshim pvshim_path pvshim_cmdline pvshim_extra");
         Add(false, "it is for Arm", "gic_version vuart tee vpmu device_tree dtdev");
-        Add(false, "vCPUs are threads that the host's Linux places and schedules; cgroups and taskset rule them",
-            "pool cpus cpus_soft cpu_weight cap period slice latency extratime vnuma");
+        Add(false, "vCPUs are threads that the host's Linux schedules; cgroups rule them, and cpus= says where they may run",
+            "pool cpus_soft cpu_weight cap period slice latency extratime vnuma");
         Add(false, "there is no paravirtual framebuffer here; the guest has its console",
             "vfb vkb vdispl vnc vnclisten vncdisplay vncunused vncpasswd vncviewer sdl display xauthority opengl keymap");
         Add(false, "there is no paravirtual sound here", "vsnd");

@@ -34,6 +34,7 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
         _ = routes.MapGet(ApiRoutes.Vcpus, (string domain) => TypedResults.Ok(toolstack.Find(domain).DescribeVcpus())).WithTags(Tag)
             .WithSummary("Its vCPUs (xl vcpu-list)");
         _ = routes.MapPut(ApiRoutes.Vcpus, SetVcpus).WithTags(Tag).WithSummary("Brings vCPUs up or down (xl vcpu-set)");
+        _ = routes.MapPut(ApiRoutes.VcpuProcessors, PinVcpus).WithTags(Tag).WithSummary("Says which of the host's processors they may run on (xl vcpu-pin)");
         _ = routes.MapPut(ApiRoutes.MemoryTarget, SetMemoryTarget).WithTags(Tag).WithSummary("What its balloon is to leave it (xl mem-set)");
         _ = routes.MapPut(ApiRoutes.MemoryMaximum, SetMemoryMaximum).WithTags(Tag).WithSummary("What it may have at most (xl mem-max)");
         _ = routes.MapPost(ApiRoutes.Sysrq, SendSysrq).WithTags(Tag).WithSummary("A magic system request to its kernel (xl sysrq)");
@@ -125,6 +126,12 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
     {
         toolstack.Find(domain).SetVcpus(request.Online);
         return TypedResults.Accepted((string?)null);
+    }
+
+    private NoContent PinVcpus(string domain, PinVcpusRequest request)
+    {
+        toolstack.Find(domain).SetProcessors(request.Vcpu, request.Processors);
+        return TypedResults.NoContent();
     }
 
     private Accepted SetMemoryTarget(string domain, SetMemoryRequest request)

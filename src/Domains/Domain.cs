@@ -29,6 +29,7 @@ public sealed unsafe partial class Domain : IDisposable
     private readonly Lock _emergencyLock = new();
     private readonly byte* _handle;
     private readonly DomainManager _manager;
+    private readonly CpuidOptions _processor;
     private DomainExit? _exit;
     private string? _crashRequest;
     private ShutdownReason? _shutdownCode;
@@ -57,13 +58,14 @@ public sealed unsafe partial class Domain : IDisposable
         Time = new Timekeeping(machine.TimeStampCounter, options.HostTsc) { WallClockOffset = TimeSpan.FromSeconds(options.TimeOffsetSeconds) };
         Rest = new VcpuRest(Time);
         Ports = new IoPorts(() => Time.SystemTime);
-        Cpuid = CpuidPolicy.FromHost(options.Cpuid with
+        _processor = options.Cpuid with
         {
             TscKiloHertz = machine.TimeStampCounter.KiloHertz,
             HostTscKiloHertz = machine.TimeStampCounter.KiloHertz,
             EndOfMachineFrames = machine.Memory.EndFrame,
             VcpuCount = options.Vcpus,
-        });
+        };
+        Cpuid = CpuidPolicy.FromHost(_processor);
         Id = new DomainId(_manager.Reserve(options.Id));
         try
         {
@@ -106,7 +108,7 @@ public sealed unsafe partial class Domain : IDisposable
                 MaxPages = Math.Max(mayOwn, OwnedPages);
             }
 
-            Grants = new GrantTable(this, options.Vcpus);
+            Grants = new GrantTable(this, options.Vcpus, options.GrantLimits);
             GrantRings();
             Time.UpdateWallClock(Context->SharedInfo);
             _manager.Publish(this);
@@ -163,7 +165,7 @@ public sealed unsafe partial class Domain : IDisposable
     /// <summary>Receives what the guest prints by console_io; called on the vCPU's thread with bytes to copy.</summary>
     public EmergencyConsole? EmergencyOutput { get; set; }
 
-    /// <summary>Raised on the vCPU's thread right before the guest's first instruction.</summary>
+    /// <summary>Raised on the first vCPU's thread right before the domain's first entry; one that is made paused waits before it.</summary>
     public Action? BeforeFirstEntry { get; set; }
 
     /// <summary>Bytes of managed memory that serving the guest took on its vCPUs' threads; known once the domain has stopped.</summary>
@@ -226,7 +228,11 @@ public sealed unsafe partial class Domain : IDisposable
 
     internal Timekeeping Time { get; }
 
-    internal CpuidPolicy Cpuid { get; }
+    internal CpuidPolicy Cpuid { get; private set; }
+
+    /// <summary>Has CPUID show no more than a guest knows already that was saved elsewhere; before any vCPU has run.</summary>
+    internal void RestrictCpuid(IReadOnlyList<CpuidOverride> overrides)
+        => Cpuid = CpuidPolicy.FromHost(_processor with { Overrides = [.. _processor.Overrides, .. overrides] });
 
     internal IoPorts Ports { get; }
 
@@ -297,6 +303,13 @@ public sealed unsafe partial class Domain : IDisposable
         target.Cpu.Kick();
         return true;
     }
+
+    /// <summary>Says which of the host's processors a vCPU may run on (XEN_DOMCTL_setvcpuaffinity's hard affinity).</summary>
+    /// <param name="vcpu">The vCPU's number.</param>
+    /// <param name="processors">Numbers of the host's processors, at least one.</param>
+    /// <returns>False where there is no such vCPU, or the host does not let it.</returns>
+    public bool SetProcessors(int vcpu, IReadOnlyList<int> processors)
+        => vcpu >= 0 && FindVcpu((uint)vcpu) is { } target && target.HostThread.SetProcessors(processors);
 
     /// <summary>Ends the domain from outside, as xl destroy does. It has stopped when <see cref="Completion"/> says so.</summary>
     public void Destroy()
@@ -499,8 +512,6 @@ public sealed unsafe partial class Domain : IDisposable
         Rest.Leave();
         try
         {
-            if (vcpu is { Id: 0, HasRun: false })
-                BeforeFirstEntry?.Invoke();
             long before = GC.GetAllocatedBytesForCurrentThread();
             vcpu.Run();
             _ = Interlocked.Add(ref _allocatedBytes, GC.GetAllocatedBytesForCurrentThread() - before);

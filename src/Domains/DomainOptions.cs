@@ -2,6 +2,7 @@ using XenSharp.Core;
 using XenSharp.Core.Trace;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 
 namespace XenSharp.Domains;
 
@@ -21,8 +22,8 @@ public sealed record DomainOptions
     /// </summary>
     public const ulong WindowFrames = 4096;
 
-    /// <summary>Frames beside the domain's own: shared_info is there, and the grant table with the states of its entries.</summary>
-    private const ulong HypervisorPages = 96;
+    /// <summary>Frames beside the domain's own and its grant table: shared_info is there.</summary>
+    private const ulong HypervisorPages = 24;
 
     /// <summary>Name for people; the guest does not see it.</summary>
     public required string Name { get; init; }
@@ -49,6 +50,9 @@ public sealed record DomainOptions
 
     /// <summary>The highest event-channel port that the guest may have, 1 to 131071 (xl's max_event_channels, and its default).</summary>
     public uint MaxEventChannels { get; init; } = 1023;
+
+    /// <summary>What its grant table may grow to; the VM needs room for that (<see cref="MachineFrames"/>).</summary>
+    public GrantLimits GrantLimits { get; init; } = new();
 
     /// <summary>Kernel command line, at most 1023 bytes in UTF-8.</summary>
     public string CommandLine { get; init; } = string.Empty;
@@ -83,7 +87,13 @@ public sealed record DomainOptions
 
     /// <summary>Frames that the VM of a domain needs.</summary>
     /// <param name="maxMemoryMiB">The most memory that it is ever to have, in MiB.</param>
-    public static ulong MachineFrames(int maxMemoryMiB) => MaxPages(maxMemoryMiB) + HypervisorPages;
+    /// <param name="grants">What its grant table may grow to; null for what is usual.</param>
+    public static ulong MachineFrames(int maxMemoryMiB, GrantLimits? grants = null)
+    {
+        // The states of entries of version 2 take an eighth of what the entries do.
+        ulong frames = (ulong)(grants ?? new GrantLimits()).Frames;
+        return MaxPages(maxMemoryMiB) + HypervisorPages + frames + ((frames + 7) / 8);
+    }
 
     internal static ulong Pages(int memoryMiB) => (ulong)memoryMiB << (20 - Paging.PageShift);
 }

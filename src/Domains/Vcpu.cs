@@ -127,7 +127,16 @@ internal sealed unsafe class Vcpu : IDisposable
     {
         Runstate.Change(RunstateKind.Running);
         if (!HasRun)
+        {
             BeginFirstRun();
+
+            // One that is made paused waits with its first instruction.
+            if (Domain.Rest.Wanted)
+                Rest();
+            if (Id == 0)
+                Domain.BeforeFirstEntry?.Invoke();
+        }
+
         while (!Domain.IsStopping)
         {
             if (Domain.Rest.Wanted)

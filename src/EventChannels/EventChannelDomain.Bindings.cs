@@ -69,7 +69,7 @@ public sealed unsafe partial class EventChannelDomain
             PortLock.Enter(state);
             state->RemotePort = own;
             state->State = ChannelState.Interdomain;
-            _farEnds[port] = backend;
+            SetFarEnd(port, backend);
             PortLock.Exit(state);
         }
 
@@ -160,11 +160,11 @@ public sealed unsafe partial class EventChannelDomain
             LockEnds(localPort, remote, remotePort);
             local->RemoteDomain = remote.Id.Value;
             local->RemotePort = remotePort;
-            _farEnds[localPort] = remote;
+            SetFarEnd(localPort, remote);
             Occupy(local, ChannelState.Interdomain);
             far->RemotePort = localPort;
             far->State = ChannelState.Interdomain;
-            remote._farEnds[remotePort] = this;
+            remote.SetFarEnd(remotePort, this);
 
             // What the far end sent before there was anyone to send to.
             EventAbi.SetPending(_context, localPort, &wake);
@@ -193,7 +193,7 @@ public sealed unsafe partial class EventChannelDomain
             PortLock.Enter(state);
             state->RemoteDomain = s_domainZero.Value;
             state->RemotePort = arguments.RemotePort;
-            _farEnds[found] = backend;
+            SetFarEnd((uint)found, backend);
             backend.GuestPort = new EventChannelPort((uint)found);
             Occupy(state, ChannelState.Interdomain);
             EventAbi.SetPending(_context, (uint)found, &wake);
@@ -460,7 +460,7 @@ public sealed unsafe partial class EventChannelDomain
         EventAbi.ClearPending(_context, port);
         state->State = ChannelState.Free;
         state->NotifyVcpu = 0;
-        _farEnds[port] = null;
+        SetFarEnd(port, null);
         _firstFree = Math.Min(_firstFree, port);
         Volatile.Write(ref _context->State->ActivePorts, _context->State->ActivePorts - 1);
     }
@@ -469,7 +469,7 @@ public sealed unsafe partial class EventChannelDomain
     {
         _context->Ports[port].State = ChannelState.Unbound;
         _context->Ports[port].RemoteDomain = remote.Value;
-        _farEnds[port] = null;
+        SetFarEnd(port, null);
     }
 
     /// <summary>Locks both ends of a connection in the order that <see cref="PortLock"/> gives.</summary>

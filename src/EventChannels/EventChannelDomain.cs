@@ -216,27 +216,30 @@ public sealed unsafe partial class EventChannelDomain : IDisposable
         if (!_context->IsValid(port))
             return -(long)Errno.EINVAL;
         VcpuMask wake = default;
-        EventChannelDomain? peer = null;
-        EventChannelBackend? backend = null;
+        EventChannelContext* target;
         EventChannelPortState* state = _context->Ports + port;
         PortLock.Enter(state);
-        long result = EventDelivery.Send(_context, port, &wake);
-        if (result == EventDelivery.AtFarEnd)
+        long result = EventDelivery.Send(_context, port, &target, &wake);
+        object? farEnd = _farEnds[port];
+        PortLock.Exit(state);
+        if (result == EventDelivery.AtBackend)
         {
-            result = 0;
-            peer = _farEnds[port] as EventChannelDomain;
-            backend = _farEnds[port] as EventChannelBackend;
-            if (peer != null)
-                EventAbi.SetPending(peer._context, state->RemotePort, &wake);
+            (farEnd as EventChannelBackend)?.Signal();
+            return 0;
         }
 
-        PortLock.Exit(state);
-        backend?.Signal();
-        if (peer == null || peer == this)
+        if (target == _context)
             Deliver(wake, callingVcpu);
         else
-            peer.DeliverFromOutside(wake);
+            (farEnd as EventChannelDomain)?.DeliverFromOutside(wake);
         return result;
+    }
+
+    /// <summary>Says what a port is connected to, with its lock held; null for nothing.</summary>
+    private void SetFarEnd(uint port, object? farEnd)
+    {
+        _farEnds[port] = farEnd;
+        _context->Ports[port].FarEnd = farEnd is EventChannelDomain domain ? domain._context : null;
     }
 
     /// <summary>A back end has sent.</summary>

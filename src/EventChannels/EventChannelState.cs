@@ -6,8 +6,8 @@ using XenSharp.Core;
 namespace XenSharp.EventChannels;
 
 /// <summary>One entry of a domain's port table.</summary>
-[StructLayout(LayoutKind.Explicit, Size = 24)]
-public struct EventChannelPortState
+[StructLayout(LayoutKind.Explicit, Size = 32)]
+public unsafe struct EventChannelPortState
 {
     /// <summary>The port's own lock: see <see cref="PortLock"/>.</summary>
     [FieldOffset(0)] public int Lock;
@@ -34,6 +34,9 @@ public struct EventChannelPortState
 
     /// <summary>FIFO ABI: 1 when it was pending before its event word was there. Stays so, as on Xen.</summary>
     [FieldOffset(16)] public int WasPending;
+
+    /// <summary>Interdomain: the domain at the far end, this one included; null for a back end. Changes with the state, under the same locks.</summary>
+    [FieldOffset(24)] public EventChannelContext* FarEnd;
 
     /// <summary>A guest may use it: not free, not reserved (evtchn_usable).</summary>
     public readonly bool IsUsable => State > ChannelState.Reserved;

@@ -7,20 +7,29 @@ namespace XenSharp.EventChannels;
 /// <summary>The hot operations on a domain's own ports.</summary>
 public static unsafe class EventDelivery
 {
-    /// <summary>What <see cref="Send"/> returns for a port whose far end is not in this domain's table.</summary>
-    public const long AtFarEnd = 1;
+    /// <summary>What <see cref="Send"/> returns for a port whose far end is a back end, to which nothing was done.</summary>
+    public const long AtBackend = 1;
 
     /// <summary>Sends on a port.</summary>
     /// <param name="context">The sender's domain.</param>
     /// <param name="port">A valid port, whose lock the caller holds.</param>
-    /// <param name="wake">Gets the vCPUs to be woken.</param>
-    /// <returns>0, <see cref="AtFarEnd"/>, or -EINVAL for a port that cannot be sent on.</returns>
-    public static long Send(EventChannelContext* context, uint port, VcpuMask* wake)
+    /// <param name="target">Gets the domain that the event is for: the sender's own or, at the far end, another, which stays only for as
+    /// long as the lock is held.</param>
+    /// <param name="wake">Gets its vCPUs to be woken.</param>
+    /// <returns>0, <see cref="AtBackend"/>, or -EINVAL for a port that cannot be sent on.</returns>
+    public static long Send(EventChannelContext* context, uint port, EventChannelContext** target, VcpuMask* wake)
     {
-        switch (context->Ports[port].State)
+        EventChannelPortState* state = context->Ports + port;
+        *target = context;
+        switch (state->State)
         {
+            case ChannelState.Interdomain when state->FarEnd == null:
+                return AtBackend;
             case ChannelState.Interdomain:
-                return AtFarEnd;
+                // No lock of the far end's is taken: the connection cannot go away under this one.
+                *target = state->FarEnd;
+                EventAbi.SetPending(state->FarEnd, state->RemotePort, wake);
+                return 0;
             case ChannelState.Ipi:
                 EventAbi.SetPending(context, port, wake);
                 return 0;

@@ -62,15 +62,24 @@ internal static unsafe class EntryPoints
     [RuntimeExport("xensharp_upcall")]
     private static bool Upcall(VcpuContext* vcpu) => GuestEntry.Upcall(vcpu);
 
-    /// <summary>EVTCHNOP_send as far as the domain's own ports go.</summary>
-    /// <returns>As <see cref="EventDelivery.Send"/>, whose far end is the manager's to tell.</returns>
+    [RuntimeExport("xensharp_sysenter")]
+    private static bool Sysenter(VcpuContext* vcpu) => GuestEntry.Sysenter(vcpu);
+
+    /// <summary>EVTCHNOP_send, up to the bits of the domain that the event is for.</summary>
+    /// <param name="context">The sender's domain.</param>
+    /// <param name="port">As the guest gave it.</param>
+    /// <param name="target">Gets the domain whose vCPUs are to be woken. It may go away as soon as this returns: only the manager, which
+    /// knows it by other means, can tell.</param>
+    /// <param name="wake">Gets the vCPUs.</param>
+    /// <returns>As <see cref="EventDelivery.Send"/>; a back end is the manager's to tell.</returns>
     [RuntimeExport("xensharp_event_send")]
-    private static long Send(EventChannelContext* context, uint port, VcpuMask* wake)
+    private static long Send(EventChannelContext* context, uint port, EventChannelContext** target, VcpuMask* wake)
     {
+        *target = context;
         if (!context->IsValid(port))
             return -(long)Errno.EINVAL;
         PortLock.Enter(context->Ports + port);
-        long result = EventDelivery.Send(context, port, wake);
+        long result = EventDelivery.Send(context, port, target, wake);
         PortLock.Exit(context->Ports + port);
         return result;
     }

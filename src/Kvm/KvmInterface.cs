@@ -71,6 +71,7 @@ internal enum KvmSyncRegs : ulong
     None = 0,
     Regs = 1,
     Sregs = 2,
+    Events = 4,
 }
 
 /// <summary>struct kvm_segment.</summary>
@@ -129,6 +130,7 @@ internal struct KvmRun
     [FieldOffset(296)] public KvmSyncRegs DirtyRegs;
     [FieldOffset(304)] public CpuRegisters Regs;
     [FieldOffset(448)] public KvmSregs Sregs;
+    [FieldOffset(760)] public KvmVcpuEvents Events;
 }
 
 /// <summary>KVM_EXIT_IO.</summary>

@@ -63,8 +63,8 @@ public sealed unsafe class KvmSystem : IDisposable
                     throw new KvmException($"This kernel's KVM lacks KVM_CAP {needed}: a newer Linux kernel is needed");
             }
 
-            const int both = (int)(KvmSyncRegs.Regs | KvmSyncRegs.Sregs);
-            if ((LibC.ioctl(file, KvmRequest.CheckExtension, (int)KvmCapability.SyncRegs) & both) != both)
+            const int all = (int)(KvmSyncRegs.Regs | KvmSyncRegs.Sregs | KvmSyncRegs.Events);
+            if ((LibC.ioctl(file, KvmRequest.CheckExtension, (int)KvmCapability.SyncRegs) & all) != all)
                 throw new KvmException("This kernel's KVM lacks KVM_CAP_SYNC_REGS for x86: Linux 4.17 or newer is needed");
             int runSize = LibC.ioctl(file, KvmRequest.GetVcpuMmapSize);
             if (runSize < sizeof(KvmRun))

@@ -281,6 +281,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             if (signal < 0 && LibC.errno == LibC.EAGAIN)
                 return;
             NoteTimer();
+            if (Volatile.Read(ref *_kicked) != 0)
+            {
+                // The kick's signal was taken; if it was the timer's, the kick's own makes one KVM_RUN return early.
+                _ = Interlocked.Exchange(ref *_kicked, 0);
+                return;
+            }
         }
 
         TakeKick();
@@ -345,7 +351,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             if (result != 0 && LibC.errno is var error && error != LibC.EINTR && error != LibC.EAGAIN
                 && (error != LibC.EFAULT || _machine.Window.FrameCount == 0 || ++_hiddenPages > MaxHiddenPages))
                 return TakeFailure(error);
-            DrainSignals();
+            TakeSignal();
             if (!IsLeaving())
             {
                 _ = Interlocked.Exchange(ref *_kicked, 0);
@@ -385,17 +391,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private void TakeKick()
     {
         _ = Interlocked.Exchange(ref *_kicked, 0);
-        DrainSignals();
+        TakeSignal();
     }
 
-    private void DrainSignals()
+    /// <summary>
+    /// Takes one signal, if one is there: a kick sends no more until it is taken note of, and the timer has one. Of two, the other makes
+    /// the next KVM_RUN return at once, which costs less in all than to look for it every time.
+    /// </summary>
+    private void TakeSignal()
     {
         sigset_t set = Libc.KickSet();
         timespec none = default;
-        while (LibC.sigtimedwait(&set, null, &none) > 0)
-        {
-        }
-
+        _ = LibC.sigtimedwait(&set, null, &none);
         NoteTimer();
     }
 
@@ -447,7 +454,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (LibC.ioctl(_file, KvmRequest.SetMsrs, buffer) != 4)
             throw new KvmException("KVM_SET_MSRS refused the SYSCALL registers", LibC.errno);
         ShowHostTsc();
-        _run->ValidRegs = KvmSyncRegs.Regs | KvmSyncRegs.Sregs;
+        _run->ValidRegs = KvmSyncRegs.Regs | KvmSyncRegs.Sregs | KvmSyncRegs.Events;
     }
 
     /// <summary>
@@ -983,8 +990,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (rip == _machine.SyscallEntry || rip == _machine.CompatibilitySyscallEntry
             || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
             return true;
-        KvmVcpuEvents events;
-        KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
+        ref readonly KvmVcpuEvents events = ref _run->Events;
         return events.ExceptionInjected != 0 || events.ExceptionPending != 0
             || (ExceptionVector)events.ExceptionVector is ExceptionVector.Breakpoint or ExceptionVector.Overflow;
     }

@@ -1,9 +1,11 @@
 // What a domain is to be, in the words of the person who asks for it.
 
+using System.Runtime.InteropServices;
 using XenSharp.Core.Trace;
 using XenSharp.Domains;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 
 namespace XenSharp.Toolstack;
 
@@ -42,6 +44,9 @@ public sealed record DomainSpecification
     /// <summary>The highest event-channel port that the guest may have (<see cref="DomainOptions.MaxEventChannels"/>).</summary>
     public uint MaxEventChannels { get; init; } = 1023;
 
+    /// <summary>What its grant table may grow to.</summary>
+    public GrantLimits GrantLimits { get; init; } = new();
+
     /// <summary>Seconds that the wall clock is ahead of UTC.</summary>
     public int TimeOffsetSeconds { get; init; }
 
@@ -79,10 +84,12 @@ public sealed record DomainSpecification
 /// </summary>
 /// <param name="kernel">The kernel.</param>
 /// <param name="ramdisk">The initial ramdisk; empty for none.</param>
-public sealed class DomainImage(KernelImage? kernel, ReadOnlyMemory<byte> ramdisk = default)
+/// <param name="memory">What they lie in, if that is to be disposed with them.</param>
+public sealed class DomainImage(KernelImage? kernel, ReadOnlyMemory<byte> ramdisk = default, params IReadOnlyList<IDisposable> memory)
 {
     private KernelImage? _kernel = kernel;
     private ReadOnlyMemory<byte> _ramdisk = ramdisk;
+    private readonly bool _onHeap = (kernel?.Segments.Any(static segment => IsOnHeap(segment.Data)) ?? false) || IsOnHeap(ramdisk);
 
     /// <summary>No kernel at all, for a domain that is restored.</summary>
     public static DomainImage None { get; } = new(null);
@@ -96,7 +103,23 @@ public sealed class DomainImage(KernelImage? kernel, ReadOnlyMemory<byte> ramdis
     {
         var taken = (_kernel ?? throw new InvalidOperationException("This image was made for one domain, which has it."), _ramdisk);
         if (!Reusable)
-            (_kernel, _ramdisk) = (null, default);
+            Forget();
         return taken;
     }
+
+    /// <summary>Lets go of what it is in, unless it is <see cref="Reusable"/>: the domain was made, or could not be. Nobody may look at it any more.</summary>
+    /// <returns>Whether some of it was in the managed heap, where it stays until the next collection.</returns>
+    internal bool Release()
+    {
+        if (Reusable)
+            return false;
+        Forget();
+        foreach (IDisposable part in memory)
+            part.Dispose();
+        return _onHeap;
+    }
+
+    private static bool IsOnHeap(ReadOnlyMemory<byte> memory) => !memory.IsEmpty && MemoryMarshal.TryGetArray(memory, out _);
+
+    private void Forget() => (_kernel, _ramdisk) = (null, default);
 }

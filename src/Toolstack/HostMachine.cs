@@ -1,6 +1,7 @@
 // What the command wants to know of the machine beside its KVM.
 
 using System.Globalization;
+using XenSharp.Configuration;
 
 namespace XenSharp.Toolstack;
 
@@ -33,6 +34,39 @@ public static class HostMachine
             string[] fields = text[(text.LastIndexOf(')') + 2)..].Split(' ');
             return fields.Length > FieldBehindName && int.TryParse(fields[FieldBehindName], NumberStyles.None, CultureInfo.InvariantCulture, out int processor)
                 ? processor : null;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            return null;
+        }
+    }
+
+    /// <summary>Numbers of the processors that are online.</summary>
+    /// <exception cref="IOException">/sys is not mounted.</exception>
+    public static IReadOnlyList<int> OnlineProcessors => ProcessorSet.ParseList(File.ReadAllText("/sys/devices/system/cpu/online"));
+
+    /// <summary>Numbers of the processors of a NUMA node.</summary>
+    /// <param name="node">The node's number.</param>
+    /// <returns>Null where there is no such node.</returns>
+    public static IReadOnlyList<int>? ProcessorsOfNode(int node)
+    {
+        string path = string.Create(CultureInfo.InvariantCulture, $"/sys/devices/system/node/node{node}/cpulist");
+        return File.Exists(path) ? ProcessorSet.ParseList(File.ReadAllText(path)) : null;
+    }
+
+    /// <summary>The processors that a thread of this process may be on (proc(5), status's Cpus_allowed_list).</summary>
+    /// <param name="thread">Linux's number of the thread.</param>
+    /// <returns>Null where there is no such thread.</returns>
+    public static IReadOnlyList<int>? ProcessorsFor(int thread)
+    {
+        const string key = "Cpus_allowed_list:";
+        if (thread == 0)
+            return null;
+        try
+        {
+            string? line = File.ReadLines(string.Create(CultureInfo.InvariantCulture, $"/proc/self/task/{thread}/status"))
+                .FirstOrDefault(static line => line.StartsWith(key, StringComparison.Ordinal));
+            return line is null ? null : ProcessorSet.ParseList(line[key.Length..]);
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {

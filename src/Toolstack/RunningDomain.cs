@@ -54,7 +54,7 @@ public sealed class RunningDomain : IAsyncDisposable
         _emergencySink = emergencySink;
         Specification = specification;
         KvmHost host = toolstack.Host;
-        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB);
+        ulong frames = DomainOptions.MachineFrames(specification.MaxMemoryMiB, specification.GrantLimits);
         _frames = toolstack.Domains.TakeFrames(frames);
         try
         {
@@ -147,14 +147,21 @@ public sealed class RunningDomain : IAsyncDisposable
     private static RunningDomain Create(
         ToolstackContext toolstack, bool ownsToolstack, DomainSpecification specification, IConsoleSink? sink, IConsoleSink? emergencySink)
     {
-        RunningDomain domain = Connect(new RunningDomain(
-            toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
-        if (!specification.Image.Reusable)
+        bool collect;
+        RunningDomain domain;
+        try
         {
-            // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
-            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
+            domain = Connect(new RunningDomain(
+                toolstack, ownsToolstack, specification, sink, emergencySink, (options, machine) => Build(options, specification.Image, machine, toolstack.Domains)));
+        }
+        finally
+        {
+            collect = specification.Image.Release();
         }
 
+        // The image is in the guest's memory now; while the guest runs there may be no collection for hours.
+        if (collect)
+            GC.Collect(GC.MaxGeneration, GCCollectionMode.Aggressive, blocking: true, compacting: true);
         return domain;
     }
 
@@ -324,6 +331,7 @@ public sealed class RunningDomain : IAsyncDisposable
         MaxMemoryMiB = specification.MaxMemoryMiB,
         Vcpus = specification.Vcpus,
         MaxEventChannels = specification.MaxEventChannels,
+        GrantLimits = specification.GrantLimits,
         CommandLine = specification.CommandLine,
         Uuid = specification.Uuid,
         TimeOffsetSeconds = specification.TimeOffsetSeconds,

@@ -121,9 +121,9 @@ public sealed class BalloonTests : KvmFixture
     [Test]
     public async Task A_domain_boots_with_less_than_it_may_grow_to(CancellationToken cancellation)
     {
-        const int First = 256;
-        const int Most = 640;
-        const int Blocks = 400;
+        const int First = 192;
+        const int Most = 384;
+        const int Blocks = 240;
         byte[] block = new byte[BlockSize];
         new Random(2).NextBytes(block);
         string script = Functions + $$"""

@@ -31,9 +31,8 @@ public sealed class CompatibilityTests : KvmFixture
         echo "[dmesg]"; dmesg; echo "[end]"
         """;
 
-    [TestCase(1)]
-    [TestCase(2)]
-    public async Task Debians_i386_busybox_works(int vcpus)
+    [Test]
+    public async Task Debians_i386_busybox_works()
     {
         string kernel;
         string busybox;
@@ -61,7 +60,7 @@ public sealed class CompatibilityTests : KvmFixture
                 Files = [new InitramfsFile("bin/busybox-i386", await File.ReadAllBytesAsync(busybox32), Executable: true)],
             }));
             CommandEnd end = await CommandProcess.RunAsync(
-                "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "256", "--vcpus", $"{vcpus}");
+                "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "256", "--vcpus", "2");
             Assert.That(end.Status, Is.Zero, end.Error);
             Assert.That(
                 Regex.Matches(end.Output, @"\[(\w+: \d+)\]").Select(static match => match.Groups[1].Value),

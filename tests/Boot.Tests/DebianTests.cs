@@ -184,10 +184,11 @@ public sealed class DebianTests : KvmFixture
         }
     }
 
+    /// <summary>Eight times, or as often as XENSHARP_BOOTS says, in a domain that is booted again each time.</summary>
     [Test]
-    public async Task Twenty_boots_in_a_row()
+    public async Task Boots_in_a_row()
     {
-        // A script that reboots at once, in a domain that is booted again each time.
+        int wanted = Durations.Number("XENSHARP_BOOTS", 8);
         var cache = new GuestCache(GuestCache.DefaultRoot());
         string folder = Directory.CreateTempSubdirectory("xensharp-boot-test-").FullName;
         try
@@ -200,9 +201,9 @@ public sealed class DebianTests : KvmFixture
                 "run", "--kernel", kernel, "--ramdisk", ramdisk, "--cmdline", "console=hvc0 quiet", "--memory", "128", "--on-reboot", "restart");
             using var reader = new StreamReader(process.Output);
             int boots = 0;
-            while (boots < 20 && await reader.ReadLineAsync() is { } line)
+            while (boots < wanted && await reader.ReadLineAsync() is { } line)
                 boots += line.Contains("it booted") ? 1 : 0;
-            if (boots < 20)
+            if (boots < wanted)
                 Assert.Fail($"{boots} boots, then status {await process.WaitAsync()}: {process.Error}");
             process.Send(2);
             _ = reader.ReadToEndAsync();

@@ -3,7 +3,7 @@ using System.Globalization;
 
 namespace XenSharp.Boot.Tests;
 
-/// <summary>Times and amounts that the environment can change.</summary>
+/// <summary>Times and numbers that the environment can change.</summary>
 internal static class Durations
 {
     /// <summary>Seconds by an environment variable.</summary>
@@ -11,7 +11,7 @@ internal static class Durations
     /// <param name="usual">What counts where it is not set.</param>
     public static int Seconds(string variable, int usual) => Number(variable, usual);
 
-    /// <summary>Another number by an environment variable.</summary>
+    /// <summary>A number by an environment variable.</summary>
     /// <param name="variable">Its name.</param>
     /// <param name="usual">What counts where it is not set.</param>
     public static int Number(string variable, int usual) => Environment.GetEnvironmentVariable(variable) is { Length: > 0 } text

@@ -7,7 +7,7 @@ using XenSharp.Toolstack;
 
 namespace XenSharp.Boot.Tests;
 
-/// <summary>Needs the network at its first run, for some 80 MB. Takes half a minute, or as long as <see cref="Variable"/> says.</summary>
+/// <summary>Needs the network at its first run, for some 80 MB. Takes a quarter of a minute, or as long as <see cref="Variable"/> says.</summary>
 [TestFixture]
 [Category("Debian")]
 [Category("Long")]
@@ -16,7 +16,7 @@ public sealed class StressTests : KvmFixture
     /// <summary>The environment variable with the time that the stress lasts, in seconds.</summary>
     private const string Variable = "XENSHARP_STRESS_SECONDS";
 
-    private const int DefaultSeconds = 30;
+    private const int DefaultSeconds = 15;
     private const int MemoryMiB = 512;
 
     /// <summary>Exits between two checks of the frame table.</summary>

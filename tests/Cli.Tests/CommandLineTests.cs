@@ -66,7 +66,7 @@ public sealed class CommandLineTests
     [TestCase("run --kernel tiny --kvm-device .", "Cannot open .")]
     [TestCase("demo --tiny", "/nonexistent/kvm does not exist")]
     [TestCase("demo --tiny --trace text", "/nonexistent/kvm does not exist")]
-    [TestCase("trace", "Required argument missing")]
+    [TestCase("trace", "trace takes <")]
     [TestCase("trace summary", "See xensharp trace summary --help.")]
     [TestCase("trace diff good", "See xensharp trace diff --help.")]
     [TestCase("trace missing", "There is no file")]

@@ -164,7 +164,7 @@ public sealed class ReaderTests
 
     [TestCase("hap=1", "hap has no effect: it is for HVM guests")]
     [TestCase("vfb=['type=vnc,vncunused=1']", "vfb has no effect: there is no paravirtual framebuffer")]
-    [TestCase("cpus='0-3,^1'", "cpus has no effect: vCPUs are threads")]
+    [TestCase("cpus_soft='0-3,^1'", "cpus_soft has no effect: vCPUs are threads")]
     [TestCase("frobnicate=1", "xl.cfg(5) has no setting frobnicate; it is ignored")]
     [TestCase("on_soft_reset='soft-reset'", "cannot be done to a PV guest")]
     [TestCase("cmdline='a'; extra='b'", "no effect beside cmdline")]

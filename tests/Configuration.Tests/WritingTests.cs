@@ -31,6 +31,7 @@ public sealed class WritingTests
             MaxMemoryMiB = growth * memory,
             Vcpus = vcpus,
             MaxVcpus = growth * vcpus,
+            Processors = (flags & 4) != 0 ? ["0-3,^1", "all"] : [],
             OnCrash = action,
             OnReboot = action,
             Disks = [.. Enumerable.Range(0, disks).Select(at => new DiskConfiguration

@@ -35,6 +35,16 @@ public sealed class CompareCommandTests : KvmFixture
     }
 
     [Test]
+    public async Task Programs_get_an_object_a_line()
+    {
+        CommandEnd end = await CommandProcess.RunAsync("compare", "vm-assist", "unknown-hypercalls", "--json", "--timeout", "60");
+        Assert.That(end.Status, Is.Zero, end.Error);
+        string[] lines = end.Output.TrimEnd('\n').Split('\n');
+        Assert.That(lines, Has.Length.EqualTo(2));
+        Assert.That(lines, Has.Some.StartsWith("{\"script\":\"vm-assist\",\"subject\":\"vm_assist\",\"good\":true,\"agree\":4,").And.All.EndsWith("\"complaints\":[]}"));
+    }
+
+    [Test]
     public async Task The_page_is_written()
     {
         string page = Path.GetTempFileName();
@@ -46,6 +56,7 @@ public sealed class CompareCommandTests : KvmFixture
     }
 
     [TestCase("There is no script \"nonsense\"", "compare", "nonsense")]
+    [TestCase("from 1 to", "compare", "vm-assist", "--timeout", "0")]
     [TestCase("folder", "compare", "vm-assist", "--html", "/")]
     [TestCase("/nowhere/", "compare", "vm-assist", "--html", "/nowhere/page.html")]
     public async Task Bad_input_gets_a_sentence(string part, params string[] arguments)

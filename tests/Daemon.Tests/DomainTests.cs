@@ -29,9 +29,9 @@ public sealed class DomainTests : DaemonFixture
     [Test]
     public async Task A_domain_from_a_configuration_file_is_looked_at_typed_to_and_destroyed()
     {
-        CreateDomainResult made = await CreateAsync(TinyGuestBehaviour.EchoInput, "ready\n", "memory=16\nvcpus=1\nmax_grant_frames=64\nnonsense=1");
+        CreateDomainResult made = await CreateAsync(TinyGuestBehaviour.EchoInput, "ready\n", "memory=16\nvcpus=1\ncpuid=[\"0xb:eax=xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx1\"]\nnonsense=1");
         Assert.That(made.Domain!.Name, Is.EqualTo("tiny"));
-        Assert.That(made.Warnings, Has.Some.Contains("nonsense").And.Some.Contains("max_grant_frames"));
+        Assert.That(made.Warnings, Has.Some.Contains("nonsense").And.Some.Contains("cpuid"));
         Assert.That(made.Configuration!.Text, Does.Contain("memory"));
 
         await using (Stream console = await Client.AttachConsoleAsync("tiny"))

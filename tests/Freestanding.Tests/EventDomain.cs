@@ -81,6 +81,19 @@ internal sealed unsafe class EventDomain : IDisposable
     /// <summary>Control blocks and event words, 8192 bytes.</summary>
     public byte* FifoMemory { get; }
 
+    /// <summary>Leads the interdomain ports to another domain, to this one, or to a back end, whose port is none of either's.</summary>
+    public void Connect(EventDomain far, int seed)
+    {
+        var random = new Random(seed);
+        for (uint port = 1; port < Ports; port++)
+        {
+            if (Context->Ports[port].State != ChannelState.Interdomain)
+                continue;
+            Context->Ports[port].FarEnd = random.Next(4) switch { 0 => null, 1 => Context, _ => far.Context };
+            Context->Ports[port].RemotePort = (uint)random.Next(1, (int)Ports);
+        }
+    }
+
     /// <summary>The guest takes all events of its queues.</summary>
     public void TakeAll()
     {
@@ -89,17 +102,23 @@ internal sealed unsafe class EventDomain : IDisposable
             ((VcpuInfo*)Context->Domain->SharedInfo)[i].EvtchnUpcallPending = 0;
     }
 
-    /// <summary>All that operations may change.</summary>
+    /// <summary>All that operations may change, none of which is an address.</summary>
     public byte[] Snapshot()
-        =>
+    {
+        var ports = new EventChannelPortState[Ports];
+        new ReadOnlySpan<EventChannelPortState>(Context->Ports, (int)Ports).CopyTo(ports);
+        for (int port = 0; port < ports.Length; port++)
+            ports[port].FarEnd = null;
+        return
         [
             .. new ReadOnlySpan<byte>(Context->Domain->SharedInfo, 4096),
             .. new ReadOnlySpan<byte>(Context->State, sizeof(EventChannelState)),
-            .. new ReadOnlySpan<byte>(Context->Ports, (int)Ports * sizeof(EventChannelPortState)),
+            .. MemoryMarshal.AsBytes<EventChannelPortState>(ports),
             .. new ReadOnlySpan<byte>(Context->Vcpus, Vcpus * sizeof(EventChannelVcpuState)),
             .. new ReadOnlySpan<byte>(Context->FifoVcpus, (Vcpus + 1) * sizeof(FifoVcpu)),
             .. new ReadOnlySpan<byte>(FifoMemory, FifoPages * 4096),
         ];
+    }
 
     public void Dispose()
     {
@@ -121,15 +140,17 @@ internal sealed unsafe class EventDomain : IDisposable
 /// <summary>Send, unmask, raise a VIRQ, poll: 0 to 3.</summary>
 internal static unsafe class EventCodeOutside
 {
-    public static long Call(int operation, EventChannelContext* context, uint port, int vcpu, int virq, VcpuMask* wake)
+    public static long Call(
+        int operation, EventChannelContext* context, uint port, int vcpu, int virq, EventChannelContext** target, VcpuMask* wake)
     {
+        *target = context;
         switch (operation)
         {
             case 0:
                 if (!context->IsValid(port))
                     return -(long)Errno.EINVAL;
                 PortLock.Enter(context->Ports + port);
-                long result = EventDelivery.Send(context, port, wake);
+                long result = EventDelivery.Send(context, port, target, wake);
                 PortLock.Exit(context->Ports + port);
                 return result;
             case 1:
@@ -151,12 +172,13 @@ internal sealed unsafe class EventCodeInside(HotImage image)
     private readonly nint _raiseVirq = (nint)image.AddressOf("xensharp_event_raise_virq");
     private readonly nint _poll = (nint)image.AddressOf("xensharp_event_poll");
 
-    public long Call(int operation, EventChannelContext* context, uint port, int vcpu, int virq, VcpuMask* wake)
+    public long Call(int operation, EventChannelContext* context, uint port, int vcpu, int virq, EventChannelContext** target, VcpuMask* wake)
     {
+        *target = context;
         switch (operation)
         {
             case 0:
-                return ((delegate* unmanaged<EventChannelContext*, uint, VcpuMask*, long>)_send)(context, port, wake);
+                return ((delegate* unmanaged<EventChannelContext*, uint, EventChannelContext**, VcpuMask*, long>)_send)(context, port, target, wake);
             case 1:
                 return ((delegate* unmanaged<EventChannelContext*, uint, VcpuMask*, long>)_unmask)(context, port, wake);
             case 2:

@@ -21,7 +21,12 @@ public sealed unsafe class EventTests
         var random = new Random(seed);
         using var one = new EventDomain(seed, fifo);
         using var other = new EventDomain(seed, fifo);
+        using var oneFar = new EventDomain(seed + 100, !fifo);
+        using var otherFar = new EventDomain(seed + 100, !fifo);
+        one.Connect(oneFar, seed);
+        other.Connect(otherFar, seed);
         int woken = 0;
+        int sentFar = 0;
         for (int step = 0; step < 4000; step++)
         {
             // What the guest does to its bits meanwhile: mostly it takes events.
@@ -40,9 +45,13 @@ public sealed unsafe class EventTests
             bool takesAll = fifo && random.Next(8) == 0;
             int poller = random.Next(EventDomain.Vcpus);
             int awaited = random.Next(-1, (int)EventDomain.Ports);
-            foreach (EventDomain domain in (EventDomain[])[one, other])
+            foreach (EventDomain domain in (EventDomain[])[one, other, oneFar, otherFar])
             {
-                if (takesAll)
+                // At the far end nobody else clears a bit.
+                bool isFar = domain == oneFar || domain == otherFar;
+                if (isFar && (step & 7) == 0)
+                    new Span<byte>(domain.Context->Domain->SharedInfo, 4096).Clear();
+                if (takesAll || (isFar && (step & 7) == 0))
                     domain.TakeAll();
                 domain.Context->Vcpus[poller].PollPort = awaited;
                 VcpuMask.AtomicAdd(&domain.Context->State->Polling, poller);
@@ -55,12 +64,16 @@ public sealed unsafe class EventTests
             int operation = random.Next(4);
             if (one.Context->IsValid(port))
                 one.Context->Ports[port].Priority = other.Context->Ports[port].Priority = (byte)random.Next(FifoAbi.Priorities);
-            long oneResult = EventCodeOutside.Call(operation, one.Context, port, poller, virq, &wokenByOne);
-            long otherResult = inside.Call(operation, other.Context, port, poller, virq, &wokenByOther);
-            string what = $"step {step}: operation {operation}, port {port}, vCPU {poller}, VIRQ {virq}";
+            EventChannelContext* oneTarget;
+            EventChannelContext* otherTarget;
+            long oneResult = EventCodeOutside.Call(operation, one.Context, port, poller, virq, &oneTarget, &wokenByOne);
+            long otherResult = inside.Call(operation, other.Context, port, poller, virq, &otherTarget, &wokenByOther);
             bool alike = oneResult == otherResult
                 && Bytes(&wokenByOne, sizeof(VcpuMask)).SequenceEqual(Bytes(&wokenByOther, sizeof(VcpuMask)))
-                && one.Snapshot().AsSpan().SequenceEqual(other.Snapshot());
+                && (oneTarget == oneFar.Context) == (otherTarget == otherFar.Context)
+                && (oneTarget == one.Context) == (otherTarget == other.Context)
+                && one.Snapshot().AsSpan().SequenceEqual(other.Snapshot())
+                && oneFar.Snapshot().AsSpan().SequenceEqual(otherFar.Snapshot());
             if (!alike)
             {
                 Assert.Fail(
@@ -69,10 +82,11 @@ public sealed unsafe class EventTests
             }
 
             woken += wokenByOne.IsEmpty ? 0 : 1;
-            Assert.That(other.Snapshot().AsSpan().SequenceEqual(one.Snapshot()), Is.True, $"{what}: what it leaves");
+            sentFar += oneTarget == oneFar.Context && !wokenByOne.IsEmpty ? 1 : 0;
         }
 
         Assert.That(woken, Is.GreaterThan(100));
+        Assert.That(sentFar, Is.GreaterThan(10), "vCPUs of the far domain were woken");
     }
 
     [Test]

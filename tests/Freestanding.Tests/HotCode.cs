@@ -25,6 +25,7 @@ internal enum HotOperation
     /// <summary>Address, error code.</summary>
     PageFault,
     Syscall,
+    Sysenter,
     Upcall,
 }
 
@@ -64,6 +65,8 @@ internal static unsafe class CodeOutside
                 return GuestEntry.Trap(vcpu, ExceptionVector.PageFault, hasErrorCode: true, errorCode) ? 1 : 0;
             case HotOperation.Syscall:
                 return GuestEntry.Syscall(vcpu) ? 1 : 0;
+            case HotOperation.Sysenter:
+                return GuestEntry.Sysenter(vcpu) ? 1 : 0;
             default:
                 return GuestEntry.Upcall(vcpu) ? 1 : 0;
         }
@@ -87,6 +90,7 @@ internal sealed unsafe class CodeInside(HotImage image)
         (nint)image.AddressOf("xensharp_trap"),
         (nint)image.AddressOf("xensharp_page_fault"),
         (nint)image.AddressOf("xensharp_syscall"),
+        (nint)image.AddressOf("xensharp_sysenter"),
         (nint)image.AddressOf("xensharp_upcall"),
     ];
 

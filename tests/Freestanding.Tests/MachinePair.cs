@@ -107,6 +107,7 @@ internal sealed unsafe class MachinePair : IDisposable
         VcpuState* state = machine.Vcpu->State;
         state->EventCallback = Handler;
         state->SyscallCallback = Handler + 0x100;
+        state->SysenterCallback = Handler + 0x200;
         state->KernelSp = Stack + 0xf00;
         state->KernelSs = FlatSelectors.Ring3Data;
         state->InactiveGsBase = GsOfKernel;
@@ -281,11 +282,11 @@ internal sealed unsafe class MachinePair : IDisposable
             machine.Vcpu->Registers->Rip = instruction;
             machine.Vcpu->Registers->Rflags = flags;
             machine.Vcpu->Segments->Cs = compatible ? FlatSelectors.Ring3Cs32 : FlatSelectors.Ring3Cs64;
-            machine.Vcpu->State->CallbackFlags = (CallbackFlags)(instruction & 3);
+            machine.Vcpu->State->CallbackFlags = (CallbackFlags)(instruction & 15);
             machine.Context->State->VmAssists = (flags & 4) != 0 ? (ulong)VmAssist.ArchitecturalIopl : 0;
         }
 
-        switch (Next(4))
+        switch (Next(5))
         {
             case 0:
                 Call(HotOperation.Trap, new HypercallArguments { A0 = (ulong)Next(24), A1 = Bits() });
@@ -295,6 +296,9 @@ internal sealed unsafe class MachinePair : IDisposable
                 break;
             case 2:
                 Call(HotOperation.Syscall, default);
+                break;
+            case 3:
+                Call(HotOperation.Sysenter, default);
                 break;
             default:
                 Call(HotOperation.Upcall, default);

@@ -20,6 +20,7 @@ public sealed class CreateTests : ManagementFixture
         Assert.Multiple(() =>
         {
             Assert.That(paused.State.Letters, Is.EqualTo("--p---"));
+            Assert.That(paused.FirstEntryTime, Is.Null);
             Assert.That((paused.Id, paused.Name, paused.OnlineVcpus, paused.MaximumVcpus), Is.EqualTo((1, "tiny", 1, 1)));
             Assert.That(paused.MemoryKiB, Is.InRange(15 << 10, 17 << 10));
             Assert.That(Toolstack.Find("tiny"), Is.SameAs(domain));
@@ -33,6 +34,42 @@ public sealed class CreateTests : ManagementFixture
         Assert.That(System.Text.Encoding.ASCII.GetString(domain.Console.ReadHistory()), Is.EqualTo(Hello));
         Assert.That(File.ReadAllText(FileOf("console/guest-tiny.log")), Is.EqualTo(Hello));
         ExpectNothing();
+    }
+
+    [Test]
+    public async Task A_domain_tells_when_it_was_asked_for_and_when_it_began()
+    {
+        DateTimeOffset before = DateTimeOffset.UtcNow;
+        ManagedDomain domain = await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.SpinForever));
+        await EventuallyAsync(() => domain.Describe().FirstEntryTime is not null, "the guest has begun");
+        DomainInfo began = domain.Describe();
+        Assert.That(new[] { before, began.RequestTime!.Value, began.StartTime, began.FirstEntryTime!.Value }, Is.Ordered);
+    }
+
+    [Test]
+    public async Task Vcpus_run_where_the_configuration_and_later_somebody_says()
+    {
+        IReadOnlyList<int> online = HostMachine.OnlineProcessors;
+        if (online.Count < 2)
+            Assert.Ignore("One processor leaves no choice.");
+        string first = $"{online[0]}";
+        ManagedDomain domain = await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.SpinForever) with { Vcpus = 1, MaxVcpus = 2, Processors = [first] });
+        await EventuallyAsync(() => domain.Describe().FirstEntryTime is not null, "the guest has begun");
+        Assert.That(domain.DescribeVcpus().Select(static vcpu => vcpu.Processors), Is.EqualTo(new[] { first, null }));
+        Assert.That(domain.DescribeVcpus()[0].Processor, Is.EqualTo(online[0]).Or.Null);
+
+        string second = $"{online[1]}";
+        domain.SetProcessors(null, second);
+        Assert.That(domain.DescribeVcpus().Select(static vcpu => vcpu.Processors), Is.EqualTo(new[] { second, second }));
+        domain.SetProcessors(0, "all");
+        Assert.That(domain.DescribeVcpus().Select(static vcpu => vcpu.Processors), Is.EqualTo(new[] { null, second }));
+        Assert.That(() => domain.SetProcessors(2, "all"), Throws.InstanceOf<ToolstackException>().With.Message.Contains("no vCPU 2"));
+        Assert.That(() => domain.SetProcessors(0, $"{online[^1] + 1}"), Throws.InstanceOf<ToolstackException>().With.Message.Contains("This host has no processor"));
+
+        Assert.That(
+            async () => await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.SpinForever, name: "other") with { Processors = ["all,^all"] }),
+            Throws.InstanceOf<ToolstackException>().With.Message.Contains("leaves no processor"));
+        Assert.That(Toolstack.Domains, Is.EqualTo(new[] { domain }));
     }
 
     [Test]

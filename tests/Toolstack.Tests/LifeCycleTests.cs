@@ -114,6 +114,24 @@ public sealed class LifeCycleTests : ManagementFixture
     }
 
     [Test]
+    public async Task What_is_saved_is_what_the_domain_has_and_not_what_its_next_incarnation_gets()
+    {
+        DomainConfiguration configuration = Tiny(TinyGuestBehaviour.SpinForever) with { MaxMemoryMiB = 32, MaxVcpus = 2 };
+        ManagedDomain domain = await Toolstack.CreateAsync(configuration);
+        domain.SetMemoryTarget((20 << 10) + 1);
+        domain.SetMemoryMaximum(24 << 10);
+        domain.SetVcpus(2);
+        domain.SetConfiguration(configuration with
+        {
+            MemoryMiB = 64, MaxMemoryMiB = 128, MaxVcpus = 4, CommandLine = "next", Disks = [new() { Target = "/none", VirtualDevice = "xvda" }],
+        });
+        DomainConfiguration saved = domain.RetrieveConfiguration();
+        Assert.That((saved.Name, saved.Uuid), Is.EqualTo((domain.Name, (Guid?)domain.Uuid)));
+        Assert.That((saved.MemoryMiB, saved.MaxMemoryMiB, saved.Vcpus, saved.MaxVcpus), Is.EqualTo((21, 32, 2, 2)));
+        Assert.That((saved.CommandLine, saved.Disks.Count), Is.EqualTo(("next", 0)));
+    }
+
+    [Test]
     public async Task A_guest_that_does_not_suspend_runs_on_and_leaves_no_file()
     {
         ManagedDomain domain = await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.SpinForever));

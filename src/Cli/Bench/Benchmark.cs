@@ -45,9 +45,12 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         [DebianBoot] = 220_000,
         [NameOf(PingPongWait.Running)] = 2.5,
         [NameOf(PingPongWait.Sleeping)] = 4,
+        [NameOf(PingPongWait.Answering)] = 2.5,
     };
 
     private const string DomainCreate = "domain create to first guest instruction";
+    private const string TinyKernel = "tiny guest";
+    private const string DebianKernelName = "Debian";
     private const string DebianBoot = "Debian boot to init, 512 MiB";
     private const string ForkExec = "Debian: fork + exec of busybox";
     private const string Pipe = "Debian: 64 MiB through a pipe";
@@ -63,7 +66,8 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         _ = floor.Measure(FloorExits);
         if (plan.DisksOnly)
         {
-            await MeasureDebianAsync(floor, cancellation).ConfigureAwait(false);
+            (DebianKernel kernel, string busybox) = await FetchAsync(cancellation).ConfigureAwait(false);
+            await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
             return Result();
         }
 
@@ -75,18 +79,21 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             await MeasurePingPongAsync(floor, cancellation).ConfigureAwait(false);
         }
 
+        await using var create = new CreateBenchmark();
+        await create.StartAsync(cancellation).ConfigureAwait(false);
+        await MeasureCreateAsync(floor, create, TinyKernel, create.Prepare(null, [], GuestMemoryMiB), cancellation).ConfigureAwait(false);
         progress($"allocations over {plan.Hypercalls:N0} hypercalls");
         await CountAllocationsAsync(cancellation).ConfigureAwait(false);
         if (plan.Debian)
-            await MeasureDebianAsync(floor, cancellation).ConfigureAwait(false);
+            await MeasureDebianAsync(floor, create, cancellation).ConfigureAwait(false);
         return Result();
     }
 
     private BenchResult Result() => new(
-            Median(_floors),
-            [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
-            _counts,
-            _disks);
+        Median(_floors),
+        [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
+        _counts,
+        _disks);
 
     internal static string NameOf(BenchmarkFigure figure) => figure switch
     {
@@ -107,6 +114,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     {
         PingPongWait.Running => "event to another domain, both running",
         PingPongWait.Sleeping => "event to another domain that sleeps",
+        PingPongWait.Answering => "event to another domain, answered by its handler",
         _ => wait.ToString(),
     };
 
@@ -216,18 +224,29 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         _counts.Add(new BenchCount("garbage collections meanwhile", GC.CollectionCount(0) - collectionsBefore, "collections", 0));
     }
 
-    private async Task MeasureDebianAsync(RawExitLoop floor, CancellationToken cancellation)
+    /// <summary>From being asked for to the first instruction, in both ways; as a number of milliseconds it is promised of the native command.</summary>
+    private async Task MeasureCreateAsync(
+        RawExitLoop floor, CreateBenchmark create, string kernel, string configuration, CancellationToken cancellation)
     {
-        progress("fetching the Debian guest, if it is not cached");
-        var cache = new GuestCache(GuestCache.DefaultRoot());
-        DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, cancellation).ConfigureAwait(false);
-        string busybox = await cache.GetBusyboxAsync(null, cancellation).ConfigureAwait(false);
-        if (plan.DisksOnly)
+        progress($"create, {kernel}");
+        foreach (CreateWay way in Enum.GetValues<CreateWay>())
         {
-            await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
-            return;
-        }
+            string name = $"create, {kernel}: {(way == CreateWay.Request ? "request" : "command")} to first guest instruction";
+            for (int round = 1; round <= plan.Rounds; round++)
+            {
+                double before = MeasureFloor(floor);
+                double nanoseconds = await create.MeasureAsync(configuration, way, cancellation).ConfigureAwait(false);
+                Add(name, nanoseconds, (before + MeasureFloor(floor)) / 2);
+            }
 
+            double median = Median([.. _samples[name].Select(static sample => sample.Nanoseconds)]);
+            _counts.Add(new BenchCount(name, Math.Round(median / 1e6, 1), "ms", IsNative ? CreateLimit : null));
+        }
+    }
+
+    private async Task MeasureDebianAsync(RawExitLoop floor, CreateBenchmark create, CancellationToken cancellation)
+    {
+        (DebianKernel kernel, string busybox) = await FetchAsync(cancellation).ConfigureAwait(false);
         string script = $"""
             #!/bin/sh
             echo {Init}
@@ -254,7 +273,22 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             await MeasureDebianBootAsync(floor, kernel.Image, ramdisk, round == 1, cancellation).ConfigureAwait(false);
         }
 
+        string configuration = create.Prepare(kernel.Image, ramdisk, DebianMemoryMiB);
+        double beforeFirst = MeasureFloor(floor);
+        double first = await create.MeasureAsync(configuration, CreateWay.Command, cancellation).ConfigureAwait(false);
+        Add($"create, {DebianKernelName}, never unpacked before: command to first guest instruction", first, (beforeFirst + MeasureFloor(floor)) / 2);
+        await create.AwaitUnpackedAsync(cancellation).ConfigureAwait(false);
+        await MeasureCreateAsync(floor, create, DebianKernelName, configuration, cancellation).ConfigureAwait(false);
         await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
+    }
+
+    private async Task<(DebianKernel Kernel, string Busybox)> FetchAsync(CancellationToken cancellation)
+    {
+        progress("fetching the Debian guest, if it is not cached");
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        return (
+            await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, cancellation).ConfigureAwait(false),
+            await cache.GetBusyboxAsync(null, cancellation).ConfigureAwait(false));
     }
 
     private async Task MeasureDiskAsync(RawExitLoop floor, DebianKernel kernel, string busybox, CancellationToken cancellation)
@@ -315,12 +349,16 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     private static DomainImage Load(string kernelFile, byte[] ramdisk)
         => new(KernelImage.Parse(File.ReadAllBytes(kernelFile)), ramdisk) { Reusable = false };
 
+    /// <summary>What is promised of the native command, from being started to its guest's first instruction, in ms.</summary>
+    private const double CreateLimit = 60;
+
     /// <summary>
     /// What is promised of the native binary's own memory, in MiB. Under the JIT compiler the benchmark's own compiled code is
     /// a good part of what is counted, so nothing is promised of that here.
     /// </summary>
-    private static double? RuntimeLimit
-        => File.ReadAllText("/proc/self/maps").Contains("libclrjit.so", StringComparison.Ordinal) ? null : 30;
+    private static double? RuntimeLimit => IsNative ? 30 : null;
+
+    private static bool IsNative { get; } = !File.ReadAllText("/proc/self/maps").Contains("libclrjit.so", StringComparison.Ordinal);
 
     private static double Between(long? start, long? end)
         => start is { } from && end is { } to

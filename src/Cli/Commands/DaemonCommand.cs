@@ -83,7 +83,7 @@ internal static class DaemonCommand
                     SocketGroup = parsed.GetValue(group),
                     StateFolder = folder,
                     ConsoleLogFolder = Chosen(parsed.GetValue(log), Path.Combine(folder, "console")),
-                    XenstoreSocket = Chosen(parsed.GetValue(xenstore), Path.Combine(Path.GetDirectoryName(path)!, "xenstored", "socket")),
+                    XenstoreSocket = Chosen(parsed.GetValue(xenstore), DaemonSocket.XenstoreBeside(path)),
                     Version = Tool.Version,
                 },
                 TimeSpan.FromSeconds(parsed.GetValue(patience)),

@@ -104,8 +104,16 @@ public static class Tool
             command += " " + result.Command.Name;
         string what = parsed.UnmatchedTokens.Count > 0
             ? $"{command} does not know \"{parsed.UnmatchedTokens[0]}\"."
-            : parsed.Errors[0].Message;
+            : Missing(parsed.CommandResult) is { } missing ? $"{command} takes {missing}." : parsed.Errors[0].Message;
         return $"{what} See {command} --help.";
+    }
+
+    /// <summary>All that a command must be given, where some of it was not; null where nothing is missing.</summary>
+    private static string? Missing(CommandResult command)
+    {
+        IEnumerable<Argument> required = command.Command.Arguments.Where(static argument => argument.Arity.MinimumNumberOfValues > 0 && !argument.HasDefaultValue);
+        return required.Any(argument => command.GetResult(argument) is not { Tokens.Count: > 0 })
+            ? string.Join(" and ", required.Select(static argument => $"<{argument.HelpName ?? argument.Name}>")) : null;
     }
 
     /// <summary>The command and those that it is part of, from the root's on down.</summary>

@@ -25,6 +25,15 @@ internal static class CompareCommand
     /// <summary>What a script may take on real Xen, which runs on an emulated processor here.</summary>
     private static readonly TimeSpan EmulatedTimeout = TimeSpan.FromSeconds(60);
 
+    /// <summary>Seconds; a day.</summary>
+    private const int LongestTimeout = 86_400;
+
+    /// <summary>How a comparison is shown.</summary>
+    /// <param name="Html">Path of a page to be written.</param>
+    /// <param name="All">With the steps of cases that agree.</param>
+    /// <param name="Json">A line a script, and no tables.</param>
+    private readonly record struct Presentation(string? Html, bool All, bool Json);
+
     internal static Command Create(IServiceProvider services)
     {
         var names = new Argument<string[]>("script")
@@ -47,9 +56,16 @@ internal static class CompareCommand
         };
         var all = new Option<bool>("--all") { Description = "Show the steps of cases that agree, too." };
         var list = new Option<bool>("--list") { Description = "List the scripts." };
+        var json = new Option<bool>("--json") { Description = "Print an object a line for each script, as soon as it has run, and no tables." };
+        var timeout = new Option<int?>("--timeout") { Description = "What a script may take here, as on a slow host.", HelpName = "SECONDS" };
+        timeout.Validators.Add(static result =>
+        {
+            if (result.GetValueOrDefault<int?>() is < 1 or > LongestTimeout)
+                result.AddError($"--timeout is from 1 to {LongestTimeout} seconds.");
+        });
         var command = new Command("compare", "Runs ABI scripts here and on real Xen, and shows the differences.")
         {
-            names, against, html, record, all, list,
+            names, against, html, record, all, list, json, timeout,
         };
         command.SetAction(async (parsed, _) =>
         {
@@ -67,7 +83,9 @@ internal static class CompareCommand
                 if (parsed.GetValue(record) is { } folder)
                     return await RecordAsync(scripts, reference == Recorded ? Xen : reference, folder, signals.Token).ConfigureAwait(false);
                 KvmHost host = services.GetRequiredService<KvmHost>();
-                return await CompareAsync(host, scripts, reference, parsed.GetValue(html), parsed.GetValue(all), signals.Token)
+                TimeSpan? patience = parsed.GetValue(timeout) is { } seconds ? TimeSpan.FromSeconds(seconds) : null;
+                return await CompareAsync(
+                    host, scripts, reference, patience, new Presentation(parsed.GetValue(html), parsed.GetValue(all), parsed.GetValue(json)), signals.Token)
                     .ConfigureAwait(false);
             }
             catch (OperationCanceledException) when (signals.Received != 0)
@@ -140,11 +158,11 @@ internal static class CompareCommand
     }
 
     private static async Task<int> CompareAsync(
-        KvmHost host, IReadOnlyList<AbiScript> scripts, string reference, string? html, bool showAll, CancellationToken cancellation)
+        KvmHost host, IReadOnlyList<AbiScript> scripts, string reference, TimeSpan? timeout, Presentation presentation, CancellationToken cancellation)
     {
         // Before anything long begins: whether there is a KVM, and a place for the page.
         _ = host.Capabilities;
-        using StreamWriter? page = html is null ? null : OpenPage(html);
+        using StreamWriter? page = presentation.Html is { } html ? OpenPage(html) : null;
         Dictionary<string, Transcript> expected = [];
         string name = "recorded Xen";
         if (reference == Recorded)
@@ -164,16 +182,19 @@ internal static class CompareCommand
         }
 
         List<ScriptComparison> comparisons = [];
-        await foreach (ScriptRun run in ScriptRun.RunAsync(new XenSharpBed(host), scripts, cancellation: cancellation).ConfigureAwait(false))
+        await foreach (ScriptRun run in ScriptRun.RunAsync(new XenSharpBed(host), scripts, timeout, cancellation).ConfigureAwait(false))
         {
             ScriptComparison comparison = ScriptComparison.Make(
                 run.Script.Subject, expected[run.Script.Name], run.Transcript, KnownDifferences.All);
             comparisons.Add(comparison);
+            if (presentation.Json)
+                ScriptReport.Print(comparison);
             if (!comparison.IsGood && run.Report.Length != 0)
                 ComparisonDisplay.Progress($"XenSharp: {run.Script.Name}: {run.Report}");
         }
 
-        ComparisonDisplay.Show(name, comparisons, showAll);
+        if (!presentation.Json)
+            ComparisonDisplay.Show(name, comparisons, presentation.All);
         if (page is not null)
             await page.WriteAsync(HtmlReport.Of(name, comparisons)).ConfigureAwait(false);
         return comparisons.All(static comparison => comparison.IsGood) ? ExitStatus.Success : ExitStatus.Different;

@@ -77,7 +77,7 @@ internal static class DaemonStart
     }
 
     /// <summary>How this program is started: as itself, or by the runtime's host.</summary>
-    private static string[] Self()
+    internal static string[] Self()
         => Path.GetFileNameWithoutExtension(Environment.ProcessPath) == "dotnet"
             ? [Environment.ProcessPath!, "exec", Path.Combine(AppContext.BaseDirectory, $"{Tool.Name}.dll")]
             : [Environment.ProcessPath!];

@@ -2,6 +2,7 @@
 
 using System.CommandLine;
 using System.CommandLine.Completions;
+using System.CommandLine.Parsing;
 using System.Globalization;
 using XenSharp.Api;
 using XenSharp.Cli.Commands;
@@ -14,7 +15,7 @@ namespace XenSharp.Cli.Management;
 internal sealed class ManagementCommand : Command
 {
     /// <summary>How long completion waits for the daemon: a shell waits with it.</summary>
-    private static readonly TimeSpan s_completionPatience = TimeSpan.FromSeconds(1);
+    private static readonly TimeSpan s_completionPatience = TimeSpan.FromSeconds(3);
 
     private readonly Option<string?> _socket = new("--daemon")
     {
@@ -30,6 +31,7 @@ internal sealed class ManagementCommand : Command
     {
         var argument = new Argument<string>(name) { Description = description };
         argument.CompletionSources.Add(DomainNames);
+        argument.Validators.Add(RefuseOptions);
         return argument;
     }
 
@@ -38,6 +40,7 @@ internal sealed class ManagementCommand : Command
     {
         var argument = new Argument<string[]>("Domain") { Description = description, Arity = ArgumentArity.ZeroOrMore, DefaultValueFactory = static _ => [] };
         argument.CompletionSources.Add(DomainNames);
+        argument.Validators.Add(RefuseOptions);
         return argument;
     }
 
@@ -112,6 +115,13 @@ internal sealed class ManagementCommand : Command
         foreach (string domain in domains)
             found.Add(await daemon.GetAsync(domain, cancellation).ConfigureAwait(false));
         return found;
+    }
+
+    /// <summary>A word that looks like an option is one that is mistyped, and no domain.</summary>
+    private static void RefuseOptions(ArgumentResult result)
+    {
+        if (result.Tokens.FirstOrDefault(static token => token.Value.StartsWith('-')) is { } option)
+            result.AddError($"{Tool.Name} {(result.Parent as CommandResult)?.Command.Name} does not know \"{option.Value}\".");
     }
 
     private static IEnumerable<CompletionItem> DomainNames(CompletionContext context)

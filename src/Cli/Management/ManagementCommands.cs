@@ -25,6 +25,7 @@ internal static class ManagementCommands
         TopCommand.Create(),
         VcpuCommands.CreateList(),
         VcpuCommands.CreateSet(),
+        VcpuCommands.CreatePin(),
         MemoryCommands.CreateSet(),
         MemoryCommands.CreateMax(),
         DomainCommands.CreateSysrq(),

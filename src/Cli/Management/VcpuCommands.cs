@@ -1,4 +1,4 @@
-// vcpu-list and vcpu-set.
+// vcpu-list, vcpu-set and vcpu-pin.
 
 using System.CommandLine;
 using System.Globalization;
@@ -6,12 +6,21 @@ using System.Text;
 using System.Text.Json;
 using XenSharp.Api;
 using XenSharp.Cli.Commands;
+using XenSharp.Configuration;
 
 namespace XenSharp.Cli.Management;
 
 /// <summary>The vCPUs of domains.</summary>
 internal static class VcpuCommands
 {
+    private const string AllProcessors = "all";
+
+    /// <summary>No vCPU's number.</summary>
+    private const int AllVcpus = -1;
+
+    /// <summary>What stands for an affinity that is to stay as it is.</summary>
+    private const string Unchanged = "-";
+
     internal static Command CreateList()
     {
         Argument<string[]> domains = ManagementCommand.Domains("The domains; all if none is named.");
@@ -73,6 +82,52 @@ internal static class VcpuCommands
         return command;
     }
 
+    internal static Command CreatePin()
+    {
+        Argument<string> domain = ManagementCommand.Domain();
+        var vcpu = new Argument<int>("VCPU")
+        {
+            Description = "The vCPU's number, or all.",
+            CustomParser = static result =>
+            {
+                string text = result.Tokens[0].Value;
+                if (text == AllProcessors)
+                    return AllVcpus;
+                if (ushort.TryParse(text, NumberStyles.None, CultureInfo.InvariantCulture, out ushort number))
+                    return number;
+                result.AddError($"vcpu-pin takes a vCPU's number from 0 on, or all; \"{text}\" is neither.");
+                return AllVcpus;
+            },
+        };
+        vcpu.CompletionSources.Add(AllProcessors);
+        var hard = new Argument<string>("CPUs") { Description = "The host's processors that it may run on, such as 0-3,^1 or node:0; all for every one." };
+        hard.CompletionSources.Add(AllProcessors);
+        hard.Validators.Add(static result =>
+        {
+            try
+            {
+                if (result.Tokens is [{ Value: var text }])
+                    _ = ProcessorSet.Parse(text);
+            }
+            catch (FormatException failure)
+            {
+                result.AddError(failure.Message);
+            }
+        });
+        var soft = new Argument<string>("SoftCPUs") { Description = "Those that it is to prefer: Linux does not know of such, so - or all.", DefaultValueFactory = static _ => Unchanged };
+        soft.Validators.Add(static result =>
+        {
+            if (result.Tokens is [{ Value: var text }] && text is not (Unchanged or AllProcessors))
+                result.AddError($"Linux, which places vCPUs, knows no processors that they only prefer (\"{text}\"): leave them out, or write -.");
+        });
+        var force = new Option<bool>("--force", "-f") { Description = "Accepted for xl's sake.", Hidden = true };
+        var command = new ManagementCommand("vcpu-pin", "Sets which of the host's processors a vCPU may run on.") { domain, vcpu, hard, soft, force };
+        command.Does((parsed, daemon, cancellation) => daemon.PinVcpusAsync(
+            parsed.GetRequiredValue(domain),
+            new PinVcpusRequest { Vcpu = parsed.GetValue(vcpu) is var number and not AllVcpus ? number : null, Processors = parsed.GetRequiredValue(hard) }, cancellation));
+        return command;
+    }
+
     private static void Print(List<(DomainInfo Domain, IReadOnlyList<VcpuInfo> Vcpus)> rows)
     {
         var text = new StringBuilder().AppendLine($"{"Name",-32} {"ID",5} {"VCPU",5} {"CPU",5} {"State",5} {"Time(s)",9} Affinity (Hard / Soft)");
@@ -83,7 +138,7 @@ internal static class VcpuCommands
                 string processor = vcpu.Online && vcpu.Processor is { } number ? number.ToString(CultureInfo.InvariantCulture) : "-";
                 text.AppendLine(
                     CultureInfo.InvariantCulture,
-                    $"{domain.Name,-32} {domain.Id,5} {vcpu.Id,5} {processor,5} {vcpu.Letters,5} {vcpu.ProcessorSeconds,9:0.0}  all / all");
+                    $"{domain.Name,-32} {domain.Id,5} {vcpu.Id,5} {processor,5} {vcpu.Letters,5} {vcpu.ProcessorSeconds,9:0.0}  {vcpu.Processors ?? AllProcessors} / {AllProcessors}");
             }
         }
 

@@ -1,6 +1,7 @@
 // xensharp xenstore: what Xen's xenstore-ls, -read, -write and their like are, with their options and output.
 
 using System.CommandLine;
+using XenSharp.Api;
 using XenSharp.Devices.Xenstore;
 
 namespace XenSharp.Cli.Xenstore;
@@ -8,6 +9,11 @@ namespace XenSharp.Cli.Xenstore;
 /// <summary>The commands on the store of the daemon, or of any xenstored that has a socket. Needs no KVM.</summary>
 internal static class XenstoreCommand
 {
+    /// <summary>What Xen's tools would take; where they are not told, but where the daemon is, the store that it has beside its own socket.</summary>
+    private static string DefaultSocket
+        => XenstoreSocketPath.Named ?? (Environment.GetEnvironmentVariable(DaemonSocket.EnvironmentVariable) is { Length: > 0 } daemon
+            ? DaemonSocket.XenstoreBeside(Path.GetFullPath(daemon)) : XenstoreSocketPath.Default);
+
     internal static Command Create()
     {
         var socket = new Option<string>("--socket")
@@ -15,7 +21,7 @@ internal static class XenstoreCommand
             Description = "The store's Unix socket; else XENSTORED_PATH, or \"socket\" in XENSTORED_RUNDIR, or the daemon's.",
             HelpName = "PATH",
             Recursive = true,
-            DefaultValueFactory = static _ => XenstoreSocketPath.ForTools,
+            DefaultValueFactory = static _ => DefaultSocket,
         };
 
         // Xen's tools take it for what is always so: the socket is used.

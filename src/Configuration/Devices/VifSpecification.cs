@@ -92,7 +92,8 @@ public static class VifSpecification
                 warnings.Add($"model={value} is about emulated devices, which PV guests do not have; it has no effect.");
                 return vif;
             case "script":
-                if (value.Length > 0)
+                // vif-bridge is what there is without scripts, too: xl's usual one puts the interface into the bridge.
+                if (value.Length > 0 && Path.GetFileName(value) != "vif-bridge")
                     warnings.Add($"Scripts ({value}) are not run here: bridge= puts the interface into a bridge, all else is to be set up on the host.");
                 return vif;
             case "backend":

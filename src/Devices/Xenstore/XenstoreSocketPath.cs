@@ -17,15 +17,15 @@ public static class XenstoreSocketPath
         }
     }
 
-    /// <summary>The path that a tool is to connect to if it is told no other: as for Xen's own tools, XENSTORED_PATH, or else the
-    /// file "socket" in XENSTORED_RUNDIR; if neither is set, <see cref="Default"/>.</summary>
-    public static string ForTools
+    /// <summary>What the environment tells tools to connect to, as it does Xen's own: XENSTORED_PATH, or else the file "socket" in
+    /// XENSTORED_RUNDIR; <see langword="null"/> if neither is set.</summary>
+    public static string? Named
     {
         get
         {
             if (Environment.GetEnvironmentVariable("XENSTORED_PATH") is { Length: > 0 } path)
                 return path;
-            return Environment.GetEnvironmentVariable("XENSTORED_RUNDIR") is { Length: > 0 } folder ? folder + "/socket" : Default;
+            return Environment.GetEnvironmentVariable("XENSTORED_RUNDIR") is { Length: > 0 } folder ? folder + "/socket" : null;
         }
     }
 }

@@ -234,21 +234,32 @@ internal sealed unsafe class DomainBuilder
 
     private void LoadKernel()
     {
+        // Above this nothing was stored yet, so that it reads as zeroes and takes none of the host's memory. Kernels have a third of theirs
+        // zeroed, and some of that written out in their files.
+        ulong stored = 0;
         foreach (KernelSegment segment in _kernel.Segments)
         {
             if (PagesOf(segment.GuestPhysicalEnd) > _pages)
                 throw TooSmall(PagesOf(segment.GuestPhysicalEnd), "the kernel");
-            CopyIn(segment.GuestPhysicalAddress, segment.Data.Span);
-            ulong zeroFrom = segment.GuestPhysicalAddress + (ulong)segment.Data.Length;
-            NativeMemory.Clear(HostOf(zeroFrom), (nuint)(segment.GuestPhysicalEnd - zeroFrom));
+            ReadOnlySpan<byte> data = segment.Data.Span;
+            data = data[..(data.LastIndexOfAnyExcept((byte)0) + 1)];
+            CopyIn(segment.GuestPhysicalAddress, data);
+            ulong zeroFrom = segment.GuestPhysicalAddress + (ulong)data.Length;
+            ulong zeroEnd = Math.Min(segment.GuestPhysicalEnd, stored);
+            if (zeroFrom < zeroEnd)
+                NativeMemory.Clear(HostOf(zeroFrom), (nuint)(zeroEnd - zeroFrom));
+            stored = Math.Max(stored, zeroFrom);
         }
     }
 
     /// <summary>Copies to a guest-physical address. The domain's frames are one run, so its memory is contiguous here too.</summary>
     private void CopyIn(ulong address, ReadOnlySpan<byte> bytes)
     {
-        if (!bytes.IsEmpty)
-            bytes.CopyTo(new Span<byte>(HostOf(address), bytes.Length));
+        if (bytes.IsEmpty)
+            return;
+        var room = new Span<byte>(HostOf(address), bytes.Length);
+        HostPages.Populate(room);
+        bytes.CopyTo(room);
     }
 
     private void BuildPageTables(in Plan plan)

@@ -74,10 +74,6 @@ internal unsafe struct GrantedPage
 /// </summary>
 internal sealed unsafe class GrantTable : IDisposable
 {
-    /// <summary>Frames that the table may have, and pages of handles, as xl gives them.</summary>
-    public const int MaxFrames = 64;
-    public const int MaxHandlePages = 1024;
-
     /// <summary>Entries that are the toolstack's and survive a change of version (GNTTAB_NR_RESERVED_ENTRIES).</summary>
     public const uint ReservedEntries = 8;
 
@@ -87,7 +83,6 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <summary>GNTTAB_RESERVED_XENSTORE.</summary>
     public const uint XenstoreReference = 1;
 
-    private const int MaxStatusFrames = MaxFrames * Entries2PerFrame / StatusesPerFrame;
     private const int Entries1PerFrame = 512;
     private const int Entries2PerFrame = 256;
     private const int StatusesPerFrame = 2048;
@@ -105,18 +100,21 @@ internal sealed unsafe class GrantTable : IDisposable
     private readonly byte* _ownPage;
 
     /// <summary>A table without frames, for a domain.</summary>
-    public GrantTable(Domain owner, int vcpus)
+    public GrantTable(Domain owner, int vcpus, GrantLimits limits)
     {
         Owner = owner;
         _domain = owner.Context;
         Id = owner.Id.Value;
-        Handles = new GrantHandles(vcpus, MaxHandlePages);
-        _activeSize = MaxFrames * Entries1PerFrame * (nuint)sizeof(ActiveGrant);
+        (MaxFrames, MaxVersion) = (limits.Frames, limits.Version);
+        Handles = new GrantHandles(vcpus, limits.HandlePages);
+        nuint frames = (nuint)MaxFrames;
+        nuint statusFrames = (nuint)StatusFramesFor(MaxFrames);
+        _activeSize = frames * Entries1PerFrame * (nuint)sizeof(ActiveGrant);
         _active = (ActiveGrant*)HostPages.Allocate(_activeSize);
-        _frames = (ulong*)NativeMemory.AllocZeroed(MaxFrames, sizeof(ulong));
-        _statusFrames = (ulong*)NativeMemory.AllocZeroed(MaxStatusFrames, sizeof(ulong));
-        _shared = (byte**)NativeMemory.AllocZeroed(MaxFrames, (nuint)sizeof(byte*));
-        _statuses = (ushort**)NativeMemory.AllocZeroed(MaxStatusFrames, (nuint)sizeof(ushort*));
+        _frames = (ulong*)NativeMemory.AllocZeroed(frames, sizeof(ulong));
+        _statusFrames = (ulong*)NativeMemory.AllocZeroed(statusFrames, sizeof(ulong));
+        _shared = (byte**)NativeMemory.AllocZeroed(frames, (nuint)sizeof(byte*));
+        _statuses = (ushort**)NativeMemory.AllocZeroed(statusFrames, (nuint)sizeof(ushort*));
     }
 
     /// <summary>The table of the manager, which is domain 0 to its guests: it has one frame, and grants nothing.</summary>
@@ -140,6 +138,12 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <summary>Held while the table changes, and while an entry is taken into use or let go.</summary>
     public Lock Lock { get; } = new();
 
+    /// <summary>Frames that it may have.</summary>
+    public int MaxFrames { get; } = 1;
+
+    /// <summary>The latest version that the guest may choose.</summary>
+    public int MaxVersion { get; } = 1;
+
     /// <summary>1 or 2.</summary>
     public int Version { get; private set; } = 1;
 
@@ -148,6 +152,9 @@ internal sealed unsafe class GrantTable : IDisposable
 
     /// <summary>Frames with the states of entries of version 2.</summary>
     public int StatusFrameCount { get; private set; }
+
+    /// <summary>The most that <see cref="StatusFrameCount"/> can be.</summary>
+    public int StatusFrameLimit => StatusFramesFor(MaxFrames);
 
     /// <summary>What the domain has mapped.</summary>
     public GrantHandles Handles { get; }
@@ -345,10 +352,10 @@ internal sealed unsafe class GrantTable : IDisposable
 
         // The other table has a lock of its own, of which no two are held.
         GrantTable? other = transitiveDomain == Id ? null : directory?.EnterGrants(transitiveDomain);
-        GrantStatus found = GrantStatus.GeneralError;
         bool acquiredInVain;
-        if (other != null)
-            found = other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page);
+        GrantStatus found = other != null ? other.AcquireForCopy(transitiveReference, Id, readOnly, null, out page)
+            : transitiveDomain != Id && directory?.WhyNotEntered(transitiveDomain) == GrantStatus.BadPage ? GrantStatus.BadPage
+            : GrantStatus.GeneralError;
         lock (Lock)
         {
             ref ActiveGrant active = ref _active[reference];

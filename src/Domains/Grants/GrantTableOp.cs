@@ -103,7 +103,7 @@ internal static unsafe class GrantTableOp
             return -(long)Errno.EFAULT;
         if (FindOwn(vcpu, op.Domain, out GrantStatus status) is { } table)
         {
-            if (op.FrameCount > GrantTable.MaxFrames)
+            if (op.FrameCount > (uint)table.MaxFrames)
             {
                 status = GrantStatus.GeneralError;
             }
@@ -138,7 +138,7 @@ internal static unsafe class GrantTableOp
         if (FindOwn(vcpu, op.Domain, out op.Status) is { } table)
         {
             op.FrameCount = (uint)table.FrameCount;
-            op.MaxFrames = GrantTable.MaxFrames;
+            op.MaxFrames = (uint)table.MaxFrames;
         }
 
         return GuestAccess.Write(vcpu.Context, pointer, op) ? Errno.None : Errno.EFAULT;
@@ -150,7 +150,11 @@ internal static unsafe class GrantTableOp
             return -(long)Errno.EFAULT;
         GrantTable table = vcpu.Domain.Grants;
         Errno error = Errno.EINVAL;
-        if (version is 1 or 2)
+        if (version == 2 && table.MaxVersion == 1)
+        {
+            error = Errno.ENOSYS;
+        }
+        else if (version is 1 or 2)
         {
             lock (table.Lock)
                 error = table.SetVersion(vcpu.Context, (int)version);
@@ -167,7 +171,7 @@ internal static unsafe class GrantTableOp
             return Errno.EFAULT;
         if (FindOwn(vcpu, op.Domain, out GrantStatus status) is { } table)
         {
-            ulong* frames = stackalloc ulong[GrantTable.MaxFrames];
+            ulong* frames = stackalloc ulong[table.StatusFrameLimit];
             lock (table.Lock)
             {
                 if (op.FrameCount > (uint)table.StatusFrameCount)

@@ -21,8 +21,12 @@ internal static class CpuidRecord
     /// <summary>Leaf 1 ECX: not a feature, but a copy of CR4.OSXSAVE.</summary>
     private const uint OsXsave = 1 << 27;
 
-    /// <summary>Features that tell of the domain and not of the processor.</summary>
-    private static readonly CpuFeature[] s_ofDomain = [CpuFeature.Hypervisor, CpuFeature.Htt, CpuFeature.CmpLegacy];
+    /// <summary>
+    /// Features that tell of the domain and not of the processor; and two that say what the x87 unit does not store, so that a guest which
+    /// was shown one finds more on a processor without it, and which no processor can hide.
+    /// </summary>
+    private static readonly CpuFeature[] s_notRequired =
+        [CpuFeature.Hypervisor, CpuFeature.Htt, CpuFeature.CmpLegacy, CpuFeature.FdpExceptionOnly, CpuFeature.NoFpuSelectors];
 
     /// <summary>Where the words of a feature set come from; the register is 0 for EAX to 3 for EDX.</summary>
     private static readonly (FeatureWord Word, uint Leaf, uint Subleaf, int Register)[] s_words =
@@ -58,18 +62,10 @@ internal static class CpuidRecord
     /// <exception cref="MigrationException">Something is missing.</exception>
     public static void Check(ReadOnlySpan<byte> record, CpuidPolicy policy)
     {
-        var saved = new FeatureSet();
         foreach (Leaf leaf in MemoryMarshal.Cast<byte, Leaf>(record))
-        {
             CheckVendor(leaf, policy);
-            foreach ((FeatureWord word, uint number, uint subleaf, int register) in s_words)
-            {
-                if (leaf.Number == number && (leaf.Subleaf == MigrationFormat.NoSubleaf ? 0 : leaf.Subleaf) == subleaf)
-                    saved[word] = register switch { 0 => leaf.Eax, 1 => leaf.Ebx, 2 => leaf.Ecx, _ => leaf.Edx };
-            }
-        }
-
-        foreach (CpuFeature feature in s_ofDomain)
+        FeatureSet saved = FeaturesOf(record);
+        foreach (CpuFeature feature in s_notRequired)
             saved.Set(feature, false);
         saved[FeatureWord.Leaf1Ecx] &= ~OsXsave;
 
@@ -91,6 +87,45 @@ internal static class CpuidRecord
                 $"The saved domain was shown a processor with {string.Join(", ", missing)}, which this host's domains lack. "
                 + "Restore it on a host that has " + (missing.Count == 1 ? "it." : "them."));
         }
+    }
+
+    /// <summary>
+    /// What makes of a policy that passes <see cref="Check"/> the one that the guest knows: it has no more features than were saved, and the
+    /// saved signature, brand and name. So a guest that wanders on can go back to where it came from.
+    /// </summary>
+    /// <param name="record">The record's body.</param>
+    public static IReadOnlyList<CpuidOverride> Overrides(ReadOnlySpan<byte> record)
+    {
+        FeatureSet saved = FeaturesOf(record);
+        List<CpuidOverride> overrides =
+            [.. s_words.Select(word => new CpuidOverride(word.Leaf, word.Subleaf, (CpuidRegister)word.Register, Set: 0, Clear: ~saved[word.Word], Host: 0))];
+        foreach (Leaf leaf in MemoryMarshal.Cast<byte, Leaf>(record))
+        {
+            ReadOnlySpan<uint> registers = [leaf.Eax, leaf.Ebx, leaf.Ecx, leaf.Edx];
+            for (int i = 0; i < registers.Length; i++)
+            {
+                var exact = new CpuidOverride(leaf.Number, 0, (CpuidRegister)i, Set: registers[i], Clear: ~registers[i], Host: 0);
+                if (exact is { IsHeeded: true, Word: null })
+                    overrides.Add(exact);
+            }
+        }
+
+        return overrides;
+    }
+
+    private static FeatureSet FeaturesOf(ReadOnlySpan<byte> record)
+    {
+        var saved = new FeatureSet();
+        foreach (Leaf leaf in MemoryMarshal.Cast<byte, Leaf>(record))
+        {
+            foreach ((FeatureWord word, uint number, uint subleaf, int register) in s_words)
+            {
+                if (leaf.Number == number && (leaf.Subleaf == MigrationFormat.NoSubleaf ? 0 : leaf.Subleaf) == subleaf)
+                    saved[word] = register switch { 0 => leaf.Eax, 1 => leaf.Ebx, 2 => leaf.Ecx, _ => leaf.Edx };
+            }
+        }
+
+        return saved;
     }
 
     private static void CheckVendor(in Leaf leaf, CpuidPolicy policy)

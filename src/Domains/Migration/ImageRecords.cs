@@ -75,7 +75,9 @@ internal sealed unsafe class ImageRecords(Domain domain, DomainImageReader image
                 ReadPvInfo();
                 return;
             case RecordType.CpuidPolicy:
-                CpuidRecord.Check(ReadArray(record, MigrationFormat.CpuidLeafSize, 4096), domain.Cpuid);
+                byte[] policy = ReadArray(record, MigrationFormat.CpuidLeafSize, 4096);
+                CpuidRecord.Check(policy, domain.Cpuid);
+                domain.RestrictCpuid(CpuidRecord.Overrides(policy));
                 return;
             case RecordType.MsrPolicy:
                 // Tells which registers exist, and that not in a domain's favour: what it uses of them is in its vCPUs' records.

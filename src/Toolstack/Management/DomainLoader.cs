@@ -4,9 +4,11 @@ using XenSharp.Api;
 using XenSharp.Configuration;
 using XenSharp.Configuration.Boot;
 using XenSharp.Configuration.Devices;
+using XenSharp.Core;
 using XenSharp.Devices.Block.Images;
 using XenSharp.Domains.Builder;
 using XenSharp.Domains.Emulation;
+using XenSharp.Domains.Grants;
 using XenSharp.Kvm;
 
 namespace XenSharp.Toolstack.Management;
@@ -34,39 +36,41 @@ internal static class DomainLoader
         }
 
         List<string> ineffective = [];
-        void Note(bool present, string key)
-        {
-            if (present)
-                ineffective.Add($"{key} has no effect in this build.");
-        }
-
         ineffective.AddRange(configuration.Cpuid.Where(static mask => !Override(mask).IsHeeded).Select(static mask =>
             $"cpuid has no effect on leaf 0x{mask.Leaf:x}, {mask.Register}: features, the processor's signature and its name can be changed."));
-        Note(configuration.MaxGrantFrames is not null, "max_grant_frames");
-        Note(configuration.MaxMaptrackFrames is not null, "max_maptrack_frames");
-        Note(configuration.MaxGrantVersion is not null, "max_grant_version");
         return ineffective;
     }
 
     /// <summary>Reads kernel and ramdisk, from the host's files or out of the first disk.</summary>
     /// <param name="configuration">What names them.</param>
+    /// <param name="kernels">Those that were unpacked before.</param>
     /// <param name="note">Is told, in sentences, what may not be as expected.</param>
     /// <exception cref="ToolstackException">They cannot be read, or are none; a sentence says which.</exception>
-    internal static DomainSpecification Load(DomainConfiguration configuration, Action<string>? note = null)
+    internal static DomainSpecification Load(DomainConfiguration configuration, UnpackedKernels kernels, Action<string>? note = null)
     {
         if (configuration.Bootloader is { } bootloader)
             return LoadFromDisk(configuration, bootloader, note);
         if (configuration.Kernel is not { } kernel)
             throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} has no kernel: name it with kernel=.");
+        LoadedKernel? loaded = null;
+        HostBuffer? disk = null;
+        bool handedOver = false;
         try
         {
-            byte[] image = HostFile.Read(Absolute(kernel, "kernel"), "kernel=", KernelImage.LargestUnpackedSize, "is larger than any kernel; name the kernel itself.");
-            byte[] disk = configuration.Ramdisk is { } ramdisk
-                ? HostFile.Read(
+            loaded = kernels.Load(Absolute(kernel, "kernel"), "kernel=");
+            if (configuration.Ramdisk is { } ramdisk)
+            {
+                disk = HostFile.Load(
                     Absolute(ramdisk, "ramdisk"), "ramdisk=", (int)Math.Min((long)configuration.MemoryMiB << 20, Array.MaxLength),
-                    $"does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.")
-                : [];
-            return Describe(configuration, new DomainImage(KernelImage.Parse(image), disk) { Reusable = false });
+                    $"does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.");
+            }
+
+            var image = disk is null
+                ? new DomainImage(loaded.Image, default, loaded.Memory) { Reusable = false }
+                : new DomainImage(loaded.Image, disk.Memory, loaded.Memory, disk) { Reusable = false };
+            DomainSpecification specification = Describe(configuration, image);
+            handedOver = true;
+            return specification;
         }
         catch (HostFileException failure)
         {
@@ -76,6 +80,26 @@ internal static class DomainLoader
         {
             throw Refusal(ProblemKind.BadConfiguration, $"{kernel}: {failure.Message}", failure);
         }
+        finally
+        {
+            if (!handedOver)
+            {
+                loaded?.Memory.Dispose();
+                (disk as IDisposable)?.Dispose();
+            }
+        }
+    }
+
+    /// <summary>What its grant table may grow to.</summary>
+    private static GrantLimits GrantsOf(DomainConfiguration configuration)
+    {
+        var usual = new GrantLimits();
+        return new GrantLimits
+        {
+            Frames = configuration.MaxGrantFrames ?? usual.Frames,
+            HandlePages = configuration.MaxMaptrackFrames ?? usual.HandlePages,
+            Version = configuration.MaxGrantVersion ?? usual.Version,
+        };
     }
 
     /// <summary>What the domain is made from.</summary>
@@ -89,6 +113,7 @@ internal static class DomainLoader
         Vcpus = configuration.VcpuCount,
         OnlineVcpus = configuration.Vcpus,
         MaxEventChannels = (uint)configuration.MaxEventChannels,
+        GrantLimits = GrantsOf(configuration),
         CommandLine = configuration.CommandLine,
         TimeOffsetSeconds = TimeOffset(configuration),
         Cpuid = [.. configuration.Cpuid.Select(Override)],

@@ -23,6 +23,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
     private readonly ToolstackOptions _options;
     private readonly StateFolder _state;
+    private readonly UnpackedKernels _kernels;
 
     /// <summary>Guards who there is, names, and records.</summary>
     private readonly Lock _lock = new();
@@ -47,6 +48,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         _options = options ?? throw new ArgumentNullException(nameof(options));
         Log = log ?? throw new ArgumentNullException(nameof(log));
         _state = Management.StateFolder.Open(options.StateFolder, log);
+        _kernels = new UnpackedKernels(Path.Combine(_state.Path, "kernels"), log);
     }
 
     /// <summary>What domains are made in.</summary>
@@ -137,7 +139,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
         IReadOnlyList<string> warnings = DomainLoader.Check(configuration);
         lock (_lock)
             CheckFree(configuration.Name, configuration.Uuid);
-        _ = await Task.Run(() => DomainLoader.Load(configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() })).ConfigureAwait(false);
+        await Task.Run(() => DomainLoader.Load(configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() }, _kernels).Image.Release()).ConfigureAwait(false);
         return warnings;
     }
 
@@ -252,6 +254,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     public async ValueTask DisposeAsync()
     {
         await CloseAsync(TimeSpan.Zero).ConfigureAwait(false);
+        await _kernels.DisposeAsync().ConfigureAwait(false);
         _state.Dispose();
     }
 
@@ -340,7 +343,8 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
             // Nobody but the toolstack says how much memory it may have.
             running.Domain.MaxPages = DomainOptions.MaxPages(configuration.MemoryMiB);
-            domain = new ManagedDomain(this, running, configuration, console);
+            domain = new ManagedDomain(this, running, configuration, console, making.RequestTime);
+            domain.PlaceConfigured();
             _options.BeforeStep?.Invoke(CreateStep.Devices);
             await domain.AttachConfiguredAsync(cancellation).ConfigureAwait(false);
             cancellation.ThrowIfCancellationRequested();
@@ -421,9 +425,18 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             () =>
             {
                 _options.BeforeStep?.Invoke(CreateStep.Load);
-                DomainSpecification specification = DomainLoader.Load(configuration, note => Log.Write($"{configuration.Name}: {note}"));
-                _options.BeforeStep?.Invoke(CreateStep.Build);
                 cancellation.ThrowIfCancellationRequested();
+                DomainSpecification specification = DomainLoader.Load(configuration, _kernels, note => Log.Write($"{configuration.Name}: {note}"));
+                try
+                {
+                    _options.BeforeStep?.Invoke(CreateStep.Build);
+                }
+                catch
+                {
+                    _ = specification.Image.Release();
+                    throw;
+                }
+
                 return RunningDomain.Create(Context, specification, console, log);
             },
             cancellation).ConfigureAwait(false);
@@ -453,6 +466,9 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     /// <param name="BuildAsync">Makes it, ready to start.</param>
     private sealed record Making(Func<DomainConfiguration, ConsoleHub, IConsoleSink, CancellationToken, Task<RunningDomain>> BuildAsync)
     {
+        /// <summary>When it was asked for, or began to be made anew.</summary>
+        public DateTimeOffset RequestTime { get; } = DateTimeOffset.UtcNow;
+
         /// <summary>It waits until it is unpaused.</summary>
         public bool Paused { get; init; }
 

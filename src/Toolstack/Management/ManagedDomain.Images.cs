@@ -1,6 +1,7 @@
 // Saving a domain to a file, and dumping its core.
 
 using XenSharp.Api;
+using XenSharp.Configuration;
 using XenSharp.Domains;
 using XenSharp.Domains.Migration;
 
@@ -28,7 +29,7 @@ public sealed partial class ManagedDomain
                     await Task.Run(
                         () =>
                         {
-                            SavedDomainFile.WriteHeader(file.Stream, Configuration with { Name = Name, Uuid = Uuid });
+                            SavedDomainFile.WriteHeader(file.Stream, RetrieveConfiguration());
                             Running.Domain.Save(file.Stream, progress, ending);
                         },
                         ending).ConfigureAwait(false);
@@ -67,6 +68,33 @@ public sealed partial class ManagedDomain
                 }
             },
             cancellation);
+
+    /// <summary>
+    /// The configuration with what the domain is now (libxl_retrieve_domain_configuration), from which it is to be made again for what its
+    /// guest knows of it: it may have been replaced by one for the next incarnation. What libxl takes from the running domain, the
+    /// configuration is not asked for: name, UUID, vCPUs, the balloon's target, the memory that it was made for, and which of the devices
+    /// are plugged in. A limit that was set by mem-max is lost, as with xl.
+    /// </summary>
+    internal DomainConfiguration RetrieveConfiguration()
+    {
+        lock (_gate)
+        {
+            DomainConfiguration configuration = Configuration;
+            return configuration with
+            {
+                Name = Name,
+                Uuid = Uuid,
+                Vcpus = _onlineVcpus,
+                MaxVcpus = Running.Specification.Vcpus,
+
+                // The configuration has whole MiB; a guest that is left a part of one more has what it needs.
+                MemoryMiB = (int)((_targetKiB + 1023) >> 10),
+                MaxMemoryMiB = Running.Specification.MaxMemoryMiB,
+                Disks = [.. configuration.Disks.Where(disk => _disks.Any(plugged => plugged.Device.Number == disk.DeviceId))],
+                Vifs = [.. configuration.Vifs.Where(vif => _interfaces.Any(plugged => (int)plugged.Options.DeviceId == vif.DeviceId))],
+            };
+        }
+    }
 
     /// <summary>Completes when nothing of the domain is left.</summary>
     internal Task Gone => _goneCompletion.Task;

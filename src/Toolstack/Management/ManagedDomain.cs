@@ -36,18 +36,22 @@ public sealed partial class ManagedDomain
     private int _onlineVcpus;
     private long _targetKiB;
     private long _maximumKiB;
+    private long _firstEntry;
+    private readonly IReadOnlyList<int>?[] _processors;
     private bool _started;
     private bool _dying;
     private bool _gone;
 
-    internal ManagedDomain(DomainToolstack toolstack, RunningDomain running, DomainConfiguration configuration, ConsoleHub console)
+    internal ManagedDomain(DomainToolstack toolstack, RunningDomain running, DomainConfiguration configuration, ConsoleHub console, DateTimeOffset requestTime)
     {
         (_toolstack, Running, _configuration, Console) = (toolstack, running, configuration, console);
-        (Name, Uuid) = (configuration.Name, running.Specification.Uuid);
+        (Name, Uuid, RequestTime) = (configuration.Name, running.Specification.Uuid, requestTime);
         _onlineVcpus = configuration.Vcpus;
         _targetKiB = (long)configuration.MemoryMiB << 10;
         _maximumKiB = (long)configuration.GreatestMemoryMiB << 10;
         Id = running.Domain.Id.Value;
+        _processors = new IReadOnlyList<int>?[running.Specification.Vcpus];
+        running.Domain.BeforeFirstEntry = () => Volatile.Write(ref _firstEntry, DateTimeOffset.UtcNow.UtcTicks);
     }
 
     /// <summary>Its number.</summary>
@@ -58,6 +62,9 @@ public sealed partial class ManagedDomain
 
     /// <summary>Its UUID; a crashed one that was renamed to make room for the next has another than it began with.</summary>
     public Guid Uuid { get; internal set; }
+
+    /// <summary>When it was asked for.</summary>
+    public DateTimeOffset RequestTime { get; }
 
     /// <summary>When it was made.</summary>
     public DateTimeOffset StartTime { get; } = DateTimeOffset.UtcNow;
@@ -111,7 +118,9 @@ public sealed partial class ManagedDomain
                 OnlineVcpus = vcpus.Count(static vcpu => vcpu.IsUp),
                 MaximumVcpus = vcpus.Count,
                 ProcessorSeconds = vcpus.Sum(static vcpu => vcpu.ProcessorTime.TotalSeconds),
+                RequestTime = RequestTime,
                 StartTime = StartTime,
+                FirstEntryTime = Volatile.Read(ref _firstEntry) is not 0 and long ticks ? new DateTimeOffset(ticks, TimeSpan.Zero) : null,
                 UptimeSeconds = (DateTimeOffset.UtcNow - StartTime).TotalSeconds,
                 Kernel = Running.Specification.KernelFile,
                 Ramdisk = Running.Specification.RamdiskFile,
@@ -130,6 +139,7 @@ public sealed partial class ManagedDomain
             if (_gone)
                 throw IsGone();
             bool ended = Exit is not null;
+            IReadOnlyList<int> online = HostMachine.OnlineProcessors;
             return
             [
                 .. Running.Domain.Activity.Select(vcpu => new VcpuInfo
@@ -141,6 +151,8 @@ public sealed partial class ManagedDomain
                     Paused = _pauses != 0,
                     Processor = HostMachine.ProcessorOf(vcpu.ThreadId),
                     ProcessorSeconds = vcpu.ProcessorTime.TotalSeconds,
+                    Processors = (HostMachine.ProcessorsFor(vcpu.ThreadId) ?? _processors[vcpu.Id]) is { } allowed && online.Except(allowed).Any()
+                        ? ProcessorSet.Format(allowed) : null,
                 }),
             ];
         }
@@ -230,6 +242,30 @@ public sealed partial class ManagedDomain
         }
 
         Reconfigure(configuration => configuration with { Vcpus = online });
+    }
+
+    /// <summary>Says which of the host's processors vCPUs may run on, until the domain ends.</summary>
+    /// <param name="vcpu">Which vCPU; null for all.</param>
+    /// <param name="processors">In xl's notation (<see cref="ProcessorSet"/>).</param>
+    public void SetProcessors(int? vcpu, string processors)
+    {
+        IReadOnlyList<int> chosen = Resolve(processors, "Name others.");
+        lock (_gate)
+        {
+            CheckAlive("given processors");
+            int last = Running.Specification.Vcpus - 1;
+            if (vcpu < 0 || vcpu > last)
+                throw new ToolstackException(ProblemKind.BadRequest, $"The domain {Name} has no vCPU {vcpu}; its vCPUs are 0 to {last}.");
+            for (int i = vcpu ?? 0; i <= (vcpu ?? last); i++)
+                Place(i, chosen);
+        }
+    }
+
+    /// <summary>Puts its vCPUs where its configuration says. Before it runs.</summary>
+    internal void PlaceConfigured()
+    {
+        foreach ((int vcpu, string processors) in Configuration.Processors.Index().Take(Running.Specification.Vcpus))
+            Place(vcpu, Resolve(processors, "Change cpus= in its configuration."));
     }
 
     /// <summary>Tells the guest's balloon how much memory it is to leave the domain, and sees to it that it gets no more.</summary>
@@ -401,6 +437,29 @@ public sealed partial class ManagedDomain
     {
         _toolstack.Record(this, () => Volatile.Write(ref _configuration, change(_configuration)));
         _toolstack.Tell(DomainEventKind.Changed, this);
+    }
+
+    private static IReadOnlyList<int> Resolve(string processors, string advice)
+    {
+        try
+        {
+            return ProcessorSet.Parse(processors).Resolve(HostMachine.OnlineProcessors, HostMachine.ProcessorsOfNode);
+        }
+        catch (FormatException failure)
+        {
+            throw new ToolstackException(ProblemKind.BadRequest, $"{failure.Message} {advice}", failure);
+        }
+    }
+
+    private void Place(int vcpu, IReadOnlyList<int> processors)
+    {
+        if (!Running.Domain.SetProcessors(vcpu, processors))
+        {
+            throw new ToolstackException(
+                ProblemKind.HostCannot, $"The host does not let vCPU {vcpu} of {Name} run on {ProcessorSet.Format(processors)}: a cpuset of its cgroup may keep the daemon from there.");
+        }
+
+        _processors[vcpu] = processors;
     }
 
     private static bool IsRunning(VcpuActivity vcpu) => vcpu.IsUp && vcpu.Waiting == WaitState.None;

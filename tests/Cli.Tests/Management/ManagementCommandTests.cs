@@ -156,7 +156,13 @@ public sealed class ManagementCommandTests
     [TestCase("mem-set web 5x", "\"5x\" is none")]
     [TestCase("mem-set web 99999999999999g", "is none")]
     [TestCase("mem-set web 0", "\"0\" is none")]
-    [TestCase("mem-set web", "Required argument missing")]
+    [TestCase("mem-set web", "mem-set takes <Domain> and <")]
+    [TestCase("list -z", "does not know \"-z\"")]
+    [TestCase("destroy --force", "does not know \"--force\"")]
+    [TestCase("vcpu-pin web 0", "vcpu-pin takes <Domain> and <VCPU> and <CPUs>")]
+    [TestCase("vcpu-pin web x 0", "\"x\" is neither")]
+    [TestCase("vcpu-pin web 0 0-", "\"0-\" is no such name")]
+    [TestCase("vcpu-pin web 0 1 2", "leave them out")]
     [TestCase("shutdown", "takes a domain, or --all")]
     [TestCase("reboot -a web", "not both")]
     [TestCase("save web f -c -p", "not both")]
@@ -167,7 +173,7 @@ public sealed class ManagementCommandTests
     [TestCase("create -f a b", "\"b\" is another")]
     [TestCase("top --delay 0", "\"0\" is no such number")]
     [TestCase("completion tcsh", "\"tcsh\" is none of them")]
-    [TestCase("restore", "Required argument missing")]
+    [TestCase("restore", "restore takes <")]
     public async Task ACommandLineThatMeansNothingIsRefused(string command, string part)
     {
         CommandEnd end = await RunAsync(command);
@@ -181,6 +187,15 @@ public sealed class ManagementCommandTests
     {
         CommandEnd end = await RunAsync("vcpu-set web 64");
         Assert.That((end.Status, end.Error), Is.EqualTo((1, "xensharp: 64 vCPUs are more than the host's 8 processors; --ignore-host brings them online all the same.\n")));
+    }
+
+    [TestCase("vcpu-pin web 1 0-3,^1", """{"vcpu":1,"processors":"0-3,^1"}""")]
+    [TestCase("vcpu-pin web all all -", """{"processors":"all"}""")]
+    public async Task VcpusArePinned(string command, string body)
+    {
+        _daemon.On("PUT /v1/domains/web/vcpus/processors", null);
+        Assert.That(await RunAsync(command), Is.EqualTo(new CommandEnd(0, "", "")));
+        Assert.That(_daemon.Requests[^1].Body, Is.EqualTo(body));
     }
 
     [Test]

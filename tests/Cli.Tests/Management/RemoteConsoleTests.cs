@@ -104,6 +104,40 @@ public sealed class RemoteConsoleTests
     }
 
     [Test]
+    public async Task TopDrawsWhatTheWindowHasRoomForTakesKeysAndLeavesTheTerminalAsItWas()
+    {
+        _daemon.On("GET /v1/domains", $"[{s_json}]");
+        _daemon.On("GET /v1/host", JsonSerializer.Serialize(
+            new HostInfo
+            {
+                Host = "h", Release = "6.1", Machine = "x86_64", Processors = 8, TotalMemoryMiB = 16000, FreeMemoryMiB = 9000, Version = "1", XenVersion = "4.17",
+                KvmDevice = "/dev/kvm", Domains = 1, StartTime = DateTimeOffset.UnixEpoch, ProcessId = 1, StateFolder = "/state",
+            },
+            ApiJson.Default.HostInfo));
+        using var terminal = new PseudoTerminal();
+        terminal.Resize(40, 10);
+        string before = terminal.Mode;
+
+        // An hour between two looks: what is drawn a second time is drawn for the key.
+        using CommandProcess command = CommandProcess.StartAt(terminal.Name, "top", "--delay", "3600", "--daemon", _daemon.Path);
+        string screen = ReadScreenTo(terminal, "\e[J");
+        Assert.That(screen, Does.StartWith("\e[?1049h\e[?25l\e[H"));
+
+        // The terminal itself makes \r\n of each \n.
+        string[] lines = screen.Replace("\r", string.Empty, StringComparison.Ordinal).Split("\e[K\n");
+        Assert.That(lines, Has.Length.LessThanOrEqualTo(10).And.Some.StartsWith(" ").And.Some.Contains(" web "));
+        Assert.That(lines.Select(static line => line[(line.LastIndexOf('H') is var at && line.StartsWith('\e') ? at + 1 : 0)..].Length), Is.All.LessThanOrEqualTo(40));
+        terminal.Type("x "u8);
+        Assert.That(ReadScreenTo(terminal, "\e[J"), Does.Contain("\e[H"));
+        Assert.That(_daemon.Requests.Count(static request => request.Line == "GET /v1/domains"), Is.EqualTo(2));
+        terminal.Type("q"u8);
+        Assert.That(ReadScreenTo(terminal, "\e[?1049l"), Does.EndWith("\e[?25h\e[?1049l"));
+        Assert.That(await command.WaitAsync(), Is.Zero);
+        Assert.That(terminal.Mode, Is.EqualTo(before));
+        Assert.That(command.Error.Trim(), Is.Empty);
+    }
+
+    [Test]
     public async Task BashCompletesWithWhatTheCommandSays()
     {
         if (!File.Exists("/bin/bash"))
@@ -128,11 +162,19 @@ public sealed class RemoteConsoleTests
             """;
         using CommandProcess command = CommandProcess.StartInShell(script, _daemon.Path);
         CommandEnd end = await command.FinishAsync();
-        Assert.That(end.Output.Split('\n'), Is.EqualTo(new[] { "vcpu-list vcpu-set", "web", "web", "--all", "" }), end.Error);
+        Assert.That(end.Output.Split('\n'), Is.EqualTo(new[] { "vcpu-list vcpu-pin vcpu-set", "web", "web", "--all", "" }), end.Error);
     }
 
     private static async Task UpgradeAsync(Stream stream, string text)
         => await stream.WriteAsync(Encoding.UTF8.GetBytes($"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {ApiRoutes.ConsoleProtocol}\r\n\r\n{text}"));
+
+    private static string ReadScreenTo(PseudoTerminal terminal, string end)
+    {
+        var text = new StringBuilder();
+        while (!text.ToString().Contains(end, StringComparison.Ordinal))
+            text.Append(Encoding.UTF8.GetString(terminal.ReadScreen()));
+        return text.ToString();
+    }
 
     private static string ReadScreen(PseudoTerminal terminal, int length)
     {

@@ -50,6 +50,15 @@ internal sealed unsafe partial class PseudoTerminal : IDisposable
         }
     }
 
+    /// <summary>Gives the window a size.</summary>
+    internal void Resize(int columns, int rows)
+    {
+        const int setWindowSize = 0x5414;
+        ushort* size = stackalloc ushort[4];
+        (size[0], size[1]) = ((ushort)rows, (ushort)columns);
+        Assert.That(LibC.ioctl(_master, setWindowSize, size), Is.Zero);
+    }
+
     internal static int Open(string path)
     {
         fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))

@@ -367,6 +367,93 @@ public sealed unsafe class GrantPairTests
         Assert.That(_mapper.Fake.Domain.IsStopping, Is.True);
     }
 
+    /// <summary>What a domain granted stays with each that has it, in whatever way, and goes with the last; what nobody has is gone at once.</summary>
+    [TestCase(1)]
+    [TestCase(2)]
+    public void A_dead_domains_pages_go_with_the_last_that_has_them(int version)
+    {
+        using GrantDomain third = Create(ThirdId);
+        Assert.That(_granter.SetVersion((uint)version), Is.EqualTo(Errno.None));
+        Grant(Reference, FrameOf(0));
+        Grant(Reference + 1, FrameOf(1));
+        Grant(Reference + 2, FrameOf(2));
+        _granter.PutEntry(Reference + 3, GrantFlags.PermitAccess, FrameOf(1), ThirdId);
+        Assert.That(Map(GrantMapFlags.Device, 0, out uint device), Is.EqualTo(GrantStatus.Okay));
+        ulong bus = _mapper.Fake.Read<MapGrantRef>(Request).DeviceBusAddress;
+        Assert.That(Map(GrantMapFlags.Host, AddressOf(1), out uint replaced, Reference + 1), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(third.Map(Reference + 3, GrantMapFlags.Host, AddressOf(1), out _, GranterId), Is.EqualTo(GrantStatus.Okay));
+        _granter.Dispose();
+
+        // The number is still taken, and what nobody has is not to be had.
+        var mine = new CopyPointer { Frame = FrameOf(5), Domain = Self };
+        var its = new CopyPointer { Reference = Reference + 2, Domain = GranterId };
+        Assert.That(_mapper.Copy(its, mine, 64, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.BadPage));
+        Assert.That(_mapper.Copy(mine, its, 64, CopyFlags.DestinationReference), Is.EqualTo(GrantStatus.BadPage));
+        Assert.That(Map(GrantMapFlags.Device, 0, out _, Reference + 2), Is.EqualTo(GrantStatus.BadPage));
+
+        Assert.That(_mapper.Unmap(device, 0, bus + Paging.PageSize), Is.EqualTo(GrantStatus.BadDeviceAddress));
+        Assert.That(_mapper.Unmap(device, 0, bus), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_mapper.Unmap(device, 0, bus), Is.EqualTo(GrantStatus.BadHandle));
+        ulong moved = _mapper.EntryOf(AddressOf(2)).Frame.Value;
+        _mapper.Fake.Write(Request, new UnmapGrantRef { HostAddress = AddressOf(1), NewAddress = AddressOf(2), Handle = replaced });
+        Assert.That(_mapper.Op(7), Is.Zero);
+        Assert.That(_mapper.Fake.Read<GrantStatus>(Request + UnmapGrantRef.StatusOffset), Is.EqualTo(GrantStatus.Okay));
+        Assert.That((_mapper.EntryOf(AddressOf(1)).Frame.Value, _mapper.EntryOf(AddressOf(2)).IsPresent), Is.EqualTo((moved, false)));
+        Assert.That(_mapper.Fake.Machine.Shown, Is.Empty);
+        _mapper.Audit();
+        third.Audit();
+        Assert.That(_manager.Domains.Select(static domain => domain.Id.Value), Is.EquivalentTo(new[] { GranterId, MapperId, ThirdId }), "the third has a page");
+        third.Dispose();
+        Assert.That(_manager.Domains.Select(static domain => domain.Id.Value), Is.EquivalentTo(new[] { MapperId }));
+        Assert.That(Map(GrantMapFlags.Device, 0, out _), Is.EqualTo(GrantStatus.BadDomain));
+        _mapper.Audit();
+    }
+
+    /// <summary>A domain that has shut down is all there until it is destroyed.</summary>
+    [Test]
+    public void What_a_domain_granted_can_be_used_when_it_has_shut_down()
+    {
+        const ulong shutdown = 2;
+        Grant(Reference, FrameOf(0));
+        _granter.Fake.Write(AddressOf(0), 0xddUL);
+        _granter.Fake.Write(Request, (uint)ShutdownReason.PowerOff);
+        _ = _granter.Fake.Call(HypercallNumber.SchedOp, shutdown, Request);
+        Assert.That(_granter.Fake.Domain.IsStopping, Is.True);
+        Assert.That(Map(GrantMapFlags.Host, AddressOf(1), out uint handle), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(ReadBy(_mapper, AddressOf(1)), Is.EqualTo(0xdd));
+        var its = new CopyPointer { Reference = Reference, Domain = GranterId };
+        var mine = new CopyPointer { Frame = FrameOf(5), Domain = Self };
+        Assert.That(_mapper.Copy(its, mine, 8, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(ReadBy(_mapper, AddressOf(5)), Is.EqualTo(0xdd));
+        Assert.That(_mapper.Unmap(handle, AddressOf(1)), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_granter.FlagsOf(Reference), Is.EqualTo(GrantFlags.PermitAccess));
+        Audit();
+    }
+
+    /// <summary>The domain that is asked is there, the one behind its transitive entry is not.</summary>
+    [Test]
+    public void Behind_a_transitive_entry_a_dead_domain_is_no_page()
+    {
+        using GrantDomain third = Create(ThirdId);
+        Assert.That(_granter.SetVersion(2), Is.EqualTo(Errno.None));
+        third.PutEntry(Reference, GrantFlags.PermitAccess, FrameOf(0), GranterId);
+        third.PutEntry(Reference + 1, GrantFlags.PermitAccess, FrameOf(1), MapperId);
+        *_granter.Table.Entry2(Reference) = new GrantEntry2
+        {
+            Header = new GrantHeader(GrantFlags.Transitive, MapperId), TransitiveDomain = ThirdId, TransitiveReference = Reference,
+        };
+        Assert.That(_mapper.Map(Reference + 1, GrantMapFlags.Host, AddressOf(1), out uint handle, ThirdId), Is.EqualTo(GrantStatus.Okay));
+        var through = new CopyPointer { Reference = Reference, Domain = GranterId };
+        var mine = new CopyPointer { Frame = FrameOf(5), Domain = Self };
+        Assert.That(_mapper.Copy(through, mine, 8, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.Okay));
+        third.Dispose();
+        Assert.That(_mapper.Copy(through, mine, 8, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.BadPage), "its number is taken, its pages are gone");
+        Assert.That(_mapper.Unmap(handle, AddressOf(1)), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(_mapper.Copy(through, mine, 8, CopyFlags.SourceReference), Is.EqualTo(GrantStatus.GeneralError), "nobody has its number");
+        Assert.That(_granter.Table[Reference].Pin, Is.Zero);
+        Audit();
+    }
+
     [Test]
     public void A_domain_that_dies_lets_go_of_what_it_has_mapped()
     {

@@ -37,6 +37,26 @@ public sealed unsafe class GrantTableTests
         _guest.Audit();
     }
 
+    [Test]
+    public void The_guest_is_told_of_limits_that_its_table_was_given_and_gets_no_further()
+    {
+        using var guest = new GrantDomain(change: static options => options with { GrantLimits = new GrantLimits { Frames = 2, HandlePages = 0, Version = 1 } });
+        Assert.That(guest.Setup(3, out _), Is.EqualTo(GrantStatus.GeneralError));
+        Assert.That(guest.Setup(2, out ulong[] frames), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(frames[1], Is.EqualTo(guest.Table.Frame(1).Value));
+        guest.Fake.Write(Request, new QuerySize { Domain = Self });
+        Assert.That(guest.Op(6), Is.Zero);
+        QuerySize size = guest.Fake.Read<QuerySize>(Request);
+        Assert.That((size.Status, size.FrameCount, size.MaxFrames), Is.EqualTo((GrantStatus.Okay, 2, 2)));
+
+        // As before there was a version 2 (gnttab_set_version); the version that there is comes back.
+        Assert.That(guest.SetVersion(2), Is.EqualTo(Errno.ENOSYS));
+        Assert.That(guest.Fake.Read<uint>(Request), Is.EqualTo(1));
+        guest.PutEntry(Reference, GrantFlags.PermitAccess, FrameOf(0));
+        Assert.That(guest.Map(Reference, GrantMapFlags.Host, AddressOf(1), out _), Is.EqualTo(GrantStatus.NoSpace), "it may have no handle");
+        guest.Audit();
+    }
+
     [TestCase(1)]
     [TestCase(2)]
     public void A_mapping_holds_its_page_until_it_is_unmapped(int version)

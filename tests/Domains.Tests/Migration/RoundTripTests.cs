@@ -1,4 +1,5 @@
 using System.Buffers.Binary;
+using System.Diagnostics;
 using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Domains.Hypercalls;
@@ -23,6 +24,29 @@ internal sealed unsafe class RoundTripTests
 
     [TearDown]
     public void DisposeSource() => _source.Dispose();
+
+    [Test]
+    public void The_clock_goes_on_where_the_counter_is_another()
+    {
+        _source.Suspend();
+        byte[] image = _source.Save();
+        ulong saved = BinaryPrimitives.ReadUInt64LittleEndian(ImageParts.Of(image).Single(RecordType.TscInfo).AsSpan(8));
+        long begin = Stopwatch.GetTimestamp();
+
+        // Another frequency than the 1 GHz of the source, and a counter that is behind.
+        static ulong Tsc() => (ulong)Stopwatch.GetTimestamp() * 5 / 2;
+        const long offset = -123_456_789;
+        using SuspendingGuest target = SuspendingGuest.Restore(
+            image, change: static options => options with { HostTsc = Tsc }, counter: new TimeStampCounter(2_500_000, offset));
+        target.Suspend();
+        VcpuTimeInfo info = ((VcpuInfo*)target.SharedInfo)->Time;
+        double tick = Math.ScaleB(info.TscToSystemMul, info.TscShift - 32);
+        Assert.That(tick, Is.EqualTo(0.4).Within(0.1).Percent, "nanoseconds");
+
+        // What a guest makes of it.
+        double now = info.SystemTime + (tick * (Tsc() + unchecked((ulong)offset) - info.TscTimestamp));
+        Assert.That(now, Is.InRange((double)saved, saved + (Stopwatch.GetElapsedTime(begin).TotalNanoseconds * 1.01)));
+    }
 
     [Test]
     public void All_that_there_is_is_there_again()

@@ -45,9 +45,10 @@ internal sealed unsafe class SuspendingGuest : IDisposable
     }
 
     /// <summary>Makes one from an image.</summary>
-    public static SuspendingGuest Restore(byte[] image, DomainManager? manager = null, Func<DomainOptions, DomainOptions>? change = null)
+    public static SuspendingGuest Restore(
+        byte[] image, DomainManager? manager = null, Func<DomainOptions, DomainOptions>? change = null, TimeStampCounter? counter = null)
     {
-        var machine = new FakeMachine(((ulong)MemoryMiB << 8) + 8, s_counter, OtherFirstFrame);
+        var machine = new FakeMachine(((ulong)MemoryMiB << 8) + 8, counter ?? s_counter, OtherFirstFrame);
         try
         {
             using var stream = new MemoryStream(image);

@@ -83,7 +83,7 @@ public sealed class BlockTests : KvmFixture
         string script = Functions + """
             appear xvda
             echo "@first $(sum /dev/xvda)"
-            echo "@features $(dmesg | grep blkfront | tail -1)"
+            echo "@features $(dmesg | grep "blkfront: xvda:" | tail -1)"
             check xvda
             blkdiscard -o 1048576 -l 2097152 /dev/xvda || echo "@failed blkdiscard"
             echo "@hole $(dd if=/dev/xvda bs=1M skip=1 count=2 2>/dev/null | tr -d '\0' | wc -c)"
@@ -114,8 +114,8 @@ public sealed class BlockTests : KvmFixture
         var console = new ConsoleLines();
         await using RunningDomain domain = await BootAsync(script, block, console, cancellation);
         var reports = new StringBuilder();
-        await using BlockBackend first = Attach(domain, "xvda", RawImage.Open(raw, readOnly: false), reports);
-        await using BlockBackend second = Attach(domain, "xvdb", RawImage.Open(readOnly, readOnly: true), reports);
+        await using BlockBackend first = Attach(domain, "xvda", RawImage.Open(raw, readOnly: false), reports, persistentGrants: 1056);
+        await using BlockBackend second = Attach(domain, "xvdb", RawImage.Open(readOnly, readOnly: true), reports, persistentGrants: 1056);
         await using BlockBackend third = Attach(domain, "xvdc", RawImage.Open(ext4, readOnly: false), reports);
         domain.Start();
 
@@ -176,7 +176,7 @@ public sealed class BlockTests : KvmFixture
         {
             (string path, IReadOnlyList<string> arguments) = qemu.Command("qemu-nbd");
             QemuImage opened = await QemuImage.OpenAsync(
-                image, BlockImageFormat.Qcow2, readOnly: false, new QemuNbdProgram(path) { Arguments = arguments }, cancellation);
+                image, BlockImageFormat.Qcow2, readOnly: false, new QemuNbdProgram(path) { Arguments = arguments }, cancellation: cancellation);
             await using BlockBackend disk = Attach(domain, "xvda", opened, reports);
             domain.Start();
             await ExpectCleanEndAsync(domain, console, reports, cancellation);
@@ -193,8 +193,102 @@ public sealed class BlockTests : KvmFixture
         Assert.That(contents.AsSpan(0, 8 * MiB).ContainsAnyExcept((byte)0), Is.False);
     }
 
-    private static BlockBackend Attach(RunningDomain domain, string device, IBlockImage image, StringBuilder reports) => BlockBackend.Create(
-        domain.Domain, domain.Store.Domain0, new BlockDeviceOptions { Device = VirtualDevice.Parse(device), Image = image },
+    /// <summary>What happens to files under a guest: no room, cut short, deleted, and their file system taken away.</summary>
+    [Test]
+    public async Task Faults_of_the_host_reach_a_guest_and_people_and_no_other_disk(CancellationToken cancellation)
+    {
+        byte[] block = new byte[4 * MiB];
+        new Random(4).NextBytes(block);
+        string small = Path.Combine(_folder, "small");
+        string full = Path.Combine(small, "full.img");
+        string ballast = Path.Combine(small, "ballast");
+        string cut = Path.Combine(_folder, "cut.img");
+        string good = Path.Combine(_folder, "good.img");
+        if (!Environment.IsPrivilegedProcess)
+            Assert.Ignore("Mounting a small file system takes root.");
+        Directory.CreateDirectory(small);
+        await RunAsync(cancellation, "mount", "-t", "tmpfs", "-o", "size=8m", "none", small);
+        bool isMounted = true;
+        try
+        {
+            await File.WriteAllBytesAsync(ballast, new byte[6 * MiB], cancellation);
+            foreach (string path in (string[])[full, cut, good])
+            {
+                await using FileStream file = File.Create(path);
+                file.SetLength(16 * MiB);
+            }
+
+            string script = Functions + """
+                write() { dd if=/block of=/dev/$1 bs=1M seek=8 oflag=direct 2>/dev/null && echo "$2 done" || echo "$2 error"; }
+                wait_for_host() { echo "$1"; read answer; }
+                appear xvda; appear xvdb; appear xvdc
+                write xvda "@full"
+                write xvdc "@meanwhile"
+                wait_for_host "@room"
+                check xvda
+                wait_for_host "@cut"
+                dd if=/dev/xvdb of=/dev/null bs=1M skip=8 count=1 iflag=direct 2>/dev/null && echo "@behind done" || echo "@behind error"
+                dd if=/dev/xvdb of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null && echo "@before done" || echo "@before error"
+                wait_for_host "@vanish"
+                check xvda
+                check xvdc
+                echo "@last"
+                """;
+            var console = new ConsoleLines();
+            var reports = new StringBuilder();
+            await using (RunningDomain domain = await BootAsync(script, block, console, cancellation))
+            {
+                await using BlockBackend first = Attach(domain, "xvda", RawImage.Open(full, readOnly: false), reports);
+                await using BlockBackend second = Attach(domain, "xvdb", RawImage.Open(cut, readOnly: false), reports);
+                await using BlockBackend third = Attach(domain, "xvdc", RawImage.Open(good, readOnly: false), reports);
+                domain.Start();
+                Assert.That(await console.WaitForAsync("@full", domain.Stopped, cancellation), Is.EqualTo("error"));
+                Assert.That(await console.WaitForAsync("@meanwhile", domain.Stopped, cancellation), Is.EqualTo("done"), "another disk");
+                await console.WaitForAsync("@room", domain.Stopped, cancellation);
+                lock (reports)
+                    Assert.That(reports.ToString(), Does.Contain(full).And.Contain("there is no room left where it is; make some"));
+                File.Delete(ballast);
+                await domain.WriteInputAsync("\n"u8.ToArray(), cancellation);
+
+                // By another program, as .NET respects the image's lock.
+                await console.WaitForAsync("@cut", domain.Stopped, cancellation);
+                await RunAsync(cancellation, "truncate", "--size=8M", cut);
+                await domain.WriteInputAsync("\n"u8.ToArray(), cancellation);
+                Assert.That(await console.WaitForAsync("@behind", domain.Stopped, cancellation), Is.EqualTo("error"));
+                Assert.That(await console.WaitForAsync("@before", domain.Stopped, cancellation), Is.EqualTo("done"), "what is left");
+                lock (reports)
+                    Assert.That(reports.ToString(), Does.Contain(cut).And.Contain("as long as it was"));
+
+                // A file is there as long as it is open, wherever its names and its file system's have gone.
+                await console.WaitForAsync("@vanish", domain.Stopped, cancellation);
+                await RunAsync(cancellation, "umount", "-l", small);
+                isMounted = false;
+                File.Delete(good);
+                await domain.WriteInputAsync("\n"u8.ToArray(), cancellation);
+                await console.WaitForAsync("@last", domain.Stopped, cancellation);
+                Assert.That(third.Statistics.Errors, Is.Zero);
+                DomainExit exit = await domain.Completion.WaitAsync(cancellation);
+                Assert.That(exit.Reason, Is.EqualTo(ShutdownReason.PowerOff), exit.Report);
+                Assert.That(console.Text, Does.Not.Contain("@failed"));
+            }
+        }
+        finally
+        {
+            if (isMounted)
+                await RunAsync(CancellationToken.None, "umount", "-l", small);
+        }
+    }
+
+    private static async Task RunAsync(CancellationToken cancellation, string program, params string[] arguments)
+    {
+        CommandResult result = await new CommandRunner(CommandRunner.SystemSearchPath).RunAsync(new Command(program, arguments), cancellation);
+        Assert.That(result.ExitCode, Is.Zero, $"{program} {string.Join(' ', arguments)}: {result.Error}");
+    }
+
+    private static BlockBackend Attach(RunningDomain domain, string device, IBlockImage image, StringBuilder reports, int persistentGrants = 0)
+        => BlockBackend.Create(
+        domain.Domain, domain.Store.Domain0,
+        new BlockDeviceOptions { Device = VirtualDevice.Parse(device), Image = image, MaxPersistentGrants = persistentGrants },
         sentence =>
         {
             lock (reports)

@@ -3,6 +3,7 @@
 
 using System.Diagnostics;
 using System.Globalization;
+using System.Security.Cryptography;
 using System.Text;
 using System.Text.RegularExpressions;
 using XenSharp.Cli.Tests;
@@ -20,6 +21,11 @@ namespace XenSharp.Boot.Tests;
 public sealed partial class EverydayTests : KvmFixture
 {
     private const string Name = "everyday";
+
+    /// <summary>The environment variable that says how much is written to a disk and read back, in MiB.</summary>
+    private const string DiskVariable = "XENSHARP_DISK_MIB";
+
+    private const int DefaultDiskMiB = 256;
 
     private static readonly TimeSpan s_bootPatience = TimeSpan.FromMinutes(5);
 
@@ -149,6 +155,48 @@ public sealed partial class EverydayTests : KvmFixture
         Assert.That((await TypeAsync("list")).Output, Does.Not.Contain(Name));
         foreach (string image in (string[])[disk, second])
             await CheckFileSystemAsync(image, cancellation);
+    }
+
+    /// <summary>fio writes a file with a checksum in each of its blocks and checks them; the file is the same on the host once the guest is gone.</summary>
+    [Test]
+    public async Task What_fio_wrote_is_on_the_disk_after_the_power_is_off(CancellationToken cancellation)
+    {
+        int size = Durations.Number(DiskVariable, DefaultDiskMiB);
+        string disk = await CopyDiskAsync(cancellation);
+        string second = Path.Combine(_folder, "second.img");
+        await using (FileStream file = File.Create(second))
+            file.SetLength((long)(size + Math.Max(64, size / 16)) << 20);
+        _ = await TypeAsync(
+            "create", $"name=\"{Name}\"", "bootloader=\"pygrub\"", "memory=384", "vcpus=2",
+            $"disk=[ '{disk},raw,xvda,w', '{second},raw,xvdb,w' ]");
+        string sum;
+        using (var console = new GuestShell())
+        {
+            console.LogIn();
+            console.Run("mkfs.ext4 -q /dev/xvdb && mount /dev/xvdb /mnt");
+            string job = string.Create(
+                CultureInfo.InvariantCulture,
+                $"fio --name=file --directory=/mnt --filename=file --size={size}M --bs=128k --ioengine=libaio --iodepth=32 --direct=1");
+            long start = Stopwatch.GetTimestamp();
+            console.Run($"{job} --rw=write --end_fsync=1 --verify=crc32c --do_verify=1 > /run/fio 2>&1 || {{ cat /run/fio; false; }}");
+            TestContext.Out.WriteLine($"{size} MiB written and checked by fio in {Stopwatch.GetElapsedTime(start).TotalSeconds:0.0} s");
+            TestContext.Out.WriteLine(console.Run("grep -E 'WRITE:|READ:' /run/fio"));
+            Assert.That(console.Run("grep -c 'err= 0' /run/fio"), Is.EqualTo("1"));
+            sum = console.Run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/file").Split(' ')[0];
+            Assert.That(console.Run("dmesg --level=emerg,alert,crit,err | grep -c 'I/O error\\|EXT4-fs error'; true"), Is.EqualTo("0"));
+
+            // Nothing is unmounted by hand: the system does that on its way to powering off.
+            _ = await TypeAsync("shutdown", "-w", Name);
+            await console.EndedAsync();
+        }
+
+        foreach (string image in (string[])[disk, second])
+            await CheckFileSystemAsync(image, cancellation);
+        string copy = Path.Combine(_folder, "file");
+        _ = await RunAsync(cancellation, "debugfs", "-R", $"dump /file {copy}", second);
+        await using FileStream read = File.OpenRead(copy);
+        Assert.That(read.Length, Is.EqualTo((long)size << 20));
+        Assert.That(Convert.ToHexStringLower(await SHA256.HashDataAsync(read, cancellation)), Is.EqualTo(sum));
     }
 
     private async Task StartDaemonAsync()

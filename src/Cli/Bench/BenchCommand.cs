@@ -23,6 +23,7 @@ internal static class BenchCommand
         var iterations = new Option<int>("--iterations") { Description = "Operations of a figure in one round.", DefaultValueFactory = static _ => 3000 };
         var hypercalls = new Option<int>("--hypercalls") { Description = "Hypercalls over which allocations are counted.", DefaultValueFactory = static _ => 1_000_000 };
         var noDebian = new Option<bool>("--no-debian") { Description = "Leave the Debian guest out; nothing is downloaded." };
+        var disks = new Option<bool>("--disks") { Description = "Only the Debian guest's disks, beside the same transfers by a process of the host." };
         var nested = new Option<bool>("--nested")
         {
             Description = "Instead, real Xen and this command side by side, each in an emulated machine: some minutes a round, 2 rounds unless --rounds says otherwise.",
@@ -31,7 +32,7 @@ internal static class BenchCommand
         AtLeast(rounds, 1);
         AtLeast(iterations, 64);
         AtLeast(hypercalls, 1);
-        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, nested, json };
+        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, disks, nested, json };
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
@@ -50,7 +51,7 @@ internal static class BenchCommand
                 }
 
                 var plan = new BenchmarkPlan(
-                    parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian));
+                    parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian), parsed.GetValue(disks));
                 var benchmark = new Benchmark(
                     services.GetRequiredService<KvmHost>(), plan, static stage => Console.Error.WriteLine($"{Tool.Name}: {stage}"));
                 BenchResult result = await benchmark.RunAsync(signals.Token).ConfigureAwait(false);
@@ -144,11 +145,34 @@ internal static class BenchCommand
         }
 
         console.Write(times);
+        Print(console, result.Disks);
         foreach (BenchCount count in result.Counts)
         {
             string limit = count.Required is { } required ? $" (at most {required.ToString(CultureInfo.InvariantCulture)}{(count.IsMet ? string.Empty : ": MISSED")})" : string.Empty;
             console.WriteLine($"{count.Name}: {count.Value.ToString("N1", CultureInfo.InvariantCulture)} {count.Unit}{limit}");
         }
+    }
+
+    private static void Print(IAnsiConsole console, IReadOnlyList<DiskFigure> disks)
+    {
+        if (disks.Count == 0)
+            return;
+        var table = new Table { Border = TableBorder.Simple };
+        table.AddColumn("32 transfers at once");
+        foreach (string name in (ReadOnlySpan<string>)["guest, µs", "MiB/s", "host, µs", "MiB/s", "guest / host", "CPU, µs", "hypercalls each", "wake-ups each", "interrupts each"])
+            table.AddColumn(new TableColumn(name).RightAligned());
+        foreach (DiskFigure figure in disks)
+        {
+            table.AddRow(
+                figure.Name, Microseconds(figure.GuestNanoseconds), Throughput(figure, figure.GuestNanoseconds), Microseconds(figure.HostNanoseconds),
+                Throughput(figure, figure.HostNanoseconds), Ratio(figure.Throughput), Microseconds(figure.ProcessorNanoseconds), Ratio(figure.Hypercalls), Ratio(figure.Wakeups),
+                Ratio(figure.Notifications));
+        }
+
+        console.Write(table);
+
+        static string Throughput(DiskFigure figure, double nanoseconds)
+            => (figure.BlockSize / (double)(1 << 20) / (nanoseconds / 1e9)).ToString("N0", CultureInfo.InvariantCulture);
     }
 
     private static string Microseconds(double nanoseconds) => (nanoseconds / 1000).ToString(nanoseconds < 1e7 ? "N2" : "N0", CultureInfo.InvariantCulture);

@@ -31,7 +31,9 @@ public sealed record BenchCount(string Name, double Value, string Unit, double? 
 /// <param name="FloorNanoseconds">The median of the bare exit loop over the run.</param>
 /// <param name="Figures">Times, as ratios to the floor.</param>
 /// <param name="Counts">The rest.</param>
-public sealed record BenchResult(double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts);
+/// <param name="Disks">Transfers of a guest's disks, beside the host's.</param>
+public sealed record BenchResult(
+    double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts, IReadOnlyList<DiskFigure> Disks);
 
 /// <summary>One figure of several hypervisors.</summary>
 /// <param name="Name">What was measured.</param>

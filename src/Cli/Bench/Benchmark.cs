@@ -16,7 +16,8 @@ namespace XenSharp.Cli.Bench;
 /// <param name="Iterations">Operations of a figure in one round.</param>
 /// <param name="Hypercalls">Hypercalls over which allocations are counted.</param>
 /// <param name="Debian">Whether the Debian guest is measured as well.</param>
-internal sealed record BenchmarkPlan(int Rounds, int Iterations, int Hypercalls, bool Debian);
+/// <param name="DisksOnly">Whether nothing but the Debian guest's disks is.</param>
+internal sealed record BenchmarkPlan(int Rounds, int Iterations, int Hypercalls, bool Debian, bool DisksOnly = false);
 
 /// <summary>
 /// Measures the ABI and puts every time in proportion to the floor, a bare KVM exit, which is taken before and after each
@@ -56,12 +57,20 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     private const string Map = "Debian: mmap, touch, munmap 64 MiB";
 
     private readonly List<BenchCount> _counts = [];
+    private readonly List<DiskFigure> _disks = [];
 
     /// <summary>Runs everything.</summary>
     public async Task<BenchResult> RunAsync(CancellationToken cancellation)
     {
         using var floor = new RawExitLoop(host.Kvm, host.Capabilities);
         _ = floor.Measure(FloorExits);
+        if (plan.DisksOnly)
+        {
+            (DebianKernel kernel, string busybox) = await FetchAsync(cancellation).ConfigureAwait(false);
+            await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
+            return Result();
+        }
+
         KernelImage guest = KernelImage.Parse(BenchmarkGuest.Build(plan.Iterations));
         for (int round = 1; round <= plan.Rounds; round++)
         {
@@ -77,11 +86,14 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         await CountAllocationsAsync(cancellation).ConfigureAwait(false);
         if (plan.Debian)
             await MeasureDebianAsync(floor, create, cancellation).ConfigureAwait(false);
-        return new BenchResult(
-            Median(_floors),
-            [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
-            _counts);
+        return Result();
     }
+
+    private BenchResult Result() => new(
+        Median(_floors),
+        [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
+        _counts,
+        _disks);
 
     internal static string NameOf(BenchmarkFigure figure) => figure switch
     {
@@ -234,10 +246,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
 
     private async Task MeasureDebianAsync(RawExitLoop floor, CreateBenchmark create, CancellationToken cancellation)
     {
-        progress("fetching the Debian guest, if it is not cached");
-        var cache = new GuestCache(GuestCache.DefaultRoot());
-        DebianKernel kernel = await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, cancellation).ConfigureAwait(false);
-        string busybox = await cache.GetBusyboxAsync(null, cancellation).ConfigureAwait(false);
+        (DebianKernel kernel, string busybox) = await FetchAsync(cancellation).ConfigureAwait(false);
         string script = $"""
             #!/bin/sh
             echo {Init}
@@ -270,24 +279,30 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         Add($"create, {DebianKernelName}, never unpacked before: command to first guest instruction", first, (beforeFirst + MeasureFloor(floor)) / 2);
         await create.AwaitUnpackedAsync(cancellation).ConfigureAwait(false);
         await MeasureCreateAsync(floor, create, DebianKernelName, configuration, cancellation).ConfigureAwait(false);
-        if (kernel.Modules is { } modules)
-            await MeasureDiskAsync(floor, kernel.Image, busybox, modules, cancellation).ConfigureAwait(false);
+        await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
     }
 
-    private async Task MeasureDiskAsync(RawExitLoop floor, string kernelFile, string busybox, string modules, CancellationToken cancellation)
+    private async Task<(DebianKernel Kernel, string Busybox)> FetchAsync(CancellationToken cancellation)
     {
-        progress("Debian: reads of its disk");
+        progress("fetching the Debian guest, if it is not cached");
+        var cache = new GuestCache(GuestCache.DefaultRoot());
+        return (
+            await cache.GetKernelAsync(DebianKernelFlavour.Amd64, null, cancellation).ConfigureAwait(false),
+            await cache.GetBusyboxAsync(null, cancellation).ConfigureAwait(false));
+    }
+
+    private async Task MeasureDiskAsync(RawExitLoop floor, DebianKernel kernel, string busybox, CancellationToken cancellation)
+    {
+        if (kernel.Modules is not { } modules)
+            return;
+        progress("Debian: transfers of its disks");
         double before = MeasureFloor(floor);
-        IReadOnlyList<DiskFigure> figures =
-            await new DiskBenchmark(host, ramdisk => Load(kernelFile, ramdisk)).RunAsync(busybox, modules, cancellation).ConfigureAwait(false);
+        IReadOnlyList<DiskFigure> figures = await new DiskBenchmark(host, Math.Min(3, plan.Rounds), ramdisk => Load(kernel.Image, ramdisk))
+            .RunAsync(busybox, modules, cancellation).ConfigureAwait(false);
         double mean = (before + MeasureFloor(floor)) / 2;
         foreach (DiskFigure figure in figures)
-        {
-            string name = $"Debian: {figure.Name} 4 KiB reads of its disk, 32 at once";
-            Add(name, figure.GuestNanoseconds, mean);
-            _counts.Add(new BenchCount($"{name}: the same by a process of the host", figure.HostNanoseconds / 1000, "µs"));
-            _counts.Add(new BenchCount($"{name}: hypercalls for each", Math.Round(figure.Hypercalls, 2), "hypercalls"));
-        }
+            Add($"Debian: {figure.Name}", figure.GuestNanoseconds, mean);
+        _disks.AddRange(figures);
     }
 
     private async Task MeasureDebianBootAsync(RawExitLoop floor, string kernelFile, byte[] ramdisk, bool measureMemory, CancellationToken cancellation)

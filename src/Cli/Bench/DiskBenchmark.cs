@@ -1,5 +1,8 @@
-// Reads of a Debian guest's disk beside the same reads made by a process of the host.
+// Transfers of a Debian guest's disks beside the same transfers made by a process of the host.
+using System.Collections.Concurrent;
 using System.Diagnostics;
+using System.Globalization;
+using System.Text;
 using XenSharp.Core;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
@@ -11,27 +14,58 @@ using XenSharp.Toolstack;
 
 namespace XenSharp.Cli.Bench;
 
-/// <summary>What reads of one kind took.</summary>
-/// <param name="Name">In which order.</param>
-/// <param name="GuestNanoseconds">A read by the guest.</param>
-/// <param name="HostNanoseconds">A read by the host's process.</param>
-/// <param name="Hypercalls">Hypercalls of the guest's for each read.</param>
-internal sealed record DiskFigure(string Name, double GuestNanoseconds, double HostNanoseconds, double Hypercalls);
+/// <summary>Transfers of one kind.</summary>
+/// <param name="Program">The name of the program that makes them.</param>
+/// <param name="Name">What they are, for people.</param>
+/// <param name="Plan">How they are made.</param>
+/// <param name="OnDisk">Whether they go past the host's page cache, to the disk.</param>
+internal sealed record DiskKind(string Program, string Name, QueuedTransferPlan Plan, bool OnDisk);
+
+/// <summary>What transfers of one kind took; medians of the rounds.</summary>
+/// <param name="Name">What they are.</param>
+/// <param name="BlockSize">Bytes of one.</param>
+/// <param name="GuestNanoseconds">A transfer by the guest.</param>
+/// <param name="HostNanoseconds">A transfer by the host's process.</param>
+/// <param name="Throughput">The guest's throughput as a part of the host's.</param>
+/// <param name="ProcessorNanoseconds">Processor time of this process for each by the guest: its vCPUs' and the back end's.</param>
+/// <param name="Hypercalls">Hypercalls of the guest's for each.</param>
+/// <param name="Wakeups">Times that the guest woke the back end, for each.</param>
+/// <param name="Notifications">Times that the back end interrupted the guest, for each.</param>
+public sealed record DiskFigure(
+    string Name, int BlockSize, double GuestNanoseconds, double HostNanoseconds, double Throughput, double ProcessorNanoseconds,
+    double Hypercalls, double Wakeups, double Notifications);
 
 /// <summary>
-/// One program reads a raw file in the host's page cache, 4 KiB at a time and 32 at once: as a process of the host, and in a guest whose
-/// disk the file is, past the guest's own cache. So it is the way to the host's cache that is compared.
+/// One program reads or writes a raw file, 32 blocks at once: as a process of the host, and in a guest whose disk the file is, past the
+/// guest's own cache. The two take turns, so that what else the host does hits both.
 /// </summary>
-internal sealed class DiskBenchmark(KvmHost host, Func<byte[], DomainImage> load)
+internal sealed class DiskBenchmark(KvmHost host, int rounds, Func<byte[], DomainImage> load)
 {
     private const int Depth = 32;
-    private const int HostReads = 6400 * Depth;
-    private const int GuestReads = 640 * Depth;
-    private const int Blocks = 1 << 14;
-    private const int BlockSize = 4096;
-    private const int MemoryMiB = 256;
+    private const int FileSize = 64 << 20;
+    private const int MemoryMiB = 384;
     private const int Vcpus = 2;
-    private static readonly string[] Orders = ["random", "sequential"];
+    private const string Ready = "@ready";
+    private const string Failed = "@failed";
+    private const string CachedDisk = "xvda";
+    private const string DirectDisk = "xvdb";
+
+    private static readonly TimeSpan Patience = TimeSpan.FromMinutes(2);
+
+    private static readonly DiskKind[] Kinds =
+    [
+        Kind("random 4 KiB reads", 4 << 10, 640 * Depth, random: true),
+        Kind("sequential 4 KiB reads", 4 << 10, 640 * Depth),
+        Kind("sequential 128 KiB reads", 128 << 10, 128 * Depth),
+        Kind("sequential 1 MiB reads", 1 << 20, 16 * Depth),
+        Kind("random 4 KiB writes", 4 << 10, 320 * Depth, random: true, write: true),
+        Kind("sequential 1 MiB writes", 1 << 20, 16 * Depth, write: true),
+        Kind("random 4 KiB reads", 4 << 10, 320 * Depth, random: true, onDisk: true),
+        Kind("sequential 128 KiB reads", 128 << 10, 64 * Depth, onDisk: true),
+        Kind("sequential 1 MiB reads", 1 << 20, 8 * Depth, onDisk: true),
+        Kind("random 4 KiB writes", 4 << 10, 320 * Depth, random: true, write: true, onDisk: true),
+        Kind("sequential 1 MiB writes", 1 << 20, 8 * Depth, write: true, onDisk: true),
+    ];
 
     /// <summary>Boots a guest and measures.</summary>
     /// <param name="busybox">A static busybox.</param>
@@ -42,19 +76,29 @@ internal sealed class DiskBenchmark(KvmHost host, Func<byte[], DomainImage> load
         DirectoryInfo folder = Directory.CreateTempSubdirectory("xensharp-bench-");
         try
         {
-            string disk = Path.Combine(folder.FullName, "disk.img");
-            await using (FileStream file = File.Create(disk))
+            string cached = Path.Combine(folder.FullName, CachedDisk);
+            string direct = Path.Combine(folder.FullName, DirectDisk);
+            await FillAsync(cached, cancellation).ConfigureAwait(false);
+            await FillAsync(direct, cancellation).ConfigureAwait(false);
+            foreach (DiskKind kind in Kinds)
             {
-                byte[] chunk = new byte[1 << 20];
-                Random.Shared.NextBytes(chunk);
-                for (int i = 0; i < Blocks * BlockSize / chunk.Length; i++)
-                    await file.WriteAsync(chunk, cancellation).ConfigureAwait(false);
+                string program = Path.Combine(folder.FullName, kind.Program);
+                await File.WriteAllBytesAsync(program, Build(kind, kind.OnDisk), cancellation).ConfigureAwait(false);
+                File.SetUnixFileMode(program, UnixFileMode.UserRead | UnixFileMode.UserExecute);
             }
 
-            var hostTimes = new List<double>();
-            foreach (string order in Orders)
-                hostTimes.Add(await MeasureHostAsync(folder.FullName, disk, order == Orders[0], cancellation).ConfigureAwait(false));
-            return await MeasureGuestAsync(disk, busybox, modules, hostTimes, cancellation).ConfigureAwait(false);
+            await using RawImage cachedImage = RawImage.Open(cached, readOnly: false);
+            RawImage? directImage = null;
+            try
+            {
+                directImage = RawImage.Open(direct, readOnly: false, direct: true);
+            }
+            catch (BlockImageException)
+            {
+                // A file system without it, as tmpfs was for long: only the cache is measured then.
+            }
+
+            return await MeasureAsync(folder.FullName, cachedImage, directImage, busybox, modules, cancellation).ConfigureAwait(false);
         }
         finally
         {
@@ -62,72 +106,182 @@ internal sealed class DiskBenchmark(KvmHost host, Func<byte[], DomainImage> load
         }
     }
 
-    private static async Task<double> MeasureHostAsync(string folder, string disk, bool random, CancellationToken cancellation)
+    private static DiskKind Kind(string what, int blockSize, int count, bool random = false, bool write = false, bool onDisk = false) => new(
+        what.Replace(' ', '-') + (onDisk ? "-disk" : "-cache"),
+        what + (onDisk ? ", host's disk (O_DIRECT)" : ", host's page cache"),
+        new QueuedTransferPlan
+        {
+            Depth = Depth, Count = count, BlockSize = blockSize, Blocks = FileSize / blockSize, IsRandom = random, IsWrite = write,
+        },
+        onDisk);
+
+    private static string StartOf(DiskKind kind) => $"@{kind.Program}";
+
+    private static string EndOf(DiskKind kind) => $"@{kind.Program}-end";
+
+    private static byte[] Build(DiskKind kind, bool direct) => QueuedTransfers.Build(kind.Plan with { IsDirect = direct }, StartOf(kind), EndOf(kind));
+
+    private static async Task FillAsync(string path, CancellationToken cancellation)
     {
-        string program = Path.Combine(folder, random ? "random" : "sequential");
-        await File.WriteAllBytesAsync(program, QueuedReads.Build(Depth, HostReads, Blocks, random, direct: false), cancellation).ConfigureAwait(false);
-        File.SetUnixFileMode(program, UnixFileMode.UserRead | UnixFileMode.UserExecute);
-        long start = Stopwatch.GetTimestamp();
-        using Process process = Process.Start(program, [disk]);
-        await process.WaitForExitAsync(cancellation).ConfigureAwait(false);
-        return process.ExitCode == 0
-            ? Stopwatch.GetElapsedTime(start).TotalNanoseconds / HostReads
-            : throw new InvalidOperationException("The benchmark's program could not read its file: has this host's kernel no asynchronous I/O (CONFIG_AIO)?");
+        await using FileStream file = File.Create(path);
+        byte[] chunk = new byte[1 << 20];
+        Random.Shared.NextBytes(chunk);
+        for (int i = 0; i < FileSize / chunk.Length; i++)
+            await file.WriteAsync(chunk, cancellation).ConfigureAwait(false);
+        file.Flush(flushToDisk: true);
     }
 
-    private async Task<IReadOnlyList<DiskFigure>> MeasureGuestAsync(
-        string disk, string busybox, string modules, List<double> hostTimes, CancellationToken cancellation)
+    private async Task<double> MeasureHostAsync(string folder, DiskKind kind, CancellationToken cancellation)
     {
-        var hypercalls = new Dictionary<string, ulong>();
-        Domain? domain = null;
-        var sink = new MarkerSink
-        {
-            Seen = marker =>
-            {
-                lock (hypercalls)
-                    hypercalls[marker] = Volatile.Read(ref domain)?.HypercallCount ?? 0;
-            },
-        };
-        string script = "insmod /xen-blkfront.ko\nuntil [ -b /dev/xvda ]; do usleep 10000; done\n"
-            + string.Concat(Orders.Select(static order => $"echo @{order}\n/bin/read-{order} /dev/xvda && echo @{order}-end\n"));
-        byte[] ramdisk = await BusyboxInitramfs.BuildAsync(
+        var start = new ProcessStartInfo(Path.Combine(folder, kind.Program)) { RedirectStandardOutput = true };
+        start.ArgumentList.Add(Path.Combine(folder, kind.OnDisk ? DirectDisk : CachedDisk));
+        using Process process = Process.Start(start)!;
+        _ = await process.StandardOutput.ReadLineAsync(cancellation).ConfigureAwait(false);
+        string? end = await process.StandardOutput.ReadLineAsync(cancellation).ConfigureAwait(false);
+        await process.WaitForExitAsync(cancellation).ConfigureAwait(false);
+        return process.ExitCode == 0 && end != null
+            ? TimeOf(kind, end)
+            : throw new InvalidOperationException("The benchmark's program could not use its file: has this host's kernel no asynchronous I/O (CONFIG_AIO)?");
+    }
+
+    private static double Median(IEnumerable<double> values)
+    {
+        double[] ordered = [.. values.Order()];
+        return ordered[ordered.Length / 2];
+    }
+
+    private static async Task<byte[]> BuildRamdiskAsync(string busybox, string modules, CancellationToken cancellation)
+    {
+        string script = $"""
+            insmod /xen-blkfront.ko
+            echo {Ready}
+            while read program disk; do
+                until [ -b /dev/$disk ]; do usleep 10000; done
+                /bin/$program /dev/$disk || echo {Failed}
+            done
+            """;
+        return await BusyboxInitramfs.BuildAsync(
             busybox,
             new BusyboxInitramfsOptions
             {
                 Banner = string.Empty,
-                InitScript = script,
+                InitScript = script.ReplaceLineEndings("\n") + "\n",
                 Files =
                 [
                     new InitramfsFile("xen-blkfront.ko", await File.ReadAllBytesAsync(
                         Path.Combine(modules, "kernel/drivers/block/xen-blkfront.ko"), cancellation).ConfigureAwait(false)),
-                    .. Orders.Select(static order => new InitramfsFile(
-                        $"bin/read-{order}", QueuedReads.Build(Depth, GuestReads, Blocks, order == Orders[0], direct: true), Executable: true)),
+                    .. Kinds.Select(static kind => new InitramfsFile($"bin/{kind.Program}", Build(kind, direct: true), Executable: true)),
                 ],
             },
             cancellation).ConfigureAwait(false);
+    }
+
+    private async Task<IReadOnlyList<DiskFigure>> MeasureAsync(
+        string folder, RawImage cachedImage, RawImage? directImage, string busybox, string modules, CancellationToken cancellation)
+    {
+        using var marks = new MarkWaiter();
         await using RunningDomain running = RunningDomain.Create(
             host,
-            new DomainSpecification { Name = "benchmark", Image = load(ramdisk), MemoryMiB = MemoryMiB, Vcpus = Vcpus, CommandLine = "console=hvc0 quiet" },
-            sink);
-        await using BlockBackend backend = BlockBackend.Create(
-            running.Domain, running.Store.Domain0,
-            new BlockDeviceOptions { Device = VirtualDevice.Parse("xvda"), Image = RawImage.Open(disk, readOnly: true) });
-        Volatile.Write(ref domain, running.Domain);
+            new DomainSpecification
+            {
+                Name = "benchmark", Image = load(await BuildRamdiskAsync(busybox, modules, cancellation).ConfigureAwait(false)), MemoryMiB = MemoryMiB,
+                Vcpus = Vcpus, CommandLine = "console=hvc0 quiet",
+            },
+            marks.Sink);
+        await using BlockBackend cached = Attach(running, CachedDisk, cachedImage);
+        await using BlockBackend? direct = directImage is null ? null : Attach(running, DirectDisk, directImage);
+        DiskKind[] kinds = [.. Kinds.Where(kind => direct is not null || !kind.OnDisk)];
+        var samples = kinds.ToDictionary(static kind => kind.Program, static _ => new List<DiskFigure>());
         running.Start();
-        DomainExit exit = await running.Completion.WaitAsync(cancellation).ConfigureAwait(false);
-        if (exit.Reason != ShutdownReason.PowerOff)
-            throw new InvalidOperationException($"The disk benchmark's guest ended by {exit.Reason}. {exit.Report}");
+        await marks.WaitAsync(Ready, running, cancellation).ConfigureAwait(false);
+        for (int round = 0; round < rounds; round++)
+        {
+            foreach (DiskKind kind in kinds)
+            {
+                double hostTime = await MeasureHostAsync(folder, kind, cancellation).ConfigureAwait(false);
+                samples[kind.Program].Add(
+                    await MeasureGuestAsync(kind, running, (kind.OnDisk ? direct : cached)!, marks, hostTime, cancellation).ConfigureAwait(false));
+            }
+        }
+
+        running.Destroy();
+        _ = await running.Completion.WaitAsync(cancellation).ConfigureAwait(false);
         return
         [
-            .. Orders.Zip(hostTimes, (order, hostTime) =>
-            {
-                string end = $"@{order}-end";
-                if (sink.TimeOf($"@{order}") is not { } from || sink.TimeOf(end) is not { } to)
-                    throw new InvalidOperationException("The disk benchmark's guest did not get as far as it should have.");
-                return new DiskFigure(
-                    order, Stopwatch.GetElapsedTime(from, to).TotalNanoseconds / GuestReads, hostTime,
-                    (hypercalls[end] - hypercalls[$"@{order}"]) / (double)GuestReads);
-            }),
+            .. kinds.Select(kind => new DiskFigure(
+                kind.Name, kind.Plan.BlockSize, Of(kind, static one => one.GuestNanoseconds), Of(kind, static one => one.HostNanoseconds),
+                Of(kind, static one => one.Throughput), Of(kind, static one => one.ProcessorNanoseconds), Of(kind, static one => one.Hypercalls), Of(kind, static one => one.Wakeups),
+                Of(kind, static one => one.Notifications))),
         ];
+
+        double Of(DiskKind kind, Func<DiskFigure, double> value) => Median(samples[kind.Program].Select(value));
+    }
+
+    private static BlockBackend Attach(RunningDomain running, string device, RawImage image) => BlockBackend.Create(
+        running.Domain, running.Store.Domain0, new BlockDeviceOptions { Device = VirtualDevice.Parse(device), Image = image });
+
+    private async Task<DiskFigure> MeasureGuestAsync(
+        DiskKind kind, RunningDomain running, BlockBackend backend, MarkWaiter marks, double hostTime, CancellationToken cancellation)
+    {
+        string disk = kind.OnDisk ? DirectDisk : CachedDisk;
+        _ = await running.WriteInputAsync(Encoding.ASCII.GetBytes($"{kind.Program} {disk}\n"), cancellation).ConfigureAwait(false);
+        _ = await marks.WaitAsync(StartOf(kind), running, cancellation).ConfigureAwait(false);
+        (ulong hypercalls, BlockStatistics before) = (running.Domain.HypercallCount, backend.Statistics);
+        TimeSpan processor = Environment.CpuUsage.TotalTime;
+        double guestTime = TimeOf(kind, await marks.WaitAsync(EndOf(kind), running, cancellation).ConfigureAwait(false));
+        processor = Environment.CpuUsage.TotalTime - processor;
+        BlockStatistics after = backend.Statistics;
+        double count = kind.Plan.Count;
+        return new DiskFigure(
+            kind.Name, kind.Plan.BlockSize, guestTime, hostTime, hostTime / guestTime, processor.TotalNanoseconds / count, (running.Domain.HypercallCount - hypercalls) / count,
+            (after.Wakeups - before.Wakeups) / count, (after.Notifications - before.Notifications) / count);
+    }
+
+    /// <summary>What the program's last line says of how long a transfer took, in nanoseconds.</summary>
+    private double TimeOf(DiskKind kind, string line)
+    {
+        if (!line.StartsWith(EndOf(kind) + " ", StringComparison.Ordinal)
+            || !ulong.TryParse(line.AsSpan(EndOf(kind).Length + 1), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture, out ulong ticks))
+        {
+            throw new InvalidOperationException($"The disk benchmark's program should have said how long it took, and said: {line}");
+        }
+
+        return ticks * 1e6 / host.Capabilities.TimeStampCounter.KiloHertz / kind.Plan.Count;
+    }
+
+    /// <summary>Waits for the lines that the guest's programs print.</summary>
+    private sealed class MarkWaiter : IDisposable
+    {
+        private readonly ConcurrentQueue<string> _seen = new();
+        private readonly SemaphoreSlim _count = new(0);
+
+        internal MarkWaiter() => Sink = new MarkerSink
+        {
+            Seen = mark =>
+            {
+                _seen.Enqueue(mark);
+                _ = _count.Release();
+            },
+        };
+
+        internal MarkerSink Sink { get; }
+
+        /// <summary>Waits for a line that begins so, which is the next.</summary>
+        internal async Task<string> WaitAsync(string mark, RunningDomain running, CancellationToken cancellation)
+        {
+            Task<bool> come = _count.WaitAsync(Patience, cancellation);
+            if (await Task.WhenAny(come, running.Completion).ConfigureAwait(false) != come)
+            {
+                DomainExit exit = await running.Completion.ConfigureAwait(false);
+                throw new InvalidOperationException($"The disk benchmark's guest ended by {exit.Reason}. {exit.Report}");
+            }
+
+            _ = await come.ConfigureAwait(false);
+            return _seen.TryDequeue(out string? seen) && seen.StartsWith(mark, StringComparison.Ordinal)
+                ? seen
+                : throw new InvalidOperationException($"The disk benchmark's guest should have said {mark}, and said {seen ?? "nothing"}.");
+        }
+
+        public void Dispose() => _count.Dispose();
     }
 }

@@ -25,7 +25,7 @@ internal sealed class MarkerSink : IConsoleSink
         }
     }
 
-    /// <summary>Stopwatch ticks at which a marker came, or null.</summary>
+    /// <summary>Stopwatch ticks at which a marker came, the last time; null if it did not.</summary>
     public long? TimeOf(string marker)
     {
         lock (_lock)
@@ -55,7 +55,9 @@ internal sealed class MarkerSink : IConsoleSink
 
         string line = _line.ToString().TrimEnd('\r');
         _ = _line.Clear();
-        if (line.StartsWith('@') && _times.TryAdd(line, now))
-            Seen?.Invoke(line);
+        if (!line.StartsWith('@'))
+            return;
+        _times[line] = now;
+        Seen?.Invoke(line);
     }
 }

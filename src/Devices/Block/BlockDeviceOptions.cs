@@ -34,8 +34,11 @@ public sealed record BlockDeviceOptions
     /// <summary>The most pieces of memory of an indirect request: 11..1024.</summary>
     public int MaxIndirectSegments { get; init; } = 256;
 
-    /// <summary>The most pages that stay mapped for each ring; 0 to have none do.</summary>
-    public int MaxPersistentGrants { get; init; } = 1056;
+    /// <summary>
+    /// The most pages that stay mapped for each ring (xen-blkback has 1056); 0 to have none do, and not to offer it. A front end with pages that
+    /// stay mapped copies all data to and from them, and that costs more than what it saves: mapping a page is no hypercall here.
+    /// </summary>
+    public int MaxPersistentGrants { get; init; }
 
     internal void Check()
     {

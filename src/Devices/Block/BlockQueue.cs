@@ -1,4 +1,5 @@
 // One ring of a block device: takes requests, checks them, has the image do them, and answers.
+using System.Diagnostics;
 using Tmds.Linux;
 using XenSharp.Core;
 using XenSharp.Devices.Block.Images;
@@ -28,6 +29,12 @@ internal sealed class BlockQueue : IAsyncDisposable
 {
     /// <summary>After so many requests responses are shown and the thread is offered to others.</summary>
     private const int BatchSize = 64;
+
+    /// <summary>After so many bytes too: the guest works on them while the next are copied, and that weighs more than one interrupt.</summary>
+    private const ulong BatchBytes = 1 << 20;
+
+    /// <summary>How long the ring is looked at for more before the front end is asked to notify of it, which costs it an exit.</summary>
+    private static readonly long LookTime = Stopwatch.Frequency / 50_000;
 
     private static readonly TimeSpan CareInterval = TimeSpan.FromSeconds(10);
 
@@ -158,7 +165,7 @@ internal sealed class BlockQueue : IAsyncDisposable
 
                     case Taken.Barrier:
                         await WhenIdle().ConfigureAwait(false);
-                        Handle();
+                        _ = Handle();
                         await WhenIdle().ConfigureAwait(false);
                         break;
 
@@ -183,9 +190,10 @@ internal sealed class BlockQueue : IAsyncDisposable
         lock (_gate)
             _batching = true;
         Taken taken;
+        int count;
         try
         {
-            taken = TakeRequests();
+            taken = TakeRequests(out count);
         }
         finally
         {
@@ -200,12 +208,27 @@ internal sealed class BlockQueue : IAsyncDisposable
                 Notify();
         }
 
-        return taken == Taken.All && _ring.AwaitRequests() ? Taken.Some : taken;
+        return taken == Taken.All && ((count > 0 && LookForMore()) || _ring.AwaitRequests()) ? Taken.Some : taken;
     }
 
-    private Taken TakeRequests()
+    /// <summary>Looks at the ring for a short while: a front end that has just been answered is mostly about to ask for more.</summary>
+    private bool LookForMore()
     {
-        for (int i = 0; i < BatchSize; i++)
+        long start = Stopwatch.GetTimestamp();
+        do
+        {
+            if (_ring.HasRequests)
+                return true;
+            Thread.SpinWait(20);
+        }
+        while (Stopwatch.GetTimestamp() - start < LookTime && !_stop.IsCancellationRequested);
+        return false;
+    }
+
+    private Taken TakeRequests(out int count)
+    {
+        ulong bytes = 0;
+        for (count = 0; count < BatchSize && bytes < BatchBytes; count++)
         {
             if (!_ring.TryTake(_request, out bool overflow))
             {
@@ -216,14 +239,15 @@ internal sealed class BlockQueue : IAsyncDisposable
 
             if (BlkifAbi.Operation(_request) == BlkifOperation.WriteBarrier)
                 return Taken.Barrier;
-            Handle();
+            bytes += Handle();
         }
 
         return Taken.Some;
     }
 
     /// <summary>Checks the request at hand, and gives it to the image or answers it.</summary>
-    private void Handle()
+    /// <returns>Bytes that it moves.</returns>
+    private ulong Handle()
     {
         BlockRequest request;
         lock (_gate)
@@ -236,12 +260,15 @@ internal sealed class BlockQueue : IAsyncDisposable
         BlkifStatus status = Prepare(request);
         if (status == BlkifStatus.Okay)
         {
+            // It may be another request's before this returns.
+            ulong bytes = request.Bytes;
             _settings.Image.Submit(request);
-            return;
+            return bytes;
         }
 
         _settings.Counters.CountError();
         Finish(request, status);
+        return 0;
     }
 
     private BlkifStatus Prepare(BlockRequest request)
@@ -408,8 +435,9 @@ internal sealed class BlockQueue : IAsyncDisposable
             BlockOperationKind.Flush => "be flushed to",
             _ => "be discarded in",
         };
-        string why = error == LibC.ENOSPC
-            ? "there is no room left where it is; make some, the guest gets errors meanwhile"
+        string why = error == LibC.ENOSPC || error == LibC.EDQUOT ? "there is no room left where it is; make some, the guest gets errors meanwhile"
+            : error == LibC.EIO
+            ? "Input/output error; see whether it is still as long as it was, and whether the disk that it is on, or who serves it, has failed"
             : System.Runtime.InteropServices.Marshal.GetPInvokeErrorMessage(error);
         _settings.Report($"data could not {what} {_settings.Image.Description} (byte {request.Offset}, {request.Length} bytes): {why}");
     }

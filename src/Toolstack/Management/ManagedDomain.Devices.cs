@@ -192,8 +192,8 @@ public sealed partial class ManagedDomain
         try
         {
             image = await BlockImage.OpenAsync(
-                disk.Target, disk.Format == DiskFormat.Qcow2 ? BlockImageFormat.Qcow2 : BlockImageFormat.Raw, disk.ReadOnly, cancellation: cancellation)
-                .ConfigureAwait(false);
+                disk.Target, disk.Format == DiskFormat.Qcow2 ? BlockImageFormat.Qcow2 : BlockImageFormat.Raw, disk.ReadOnly,
+                direct: disk.DirectIoSafe, cancellation: cancellation).ConfigureAwait(false);
             var backend = BlockBackend.Create(
                 Running.Domain, Store,
                 new BlockDeviceOptions

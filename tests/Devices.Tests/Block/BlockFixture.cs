@@ -21,7 +21,7 @@ internal sealed class BlockFixture : IAsyncDisposable
         Image = image;
         Guest = new GrantDomain(manager: Manager);
         Server = new XenstoreServer();
-        var options = new BlockDeviceOptions { Device = VirtualDevice.Parse("xvda"), Image = image, MaxQueues = 2 };
+        var options = new BlockDeviceOptions { Device = VirtualDevice.Parse("xvda"), Image = image, MaxQueues = 2, MaxPersistentGrants = 1056 };
         Backend = BlockBackend.Create(Guest.Fake.Domain, Server.Domain0, change?.Invoke(options) ?? options, Reports.Enqueue);
         Front = new FakeBlkfront(Guest, Server.Domain0, Device, front);
     }

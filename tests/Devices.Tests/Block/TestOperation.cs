@@ -7,6 +7,8 @@ namespace XenSharp.Devices.Tests.Block;
 /// <summary>Memory in several pieces, and the end as a task.</summary>
 internal sealed unsafe class TestOperation : BlockOperation, IDisposable
 {
+    private const int PageSize = 4096;
+
     private readonly TaskCompletionSource<int> _end = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly byte* _memory;
     private readonly int _length;
@@ -15,7 +17,8 @@ internal sealed unsafe class TestOperation : BlockOperation, IDisposable
     private TestOperation(BlockOperationKind kind, ulong offset, int length, int pieces)
     {
         (Kind, Offset, Length, _length) = (kind, offset, (ulong)length, length);
-        _memory = (byte*)NativeMemory.AllocZeroed((nuint)Math.Max(length, 1));
+        _memory = (byte*)NativeMemory.AlignedAlloc((nuint)Math.Max(length, 1), PageSize);
+        Memory.Clear();
         Vectors = (IoVector*)NativeMemory.Alloc((nuint)(pieces * sizeof(IoVector)));
         VectorCount = pieces;
         _vectors = Vectors;
@@ -84,7 +87,7 @@ internal sealed unsafe class TestOperation : BlockOperation, IDisposable
 
     public void Dispose()
     {
-        NativeMemory.Free(_memory);
+        NativeMemory.AlignedFree(_memory);
         NativeMemory.Free(_vectors);
     }
 }

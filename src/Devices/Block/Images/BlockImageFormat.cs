@@ -44,13 +44,15 @@ public static class BlockImage
     /// <param name="format">Its format; it is never guessed, as a guest could make a raw disk look like another format.</param>
     /// <param name="readOnly">Whether it is only read.</param>
     /// <param name="program">The qemu-nbd to use; null for the one in PATH.</param>
+    /// <param name="direct">Whether it is used past the host's page cache (O_DIRECT).</param>
     /// <param name="cancellation">Ends the wait for qemu-nbd.</param>
     /// <exception cref="BlockImageException">It cannot be opened or is in use; the message says what to do.</exception>
     public static async Task<IBlockImage> OpenAsync(
-        string path, BlockImageFormat format, bool readOnly, QemuNbdProgram? program = null, CancellationToken cancellation = default)
+        string path, BlockImageFormat format, bool readOnly, QemuNbdProgram? program = null, bool direct = false,
+        CancellationToken cancellation = default)
         => format == BlockImageFormat.Raw
-            ? RawImage.Open(path, readOnly)
-            : await QemuImage.OpenAsync(path, format, readOnly, program, cancellation).ConfigureAwait(false);
+            ? RawImage.Open(path, readOnly, direct)
+            : await QemuImage.OpenAsync(path, format, readOnly, program, direct, cancellation).ConfigureAwait(false);
 
     /// <summary>The name of a format as QEMU has it.</summary>
     internal static string QemuName(BlockImageFormat format) => format switch

@@ -22,6 +22,7 @@ internal sealed unsafe class ImageFile : IDisposable
     private const int RegularFile = 0x8000;
     private const int BlockDevice = 0x6000;
     private const int Folder = 0x4000;
+    private const uint SmallestSector = 512;
     private const uint LargestSector = 4096;
 
     private int _descriptor;
@@ -48,17 +49,24 @@ internal sealed unsafe class ImageFile : IDisposable
     internal HostDevice? Device { get; private set; }
 
     /// <exception cref="BlockImageException">It cannot be opened or used; the message says why and what to do.</exception>
-    internal static ImageFile Open(string path, bool readOnly)
+    /// <param name="path">Its name.</param>
+    /// <param name="readOnly">Whether it is only read.</param>
+    /// <param name="direct">Whether it is used past the page cache (O_DIRECT).</param>
+    internal static ImageFile Open(string path, bool readOnly, bool direct = false)
     {
         ArgumentException.ThrowIfNullOrEmpty(path);
 
         // Without O_NONBLOCK a FIFO would hold us up here.
-        int flags = (readOnly ? LibC.O_RDONLY : LibC.O_RDWR) | LibC.O_CLOEXEC | LibC.O_NONBLOCK;
+        int flags = (readOnly ? LibC.O_RDONLY : LibC.O_RDWR) | LibC.O_CLOEXEC | LibC.O_NONBLOCK | (direct ? LibC.O_DIRECT : 0);
         int descriptor;
         fixed (byte* name = Encoding.UTF8.GetBytes(path + "\0"))
             descriptor = LibC.open(name, flags);
         if (descriptor < 0)
-            throw CannotOpen(path, readOnly, LibC.errno);
+        {
+            int error = LibC.errno;
+            throw direct && error == LibC.EINVAL ? CannotBypass(path) : CannotOpen(path, readOnly, error);
+        }
+
         var file = new ImageFile(descriptor, path, readOnly);
         try
         {
@@ -79,6 +87,35 @@ internal sealed unsafe class ImageFile : IDisposable
         if (descriptor >= 0)
             _ = LibC.close(descriptor);
     }
+
+    /// <summary>The smallest unit in which a file that is used directly can be read, in place, length and memory.</summary>
+    /// <exception cref="BlockImageException">It cannot be used so.</exception>
+    internal uint FindDirectUnit()
+    {
+        byte* memory = (byte*)NativeMemory.AlignedAlloc(2 * LargestSector, LargestSector);
+        try
+        {
+            for (uint unit = SmallestSector; unit <= LargestSector; unit *= 2)
+            {
+                // Memory that is aligned to no more than the unit, as a guest's may be.
+                var vector = new IoVector { Base = memory + (unit % LargestSector), Length = unit };
+                long read = HostIo.Transfer(_descriptor, write: false, &vector, 1, 0, flags: 0);
+                if (read >= 0)
+                    return unit;
+                if (read != -LibC.EINVAL)
+                    throw CannotOpen(Path, IsReadOnly, (int)-read);
+            }
+        }
+        finally
+        {
+            NativeMemory.AlignedFree(memory);
+        }
+
+        throw CannotBypass(Path);
+    }
+
+    private static BlockImageException CannotBypass(string path)
+        => new($"{path} cannot be used past the host's page cache, as its file system does not allow that; leave direct-io-safe out, or move the image.");
 
     private static BlockImageException CannotOpen(string path, bool readOnly, int error)
     {

@@ -62,10 +62,12 @@ public sealed class QemuImage : IBlockImage
     /// <param name="format">Its format.</param>
     /// <param name="readOnly">Whether it is only read.</param>
     /// <param name="program">The qemu-nbd to use; null for the one in PATH.</param>
+    /// <param name="direct">Whether it is used past the host's page cache (O_DIRECT).</param>
     /// <param name="cancellation">Ends the wait.</param>
     /// <exception cref="BlockImageException">It cannot be opened or is in use, or there is no qemu-nbd; the message says what to do.</exception>
     public static async Task<QemuImage> OpenAsync(
-        string path, BlockImageFormat format, bool readOnly, QemuNbdProgram? program = null, CancellationToken cancellation = default)
+        string path, BlockImageFormat format, bool readOnly, QemuNbdProgram? program = null, bool direct = false,
+        CancellationToken cancellation = default)
     {
         ImageFile file = ImageFile.Open(path, readOnly);
         try
@@ -78,7 +80,7 @@ public sealed class QemuImage : IBlockImage
             DirectoryInfo folder = Directory.CreateTempSubdirectory("xensharp-nbd-");
             try
             {
-                return await ServeAsync(file, program, format, Path.Combine(folder.FullName, "nbd"), cancellation).ConfigureAwait(false);
+                return await ServeAsync(file, program, format, direct, Path.Combine(folder.FullName, "nbd"), cancellation).ConfigureAwait(false);
             }
             finally
             {
@@ -108,10 +110,10 @@ public sealed class QemuImage : IBlockImage
     }
 
     private static async Task<QemuImage> ServeAsync(
-        ImageFile file, QemuNbdProgram program, BlockImageFormat format, string socketPath, CancellationToken cancellation)
+        ImageFile file, QemuNbdProgram program, BlockImageFormat format, bool direct, string socketPath, CancellationToken cancellation)
     {
         var complaint = new StringBuilder();
-        Process process = Start(file, program, format, socketPath, complaint);
+        Process process = Start(file, program, format, direct, socketPath, complaint);
         Socket? socket = null;
         try
         {
@@ -141,13 +143,18 @@ public sealed class QemuImage : IBlockImage
         }
     }
 
-    private static Process Start(ImageFile file, QemuNbdProgram program, BlockImageFormat format, string socketPath, StringBuilder complaint)
+    private static Process Start(
+        ImageFile file, QemuNbdProgram program, BlockImageFormat format, bool direct, string socketPath, StringBuilder complaint)
     {
         var start = new ProcessStartInfo(program.Path) { RedirectStandardError = true, RedirectStandardInput = true, RedirectStandardOutput = true };
         foreach (string argument in program.Arguments)
             start.ArgumentList.Add(argument);
-        foreach (string argument in new[]
-                 { $"--socket={socketPath}", $"--format={BlockImage.QemuName(format)}", "--cache=writeback", "--aio=threads", "--discard=unmap" })
+        string[] arguments =
+        [
+            $"--socket={socketPath}", $"--format={BlockImage.QemuName(format)}", direct ? "--cache=none" : "--cache=writeback", "--aio=threads",
+            "--discard=unmap",
+        ];
+        foreach (string argument in arguments)
         {
             start.ArgumentList.Add(argument);
         }

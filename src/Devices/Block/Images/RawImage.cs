@@ -10,7 +10,6 @@ namespace XenSharp.Devices.Block.Images;
 /// <remarks>The size is what it was when the image was opened; a file that is cut short meanwhile comes to EIO behind its end.</remarks>
 public sealed unsafe class RawImage : IBlockImage
 {
-
     /// <summary>Reads that wait for the disk at the same time: as many as a ring of one page holds.</summary>
     private const int MaxReaders = 32;
 
@@ -26,7 +25,7 @@ public sealed unsafe class RawImage : IBlockImage
     private volatile bool _readsOnTheSpot = true;
     private volatile int _flushError;
 
-    private RawImage(ImageFile file)
+    private RawImage(ImageFile file, uint directUnit)
     {
         _file = file;
         _isDevice = file.Device is not null;
@@ -43,10 +42,18 @@ public sealed unsafe class RawImage : IBlockImage
             Discard = new DiscardLimits(file.BlockSize, 0);
         }
 
+        if (directUnit != 0)
+        {
+            // Nothing is in the cache; and a read without waiting would wait for the disk all the same.
+            _readsOnTheSpot = false;
+            SectorSize = Math.Max(SectorSize, directUnit);
+            PhysicalSectorSize = Math.Max(PhysicalSectorSize, SectorSize);
+        }
+
         Size = file.Size & ~(ulong)(SectorSize - 1);
         void Work(BlockOperation operation) => operation.Complete(Perform(operation));
         _readers = new BlockWorkers("block read", Work, MaxReaders);
-        _writers = new BlockWorkers("block write", Work, MaxWriters);
+        _writers = new BlockWorkers("block write", Work, directUnit == 0 ? MaxWriters : MaxReaders);
     }
 
     /// <inheritdoc/>
@@ -70,14 +77,24 @@ public sealed unsafe class RawImage : IBlockImage
     /// <summary>Opens a file or block device, and locks it against a second use to write.</summary>
     /// <param name="path">The file.</param>
     /// <param name="readOnly">Whether it is only read.</param>
-    /// <exception cref="BlockImageException">It cannot be opened or is in use; the message says what to do.</exception>
-    public static RawImage Open(string path, bool readOnly)
+    /// <param name="direct">Whether it is used past the host's page cache (O_DIRECT); what the host's memory is saved by that is the guest's
+    /// to have in its own cache.</param>
+    /// <exception cref="BlockImageException">It cannot be opened or is in use, or not be used directly; the message says what to do.</exception>
+    public static RawImage Open(string path, bool readOnly, bool direct = false)
     {
-        ImageFile file = ImageFile.Open(path, readOnly);
-        if (file.Size >= DefaultSector)
-            return new RawImage(file);
-        file.Dispose();
-        throw new BlockImageException($"{path} holds less than one sector; make it as large as the disk is to be (truncate --size=8G FILE).");
+        ImageFile file = ImageFile.Open(path, readOnly, direct);
+        try
+        {
+            uint directUnit = direct ? file.FindDirectUnit() : 0;
+            return file.Size >= Math.Max(DefaultSector, directUnit)
+                ? new RawImage(file, directUnit)
+                : throw new BlockImageException($"{path} holds less than one sector; make it as large as the disk is to be (truncate --size=8G FILE).");
+        }
+        catch
+        {
+            file.Dispose();
+            throw;
+        }
     }
 
     /// <inheritdoc/>

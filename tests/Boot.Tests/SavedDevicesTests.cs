@@ -23,7 +23,8 @@ public sealed partial class SavedDevicesTests : KvmFixture
     /// <summary>
     /// The second interface is in a network namespace of its own, where somebody listens; numbered lines go there through the switch, in one
     /// connection. Meanwhile blocks are written to the disk, flushed, and read back without the cache. "@N DISK LINES" tells how often that
-    /// went, whether it did well, and how many lines have come.
+    /// went, whether it did well, and how many lines have come. Processes are frozen for a save as if by a signal, which cuts short a read of
+    /// urandom: so that is made to fill its block.
     /// </summary>
     private const string Script = """
         insmod /xen-blkfront.ko
@@ -41,7 +42,7 @@ public sealed partial class SavedDevicesTests : KvmFixture
         (i=0; until [ -e off ]; do i=$((i+1)); echo $i; usleep 10000; done; echo $i >sent) | nc 10.0.0.2 9000 >/dev/null 2>&1 &
         n=0 disk=good
         until [ -e off ]; do
-            dd if=/dev/urandom of=block bs=64k count=1 2>/dev/null
+            dd if=/dev/urandom of=block bs=64k count=1 iflag=fullblock 2>/dev/null
             dd if=block of=/dev/xvda bs=64k seek=$((n % 64)) conv=notrunc,fsync 2>/dev/null || disk=unwritten
             echo 3 >/proc/sys/vm/drop_caches
             dd if=/dev/xvda bs=64k skip=$((n % 64)) count=1 2>/dev/null | cmp - block || disk=other

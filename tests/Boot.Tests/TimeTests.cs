@@ -67,7 +67,8 @@ public sealed class TimeTests : KvmFixture
 
     /// <summary>
     /// What of a core a Debian guest takes that sleeps, with a tick of 250 Hz and without one: next to nothing, or what the exits cost
-    /// that the guest makes by itself, six times a second for its own housekeeping.
+    /// that the guest makes by itself, six times a second for its own housekeeping. That is some 2.5 to 3.5 bare exits a hypercall, by what
+    /// else the machine does; one that waits by looking takes hundreds. The figures are printed.
     /// </summary>
     [TestCase("", 0.1)]
     [TestCase("nohz=off", 1.0)]
@@ -76,7 +77,7 @@ public sealed class TimeTests : KvmFixture
     public async Task A_domain_that_sleeps_costs_little(string parameter, double mostPercent)
     {
         const int seconds = 10;
-        const double most = 3;
+        const double most = 10;
         const int windows = 3;
         DomainImage image = await DebianGuest.ImageAsync(
             DebianKernelFlavour.CloudAmd64, new BusyboxInitramfsOptions { InitScript = "sleep 3; echo idle; sleep 1000\n" }, reusable: false);

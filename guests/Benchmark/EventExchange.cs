@@ -31,8 +31,8 @@ public static class EventExchange
     /// <summary>The reference of the page: the first behind the reserved ones.</summary>
     public const int Reference = 8;
 
-    /// <summary>The first of the ports that are offered, which follow each other: behind xenstore's and the console's.</summary>
-    public const int FirstPort = 3;
+    /// <summary>The first of the ports that are offered, which follow each other.</summary>
+    public const int FirstPort = PeerChannelCode.FirstPort;
 
     /// <summary>Bytes of the page that each port has.</summary>
     public const int Stride = 64;
@@ -45,12 +45,6 @@ public static class EventExchange
 
     private const int PageSize = 4096;
     private const int MaxPorts = 32;
-    private const int DomidSelf = 0x7ff0;
-    private const int BindInterdomain = 0;
-    private const int Send = 4;
-    private const int AllocUnbound = 6;
-    private const int SchedulerYield = 0;
-    private const int SchedulerBlock = 1;
     private const int MapGrantReference = 0;
     private const int SetupTable = 2;
 
@@ -81,6 +75,7 @@ public static class EventExchange
         private readonly PvAssembler _guest = new();
         private readonly PvConsole _console;
         private readonly UpcallCode _upcalls;
+        private readonly PeerChannelCode _channels;
         private readonly Assembler _code;
         private readonly ulong _page;
         private readonly ulong _grantTable;
@@ -105,6 +100,7 @@ public static class EventExchange
             _others = others;
             _console = new PvConsole(_guest);
             _upcalls = new UpcallCode(_guest, _console);
+            _channels = new PeerChannelCode(_guest, peer);
             _code = _guest.Code;
             _page = _guest.Reserve(PageSize, PageSize);
             _grantTable = _guest.Reserve(PageSize, PageSize);
@@ -162,7 +158,7 @@ public static class EventExchange
             const int permitAccess = 1;
             const ulong entry = Reference * 8;
             ulong frame = _guest.Reserve(8);
-            ulong setup = _guest.Define(BitConverter.GetBytes(DomidSelf | (1UL << 32)));
+            ulong setup = _guest.Define(BitConverter.GetBytes(PeerChannelCode.DomidSelf | (1UL << 32)));
             _ = _guest.Reserve(8);
             _ = _guest.Define(BitConverter.GetBytes(frame));
             GrantOperation(SetupTable, setup);
@@ -181,12 +177,11 @@ public static class EventExchange
             _code.mov(__word_ptr[_grantTable + entry + 2], _peer);
             _code.mov(__word_ptr[_grantTable + entry], permitAccess);
 
-            ulong request = _guest.Reserve(8);
+            ulong offer = _guest.Reserve(PeerChannelCode.OfferBytes);
             for (int i = 0; i < _ports; i++)
             {
-                _code.mov(__dword_ptr[request], DomidSelf | (_peer << 16));
-                EventOperation(AllocUnbound, request);
-                _code.mov(eax, __dword_ptr[request + 4]);
+                _channels.Offer(offer);
+                _code.mov(eax, __dword_ptr[offer + 4]);
                 _code.mov(__dword_ptr[PortOf(i)], eax);
             }
         }
@@ -194,31 +189,13 @@ public static class EventExchange
         private void Take()
         {
             const ulong mapHost = 2;
-            ulong binding = _guest.Reserve(12);
+            ulong binding = _guest.Reserve(PeerChannelCode.BindingBytes);
             ulong map = _guest.Define(BitConverter.GetBytes(_page));
             _ = _guest.Define(BitConverter.GetBytes(mapHost | ((ulong)Reference << 32)));
             _ = _guest.Define(BitConverter.GetBytes((ulong)_peer));
             _ = _guest.Reserve(8);
             for (int i = 0; i < _ports; i++)
-            {
-                Label bind = _code.CreateLabel();
-                Label bound = _code.CreateLabel();
-                _code.Label(ref bind);
-                _code.mov(__dword_ptr[binding], _peer);
-                _code.mov(__dword_ptr[binding + 4], FirstPort + i);
-                EventOperation(BindInterdomain, binding);
-                _code.test(rax, rax);
-                _code.jz(bound);
-                _code.mov(edi, SchedulerYield);
-                _code.xor(esi, esi);
-                _guest.Hypercall(GuestHypercall.SchedOp);
-                _code.jmp(bind);
-                _code.Label(ref bound);
-                _code.mov(eax, __dword_ptr[binding + 8]);
-                _code.mov(__dword_ptr[PortOf(i)], eax);
-            }
-
-            // To be bound counts as an event.
+                _channels.Connect(binding, FirstPort + i, PortOf(i));
             _upcalls.ForgetEvents();
             GrantOperation(MapGrantReference, map);
         }
@@ -229,15 +206,13 @@ public static class EventExchange
             Label loop = _code.CreateLabel();
             Label done = _code.CreateLabel();
 
-            // A label may be right before this, and an instruction has but one. SCHEDOP_block unmasks events, at once with going to sleep.
+            // A label may be right before this, and an instruction has but one.
             _code.nop();
             _code.Label(ref loop);
             _code.mov(__byte_ptr[_upcalls.Mask], 1);
             _code.cmp(__qword_ptr[Received], _ports * _rounds);
             _code.jae(done);
-            _code.mov(edi, SchedulerBlock);
-            _code.xor(esi, esi);
-            _guest.Hypercall(GuestHypercall.SchedOp);
+            _channels.Block();
             _code.jmp(loop);
             _code.Label(ref done);
             _code.nop();
@@ -301,14 +276,7 @@ public static class EventExchange
         private void SendNumber(int port)
         {
             _code.mov(__qword_ptr[_page + (ulong)((port * Stride) + _own)], rax);
-            EventOperation(Send, PortOf(port));
-        }
-
-        private void EventOperation(int operation, ulong arguments)
-        {
-            _code.mov(edi, operation);
-            _code.mov(rsi, arguments);
-            _guest.Hypercall(GuestHypercall.EventChannelOp);
+            _channels.Send(PortOf(port));
         }
 
         private void GrantOperation(int operation, ulong argument)

@@ -31,16 +31,7 @@ public static class EventPingPong
     /// <summary>What precedes the results on the first guest's console.</summary>
     public const string Marker = "xensharp-ping-pong\n";
 
-    /// <summary>Port that the first guest's builder leaves free first: behind xenstore's and the console's.</summary>
-    private const int FirstPort = 3;
-
     private const int PageSize = 4096;
-    private const int DomidSelf = 0x7ff0;
-    private const int BindInterdomain = 0;
-    private const int Send = 4;
-    private const int AllocUnbound = 6;
-    private const int SchedulerYield = 0;
-    private const int SchedulerBlock = 1;
 
     /// <summary>Those who answer an event once its handler has returned.</summary>
     private static readonly PingPongWait[] s_outsideHandler = [PingPongWait.Running, PingPongWait.Sleeping];
@@ -79,11 +70,11 @@ public static class EventPingPong
 
     private sealed class Builder
     {
-        private readonly ushort _peer;
         private readonly int _rounds;
         private readonly PvAssembler _guest = new();
         private readonly PvConsole _console;
         private readonly UpcallCode _upcalls;
+        private readonly PeerChannelCode _channel;
         private readonly Assembler _code;
         private readonly ulong _stackTop;
         private readonly ulong _results;
@@ -101,15 +92,15 @@ public static class EventPingPong
 
         public Builder(ushort peer, int rounds)
         {
-            _peer = peer;
             _rounds = rounds;
             _console = new PvConsole(_guest);
             _upcalls = new UpcallCode(_guest, _console);
+            _channel = new PeerChannelCode(_guest, peer);
             _code = _guest.Code;
             _results = _guest.Reserve(ResultBytes);
             _received = _results + ((ulong)s_waits * sizeof(ulong));
             _start = _guest.Reserve(sizeof(ulong));
-            _binding = _guest.Reserve(12);
+            _binding = _guest.Reserve(PeerChannelCode.BindingBytes);
             _port = _guest.Reserve(4);
             _answers = _guest.Reserve(4);
             _stackTop = _guest.Reserve(PageSize, PageSize) + PageSize;
@@ -142,9 +133,8 @@ public static class EventPingPong
 
         private void BeFirst()
         {
-            _code.mov(__dword_ptr[_binding], DomidSelf | (_peer << 16));
-            EventOperation(AllocUnbound, _binding);
-            _code.mov(__dword_ptr[_port], FirstPort);
+            _channel.Offer(_binding);
+            _code.mov(__dword_ptr[_port], PeerChannelCode.FirstPort);
             Unmask();
 
             // The second says that it is there.
@@ -154,14 +144,14 @@ public static class EventPingPong
             Measure(PingPongWait.Answering, () =>
             {
                 _code.mov(__dword_ptr[_answers], _rounds - 1);
-                EventOperation(Send, _port);
+                _channel.Send(_port);
                 WaitForTotal(1 + _rounds);
             });
             foreach (PingPongWait wait in s_outsideHandler)
             {
                 Measure(wait, () => Repeat(() =>
                 {
-                    EventOperation(Send, _port);
+                    _channel.Send(_port);
                     WaitForMore(wait);
                 }));
             }
@@ -179,28 +169,12 @@ public static class EventPingPong
 
         private void BeSecond()
         {
-            Label bind = _code.CreateLabel();
-            Label bound = _code.CreateLabel();
-            _code.Label(ref bind);
-            _code.mov(__dword_ptr[_binding], _peer);
-            _code.mov(__dword_ptr[_binding + 4], FirstPort);
-            EventOperation(BindInterdomain, _binding);
-            _code.test(rax, rax);
-            _code.jz(bound);
-            _code.mov(edi, SchedulerYield);
-            _code.xor(esi, esi);
-            _guest.Hypercall(GuestHypercall.SchedOp);
-            _code.jmp(bind);
-            _code.Label(ref bound);
-            _code.mov(eax, __dword_ptr[_binding + 8]);
-            _code.mov(__dword_ptr[_port], eax);
-
-            // To be bound counts as an event.
+            _channel.Connect(_binding, PeerChannelCode.FirstPort, _port);
             _upcalls.ForgetEvents();
             _code.xor(ebx, ebx);
             _code.mov(__dword_ptr[_answers], _rounds);
             Unmask();
-            EventOperation(Send, _port);
+            _channel.Send(_port);
             FloodIfWithoutRounds();
             WaitForTotal(_rounds);
             foreach (PingPongWait wait in s_outsideHandler)
@@ -208,7 +182,7 @@ public static class EventPingPong
                 Repeat(() =>
                 {
                     WaitForMore(wait);
-                    EventOperation(Send, _port);
+                    _channel.Send(_port);
                 });
             }
         }
@@ -224,7 +198,7 @@ public static class EventPingPong
             _code.push(rax);
             _code.push(rdi);
             _code.push(rsi);
-            EventOperation(Send, _port);
+            _channel.Send(_port);
             _code.pop(rsi);
             _code.pop(rdi);
             _code.pop(rax);
@@ -238,7 +212,7 @@ public static class EventPingPong
                 return;
             Label loop = _code.CreateLabel();
             _code.Label(ref loop);
-            EventOperation(Send, _port);
+            _channel.Send(_port);
             _code.jmp(loop);
         }
 
@@ -251,13 +225,6 @@ public static class EventPingPong
             body();
             _code.dec(r12d);
             _code.jnz(loop);
-        }
-
-        private void EventOperation(int operation, ulong arguments)
-        {
-            _code.mov(edi, operation);
-            _code.mov(rsi, arguments);
-            _guest.Hypercall(GuestHypercall.EventChannelOp);
         }
 
         private void Unmask()
@@ -301,14 +268,11 @@ public static class EventPingPong
             }
             else
             {
-                // SCHEDOP_block unmasks events, at once with going to sleep.
                 _code.Label(ref sleep);
                 _code.mov(__byte_ptr[_upcalls.Mask], 1);
                 _code.cmp(__dword_ptr[_received], ebx);
                 _code.jne(done);
-                _code.mov(edi, SchedulerBlock);
-                _code.xor(esi, esi);
-                _guest.Hypercall(GuestHypercall.SchedOp);
+                _channel.Block();
                 _code.jmp(sleep);
                 _code.Label(ref done);
                 _code.mov(__byte_ptr[_upcalls.Mask], 0);

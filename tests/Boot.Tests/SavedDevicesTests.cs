@@ -29,10 +29,10 @@ public sealed partial class SavedDevicesTests : KvmFixture
     private const string Script = """
         insmod /xen-blkfront.ko
         insmod /xen-netfront.ko
-        mkdir -p /work && cd /work
+        mkdir -p /devices && cd /devices
         until [ -b /dev/xvda ] && [ -e /sys/class/net/eth0 ] && [ -e /sys/class/net/eth1 ]; do usleep 20000; done
-        unshare -n sh -c ': >/work/ns; until ip link show eth1 >/dev/null 2>&1; do usleep 20000; done
-            ip addr add 10.0.0.2/24 dev eth1; ip link set eth1 up; : >/work/up; sleep 86400 | nc -l -p 9000 >/work/got' &
+        unshare -n sh -c ': >/devices/ns; until ip link show eth1 >/dev/null 2>&1; do usleep 20000; done
+            ip addr add 10.0.0.2/24 dev eth1; ip link set eth1 up; : >/devices/up; sleep 86400 | nc -l -p 9000 >/devices/got' &
         listener=$!
         until [ -e ns ]; do usleep 20000; done
         ip link set eth1 netns $listener
@@ -126,7 +126,7 @@ public sealed partial class SavedDevicesTests : KvmFixture
                         Files =
                         [
                             Module("block/xen-blkfront.ko"), Module("net/xen-netfront.ko"),
-                            new InitramfsFile("sbin/poweroff", "#!/bin/sh\n: >/work/off\n"u8.ToArray(), Executable: true),
+                            new InitramfsFile("sbin/poweroff", "#!/bin/sh\n: >/devices/off\n"u8.ToArray(), Executable: true),
                         ],
                     },
                     cancellation),

@@ -222,6 +222,10 @@ internal sealed class XenstoreSocketTests
             // In the middle of a message, and without having read a byte.
             Send(client, watch.AsSpan(0, number % watch.Length));
         }
+
+        // Those who connect are served in turn: once this one is answered, all before it have been accepted, and none comes later.
+        await using (XenstoreSocketClient last = await XenstoreSocketClient.ConnectAsync(SocketPath))
+            Assert.That(await last.ReadAsync("/steady"), Is.EqualTo("here"u8.ToArray()));
         FakeGuest.Until(() => _listener.Clients == 1, "the clients are forgotten");
         FakeGuest.Until(() => Descriptors() <= descriptors, "their descriptors are closed");
         lock (_store.Server.Database.Gate)

@@ -109,6 +109,28 @@ public sealed class PvConsole
     /// <summary>Emits, in line: writes RSI bytes from the address in RDI, waiting while the ring is full.</summary>
     public void EmitWriteCall() => code.call(write);
 
+    /// <summary>Emits, in line: waits, yielding, until the other end has taken all that was written.</summary>
+    internal void EmitDrain()
+    {
+        Label look = code.CreateLabel();
+        Label drained = code.CreateLabel();
+
+        code.cmp(__dword_ptr[initialDomain], 0);
+        code.jne(drained);
+        code.Label(ref look);
+        code.mov(rdx, __qword_ptr[ring]);
+        code.mov(eax, __dword_ptr[rdx + ConsoleRingOffset.OutProd]);
+        code.cmp(eax, __dword_ptr[rdx + ConsoleRingOffset.OutCons]);
+        code.je(drained);
+        code.mov(edi, SchedopYield);
+        code.xor(esi, esi);
+        guest.Hypercall(GuestHypercall.SchedOp);
+        code.jmp(look);
+        code.Label(ref drained);
+        // A label names the instruction that follows it, and the caller's next one may carry a label of its own.
+        code.nop();
+    }
+
     /// <summary>
     /// Emits, in line: waits for input and moves what is there, up to RSI bytes, to the address in RDI; the count comes in RAX
     /// and is at least 1. Needs the shared info page and a console ring, so not for the initial domain.

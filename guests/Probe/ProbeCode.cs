@@ -37,6 +37,12 @@ internal enum StepOperation : byte
     /// <summary>Expressions: number of upcalls to wait for, nanoseconds to wait at most.</summary>
     WaitUpcalls,
 
+    /// <summary>
+    /// Expression: nanoseconds to wait, yielding, from when the console's other end has taken all that was printed. It yields so often
+    /// at least that the other end gets to say so as well, where both share a processor that has much else to do.
+    /// </summary>
+    Pause,
+
     /// <summary>Expressions: vCPU, nanoseconds to wait at most: for the end of its script, then prints what it printed.</summary>
     Join,
 

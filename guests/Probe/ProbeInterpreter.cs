@@ -46,6 +46,9 @@ internal sealed partial class ProbeInterpreter
 
     private const int EventWords = 64;
 
+    /// <summary>How often a pause yields at least: a few scheduling periods of a processor that is shared with what is waited for.</summary>
+    private const int LeastYields = 200;
+
     private readonly PvAssembler _guest;
     private readonly PvConsole _console;
     private readonly Assembler _code;
@@ -95,6 +98,7 @@ internal sealed partial class ProbeInterpreter
         EmitFill();
         EmitRun();
         EmitWaitUpcalls();
+        EmitPause();
         EmitJoin();
         EmitTurn();
         EmitEvaluate();
@@ -633,6 +637,26 @@ internal sealed partial class ProbeInterpreter
         _code.Label(ref look);
         _code.cmp(__qword_ptr[rbx + ProbeLayout.UpcallCount], r13);
         _code.jae(_stepDone);
+        EmitYieldUntilDeadline(look);
+    }
+
+    private void EmitPause()
+    {
+        Label yield = _code.CreateLabel();
+        Label look = _code.CreateLabel();
+
+        Place(_operations[StepOperation.Pause]);
+        _code.call(_evaluate);
+        _code.mov(r14, rax);
+        _console.EmitDrain();
+        _code.call(_clock);
+        _code.add(r14, rax);
+        _code.mov(r13d, LeastYields);
+        _code.Label(ref yield);
+        EmitYield();
+        _code.dec(r13d);
+        _code.jnz(yield);
+        _code.Label(ref look);
         EmitYieldUntilDeadline(look);
     }
 

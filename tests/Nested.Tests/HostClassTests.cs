@@ -87,7 +87,7 @@ public sealed partial class HostClassTests
             tries=0
             until xensharp list >/dev/null 2>&1 3>&- 5>&-; do
                 tries=$((tries+1))
-                [ $tries -lt 100 ] || fail "no daemon answers: $(cat $class/daemon.log)"
+                [ $tries -lt 300 ] || fail "no daemon answers: $(cat $class/daemon.log)"
                 sleep 0.2
             done
         }
@@ -226,11 +226,12 @@ public sealed partial class HostClassTests
                 last = line;
             }
 
-            // A clock that is read by the parameters of another host is wrong, fast, or slow.
+            // A clock that is read by the parameters of another host is wrong, fast, or slow. The wall clock is asked by another process,
+            // which on an emulated processor that has much to do is some seconds later.
             Line[] ofStage = [.. lines.Where(line => line.UnixTime >= stage.Begin)];
             Assert.That(ofStage, Has.Length.GreaterThanOrEqualTo(4), $"{name}: {console}");
             Assert.That(last.UnixTime, Is.LessThanOrEqualTo(stage.End + 1), $"{name}: {console}");
-            Assert.That(last.Uptime - ofStage[0].Uptime, Is.EqualTo(last.UnixTime - ofStage[0].UnixTime).Within(2), $"{name}: {console}");
+            Assert.That(last.Uptime - ofStage[0].Uptime, Is.EqualTo(last.UnixTime - ofStage[0].UnixTime).Within(10), $"{name}: {console}");
         }
 
         Assert.That(_stages[classes[^1]].Consoles[guest], Does.Contain("[trouble]\r\n[end]\r\n"), "it powers off, and has found nothing wrong");

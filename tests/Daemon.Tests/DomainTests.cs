@@ -38,7 +38,7 @@ public sealed class DomainTests : DaemonFixture
         {
             Assert.That(await ReadAsync(console, 6), Is.EqualTo("ready\n"));
             await console.WriteAsync("abc\n"u8.ToArray());
-            Assert.That(await ReadAsync(console, 3), Is.EqualTo("ABC"));
+            Assert.That(await ReadAsync(console, 4), Is.EqualTo("ABC\n"));
         }
 
         Assert.That(Encoding.ASCII.GetString(await Client.GetConsoleHistoryAsync("tiny")), Does.StartWith("ready\nABC"));

@@ -24,7 +24,7 @@ internal sealed record FuzzRun(ulong Seed, ulong Calls, int Vcpus, FuzzFigures F
     private const int AuditInterval = 2_000;
 
     /// <summary>A vCPU that is up and makes no hypercall for so long hangs.</summary>
-    internal static readonly TimeSpan Patience = TimeSpan.FromSeconds(10);
+    internal static readonly TimeSpan Patience = TimeSpan.FromSeconds(60);
 
     /// <summary>Runs a seed to its end, however it comes, and recounts the domain's frames.</summary>
     [MethodImpl(MethodImplOptions.NoInlining)]

@@ -14,6 +14,9 @@ public sealed class RemainsTests : KvmFixture
     private const int Domains = 300;
     private const ulong Calls = 100;
 
+    /// <summary>Seconds in which a pool gives up the threads that it has no use for, several times over.</summary>
+    private const int Settling = 90;
+
     /// <summary>Less than a KiB a domain: one object graph that were kept would be more.</summary>
     private const long MaxManagedGrowth = Domains * 1000;
 
@@ -28,13 +31,24 @@ public sealed class RemainsTests : KvmFixture
         Remains before = Remains.Measure();
         for (int i = 0; i < Domains; i++)
             await RunAsync(i);
+
+        // On a busy machine the thread pool has more threads for a while than before, with stacks and memory of their own.
         Remains after = Remains.Measure();
+        for (int i = 0; i < Settling && !IsNoMore(after); i++)
+        {
+            await Task.Delay(1000);
+            after = Remains.Measure();
+        }
+
         await TestContext.Out.WriteLineAsync($"before: {before}\nafter:  {after}\n{after.Difference(before)}");
         Assert.That(after.Files, Is.LessThanOrEqualTo(before.Files + 2));
         Assert.That(after.Threads, Is.LessThanOrEqualTo(before.Threads + 4));
         Assert.That(after.Mappings, Is.LessThanOrEqualTo(before.Mappings + (Domains / 3)));
         Assert.That(after.Managed - before.Managed, Is.LessThan(MaxManagedGrowth));
         Assert.That(after.Resident - before.Resident, Is.LessThan(MaxResidentGrowth));
+
+        bool IsNoMore(Remains now) => now.Files <= before.Files + 2 && now.Threads <= before.Threads + 4 && now.Mappings <= before.Mappings + (Domains / 3)
+            && now.Managed - before.Managed < MaxManagedGrowth && now.Resident - before.Resident < MaxResidentGrowth;
     }
 
     private async Task RunAsync(int seed)

@@ -62,7 +62,7 @@ static class BedTest
 
     public static async Task<List<GuestRun>> RunAsync(IGuestBed bed, params IReadOnlyList<BedGuest> guests)
     {
-        using CancellationTokenSource limit = new(TimeSpan.FromMinutes(5));
+        using CancellationTokenSource limit = new(TimeSpan.FromMinutes(10));
         List<GuestRun> runs = [];
         await foreach (GuestRun run in bed.RunAsync(guests, limit.Token))
             runs.Add(run);
@@ -92,6 +92,9 @@ sealed class WatchedQemu : IDisposable
 
     /// <summary>The processes that were started.</summary>
     public int[] Processes => [.. File.ReadAllLines(Path.Combine(folder, "pids")).Select(int.Parse)];
+
+    /// <summary>Whether one was started.</summary>
+    public bool HasStarted => new FileInfo(Path.Combine(folder, "arguments")) is { Exists: true, Length: > 0 };
 
     static bool IsAlive(int process) => Directory.Exists($"/proc/{process}");
 

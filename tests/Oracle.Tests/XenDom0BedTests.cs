@@ -14,7 +14,7 @@ public sealed class XenDom0BedTests
         using WatchedQemu qemu = await WatchedQemu.MakeAsync();
         List<GuestRun> runs = await BedTest.RunAsync(
             new XenDom0Bed(BedTest.Cache, null, qemu.Host),
-            BedTest.Tiny("spin", TinyGuestBehaviour.SpinForever) with { Timeout = TimeSpan.FromSeconds(1) },
+            BedTest.Tiny("spin", TinyGuestBehaviour.SpinForever) with { Timeout = TimeSpan.FromSeconds(5) },
             BedTest.Tiny("power-off") with { Ramdisk = new byte[5000], Vcpus = 2 },
             BedTest.Repeat("repeat", "one two,three"),
             BedTest.Tiny("reboot", TinyGuestBehaviour.Reboot),

@@ -14,8 +14,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 100 MB.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(300_000)]
+[CancelAfter(600_000)]
 public sealed class BlockTests : KvmFixture
 {
     private const int MiB = 1 << 20;

@@ -12,8 +12,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 100 MB.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(120_000)]
+[CancelAfter(600_000)]
 public sealed class ChannelTests : KvmFixture
 {
     private const string Script = """

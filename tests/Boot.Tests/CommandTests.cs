@@ -9,7 +9,8 @@ using XenSharp.Guests;
 namespace XenSharp.Boot.Tests;
 
 [TestFixture]
-[CancelAfter(120_000)]
+[Parallelizable(ParallelScope.Self)]
+[CancelAfter(600_000)]
 public sealed class CommandTests : KvmFixture
 {
     private const string Hello = "hello\n";

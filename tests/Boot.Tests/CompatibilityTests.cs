@@ -10,8 +10,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(300_000)]
+[CancelAfter(600_000)]
 public sealed class CompatibilityTests : KvmFixture
 {
     /// <summary>

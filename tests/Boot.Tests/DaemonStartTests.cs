@@ -6,7 +6,8 @@ using XenSharp.Guests;
 namespace XenSharp.Boot.Tests;
 
 [TestFixture]
-[CancelAfter(120_000)]
+[Parallelizable(ParallelScope.Self)]
+[CancelAfter(600_000)]
 public sealed class DaemonStartTests : KvmFixture
 {
     private string _folder = null!;

@@ -12,8 +12,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 70 MB.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(300_000)]
+[CancelAfter(600_000)]
 public sealed class DebianTests : KvmFixture
 {
     private string _release = null!;

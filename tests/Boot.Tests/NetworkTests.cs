@@ -12,7 +12,7 @@ namespace XenSharp.Boot.Tests;
 /// <summary>Needs the network at its first run, for some 20 MB.</summary>
 [TestFixture]
 [Category("Debian")]
-[CancelAfter(240_000)]
+[CancelAfter(600_000)]
 public sealed partial class NetworkTests : KvmFixture
 {
     private const int NewNetwork = 0x4000_0000;

@@ -14,7 +14,7 @@ namespace XenSharp.Boot.Tests;
 [TestFixture]
 [Category("Debian")]
 [Category("Long")]
-[CancelAfter(240_000)]
+[CancelAfter(600_000)]
 public sealed class NetworkThroughputTests : KvmFixture
 {
     private const int Chunks = 512;

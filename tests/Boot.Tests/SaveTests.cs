@@ -11,8 +11,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 70 MB.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(180_000)]
+[CancelAfter(600_000)]
 public sealed class SaveTests : KvmFixture
 {
     private const int MemoryMiB = 512;

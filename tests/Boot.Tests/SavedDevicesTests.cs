@@ -13,8 +13,9 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 20 MB.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
-[CancelAfter(180_000)]
+[CancelAfter(600_000)]
 public sealed partial class SavedDevicesTests : KvmFixture
 {
     private const int BlockKiB = 64;

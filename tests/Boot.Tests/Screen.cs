@@ -38,7 +38,7 @@ internal sealed class Screen
 
     /// <summary>Waits for a text, and takes all up to its end.</summary>
     /// <param name="text">The text.</param>
-    /// <param name="patience">How long it may take to come; a minute where it is not said.</param>
+    /// <param name="patience">How long it may take to come; some minutes where it is not said.</param>
     /// <returns>What came before it.</returns>
     internal string WaitFor(string text, TimeSpan? patience = null)
     {
@@ -57,7 +57,7 @@ internal sealed class Screen
                     return true;
                 }
             },
-            patience ?? TimeSpan.FromSeconds(60));
+            patience ?? TimeSpan.FromMinutes(5));
         if (!found)
             Assert.Fail($"\"{text}\" did not appear; there was: {_text}");
         return before!;

@@ -9,6 +9,7 @@ namespace XenSharp.Boot.Tests;
 
 /// <summary>Needs the network at its first run, for some 80 MB. Takes a quarter of a minute, or as long as <see cref="Variable"/> says.</summary>
 [TestFixture]
+[Parallelizable(ParallelScope.Self)]
 [Category("Debian")]
 [Category("Long")]
 public sealed class StressTests : KvmFixture

@@ -20,8 +20,8 @@ public sealed class TimeTests : KvmFixture
     private const int DefaultSeconds = 10;
     private const long Second = 1_000_000_000;
 
-    /// <summary>What both clocks and a counter can be read in, if nothing comes between.</summary>
-    private const long TightestBracket = 2_000;
+    /// <summary>In how many nanoseconds both clocks and a counter are read where a reading is to count; less than that, if nothing comes between.</summary>
+    private const long WidestBracket = 1_000;
 
     private static int Seconds => Durations.Seconds(Variable, DefaultSeconds);
 
@@ -49,15 +49,17 @@ public sealed class TimeTests : KvmFixture
                 Thread.Sleep(Seconds * 1000 / 8);
                 _ = domain.Unpause();
                 Thread.Sleep(1);
-                worstAfterPause = Math.Max(worstAfterPause, Math.Abs(Deviation(domain)));
+                worstAfterPause = Math.Max(worstAfterPause, Math.Abs(Deviation(domain) ?? 0));
                 nextPause = Stopwatch.GetTimestamp() + (Seconds * Second / 4);
             }
 
-            deviations.Add(Deviation(domain));
+            if (Deviation(domain) is { } deviation)
+                deviations.Add(deviation);
             Thread.Sleep(7);
         }
 
         running.Destroy();
+        Assert.That(deviations, Is.Not.Empty, "The host is too busy to compare clocks on.");
         double worst = deviations.Max(Math.Abs);
         TestContext.Out.WriteLine(
             $"{deviations.Count} readings in {Seconds} s: at most {worst:0} ns off, {worstAfterPause:0} ns right after a pause, {deviations.Average():0} ns on average.");
@@ -73,7 +75,7 @@ public sealed class TimeTests : KvmFixture
     [TestCase("", 0.1)]
     [TestCase("nohz=off", 1.0)]
     [Category("Debian")]
-    [CancelAfter(120_000)]
+    [CancelAfter(600_000)]
     public async Task A_domain_that_sleeps_costs_little(string parameter, double mostPercent)
     {
         const int seconds = 10;
@@ -97,9 +99,10 @@ public sealed class TimeTests : KvmFixture
             await Task.Delay(100);
         await Task.Delay(2000);
 
-        // What else the machine does only adds: a window in which it did little is enough.
+        // What else the machine does only adds, and takes ticks away: a window in which it did little is enough.
         bool isLittle = false;
-        for (int window = 0; window < windows && !isLittle; window++)
+        bool ticks = false;
+        for (int window = 0; window < windows && !(isLittle && ticks); window++)
         {
             (double before, ulong calls) = (VcpuThreads.ProcessorTime("idle"), domain.Domain.HypercallCount);
             await Task.Delay(seconds * 1000);
@@ -111,19 +114,20 @@ public sealed class TimeTests : KvmFixture
             double exits = percent / 100 * seconds / calls * 1e9 / floor;
             TestContext.Out.WriteLine(
                 $"{percent:0.000} % of a core, {calls / (double)seconds:0} hypercalls a second, {exits:0.00} bare exits of {floor / 1000:0.0} µs each.");
-            Assert.That(calls, parameter.Length == 0 ? Is.LessThan(200UL * seconds) : Is.GreaterThan(500UL * seconds), "It has its tick, or has none.");
-            isLittle = percent <= mostPercent || exits <= most;
+            ticks |= parameter.Length == 0 ? calls < 200UL * seconds : calls > 500UL * seconds;
+            isLittle |= percent <= mostPercent || exits <= most;
         }
 
+        Assert.That(ticks, "It has its tick, or has none.");
         Assert.That(isLittle, $"at most {mostPercent} % of a core, or {most} bare exits a hypercall, in one of {windows} windows");
     }
 
-    /// <summary>Guest time less host time, in nanoseconds, of the tightest of several readings.</summary>
-    private static double Deviation(Domain domain)
+    /// <summary>Guest time less host time, in nanoseconds, of the tightest of several readings; null where none was tight.</summary>
+    private static double? Deviation(Domain domain)
     {
         double deviation = 0;
         long tightest = long.MaxValue;
-        for (int i = 0; i < 1000 && tightest > TightestBracket / 8; i++)
+        for (int i = 0; i < 1000 && tightest > WidestBracket / 4; i++)
         {
             long before = Stopwatch.GetTimestamp();
             VcpuTimeInfo info = Read(domain);
@@ -138,8 +142,7 @@ public sealed class TimeTests : KvmFixture
             deviation = guest - (before + ((after - before) / 2.0) - domain.Time.BootTime);
         }
 
-        Assert.That(tightest, Is.LessThanOrEqualTo(TightestBracket * 10), "The host is too busy to compare clocks on.");
-        return deviation;
+        return tightest <= WidestBracket ? deviation : null;
     }
 
     /// <summary>The first vCPU's clock as a guest reads it, by its version.</summary>

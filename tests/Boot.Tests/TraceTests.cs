@@ -10,7 +10,8 @@ using XenSharp.Toolstack;
 namespace XenSharp.Boot.Tests;
 
 [TestFixture]
-[CancelAfter(180_000)]
+[Parallelizable(ParallelScope.Self)]
+[CancelAfter(600_000)]
 public sealed class TraceTests : KvmFixture
 {
     /// <summary>What the talkative guest prints: some thousand hypercalls.</summary>

@@ -101,7 +101,7 @@ internal sealed class CommandProcess : IDisposable
     /// <returns>The exit status.</returns>
     internal async Task<int> WaitAsync()
     {
-        using var patience = new CancellationTokenSource(TimeSpan.FromMinutes(2));
+        using var patience = new CancellationTokenSource(TimeSpan.FromMinutes(5));
         await _process.WaitForExitAsync(patience.Token);
         await _errorRead;
         return _process.ExitCode;

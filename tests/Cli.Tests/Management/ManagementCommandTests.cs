@@ -503,6 +503,11 @@ public sealed class ManagementCommandTests
         Assert.That(await RunAsync("save -c web file"), Is.EqualTo(new CommandEnd(0, "", "")));
         SaveDomainRequest save = Body<SaveDomainRequest>();
         Assert.That((save.Path, save.Checkpoint, save.LeavePaused), Is.EqualTo((Path.Combine(Directory.GetCurrentDirectory(), "file"), true, false)));
+        Assert.That(save.Configuration, Is.Null);
+        string file = Path.Combine(_folder, "other.cfg");
+        await File.WriteAllTextAsync(file, "name='other'\nkernel='/k'\n");
+        Assert.That(await RunAsync("save", "web", "file", file), Is.EqualTo(new CommandEnd(0, "", "")));
+        Assert.That(Body<SaveDomainRequest>().Configuration!.Text, Does.StartWith("name='other'"));
         Assert.That(await RunAsync("dump-core web /tmp/core"), Is.EqualTo(new CommandEnd(0, "", "")));
         Assert.That(Body<DumpCoreRequest>().Path, Is.EqualTo("/tmp/core"));
         CommandEnd end = await RunAsync("restore -p --json /tmp/file");

@@ -34,6 +34,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Linux's flat data selector of user mode: the host's own, and that of guests that are Linux.</summary>
     internal const ushort HostUserData = 0x2b;
 
+    /// <summary>Linux's flat selector of 64-bit code in user mode, the host's.</summary>
+    internal const ushort HostUserCode = 0x33;
+
     private const int RunsFrom = 6;
 
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
@@ -139,6 +142,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
     }
 
+    public EntryService* EntryService => _pages.Entry.Service;
+
+    public EntryReport* EntryReport => EntryService == null ? null : _pages.EntryReport;
+
     public bool ReadsSelectorsAsNull => _machine.Capabilities.HostDescriptorTable;
 
     public int* KickPending => _kicked;
@@ -148,6 +155,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     internal int File => _file;
 
     internal KvmRun* SharedPage => _run;
+
+    /// <summary>The page that SYSCALL comes to.</summary>
+    internal SyscallEntry Entry => _pages.Entry;
 
     public void Dispose()
     {
@@ -170,6 +180,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         int thread = Volatile.Read(ref _thread);
         if (thread != 0)
             Libc.KickThread(thread);
+    }
+
+    public void ShowVcpuInfo(Mfn frame, int offset)
+    {
+        const PageFlags flags = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
+        _pages.Entry.SetVcpuInfo(_pages.VcpuInfoStart + (ulong)offset);
+        var value = new PageTableEntry(frame, flags);
+        if (*_pages.VcpuInfoEntry == value)
+            return;
+        PageTableEntry old = _writes->Store(_pages.VcpuInfoEntry, _pages.VcpuInfoEntryAddress, value);
+        if (old.IsPresent)
+            _writes->Invalidate(new VirtualAddress(_pages.VcpuInfoStart));
     }
 
     public void SetTaskSwitched(bool value)
@@ -443,8 +465,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         Span<ulong> values =
         [
-            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry,
-            _machine.CompatibilitySyscallEntry, SyscallMask,
+            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _pages.Entry.Of64BitCode,
+            _pages.Entry.Of32BitCode, SyscallMask,
         ];
         Span<uint> indexes = [Msr.Star, Msr.Lstar, Msr.Cstar, Msr.SfMask];
         byte* buffer = stackalloc byte[8 + (sizeof(KvmMsrEntry) * 4)];
@@ -800,9 +822,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong rip = _run->Regs.Rip;
         if (_run->Io.Direction == 1 && _run->Io.Size == 1)
         {
-            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.SyscallEntry <= 2)
+            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf64BitCode(rip))
                 return TakeSyscall(FlatSelectors.Ring3Cs64);
-            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.CompatibilitySyscallEntry <= 2)
+            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf32BitCode(rip))
                 return TakeSyscall(FlatSelectors.Ring3Cs32);
             if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
                 return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
@@ -947,6 +969,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _run->Regs.Rflags = frame[2];
         _run->Regs.Rsp = frame[3];
         _segments->Ss = (ushort)frame[4];
+        if (_pages.Entry.TryTakeOver(&_run->Regs))
+        {
+            // It has met what the manager is to find, or a breakpoint that no hypercall comes upon.
+            if (vector == ExceptionVector.Debug)
+                _ = TakeDebugStatus();
+            return TakeSyscall(FlatSelectors.Ring3Cs64);
+        }
+
         return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
     }
 
@@ -987,7 +1017,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_run->DirtyRegs != KvmSyncRegs.None)
             return false;
         ulong rip = _run->Regs.Rip;
-        if (rip == _machine.SyscallEntry || rip == _machine.CompatibilitySyscallEntry
+        if (rip == _pages.Entry.Of32BitCode
             || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
             return true;
         ref readonly KvmVcpuEvents events = ref _run->Events;
@@ -1020,7 +1050,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return RestoreIntended();
         EntryDone();
         TakeSegments();
-        return new VcpuExit(VcpuExitKind.Kicked);
+        if (!_pages.Entry.TryTakeOver(&_run->Regs))
+            return new VcpuExit(VcpuExitKind.Kicked);
+
+        // What this returns with is not "kicked", so the next Run has to.
+        _ = Interlocked.Exchange(ref *_kicked, 1);
+        return TakeSyscall(FlatSelectors.Ring3Cs64);
     }
 
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>

@@ -51,6 +51,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
     private const int MaxInterruptions = 3;
 
+    /// <summary>Nanoseconds for which a thread that mostly sleeps less than that looks for a kick before it sleeps: a wake-up costs as much.</summary>
+    private const long LongestPoll = 100_000;
+
+    /// <summary>Nanoseconds with which it begins to.</summary>
+    private const long ShortestPoll = 25_000;
+
+    /// <summary>Nanoseconds that it may take to be woken.</summary>
+    private const long WakeUp = 50_000;
+
     /// <summary>What has to stay in one place beside the kvm_run page.</summary>
     private struct LocalState
     {
@@ -58,6 +67,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         public CpuRegisters Intended;
         public PageTableWriteQueue Writes;
         public int Kicked;
+        public int Listening;
     }
 
     private readonly LocalState* _state;
@@ -76,6 +86,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private long _timerDeadline = long.MaxValue;
     private ulong _root;
     private readonly int* _kicked;
+
+    /// <summary>Not 0 while a kick needs a signal: the thread is in KVM_RUN or asleep, or about to look for the last time before.</summary>
+    private readonly int* _listening;
+    private long _poll;
     private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
@@ -95,6 +109,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _intended = &_state->Intended;
         _writes = &_state->Writes;
         _kicked = &_state->Kicked;
+        _listening = &_state->Listening;
         _writes->InGuest = machine.Capabilities.ShadowPageTables ? 1 : 0;
         try
         {
@@ -175,7 +190,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public void Kick()
     {
-        if (Interlocked.Exchange(ref *_kicked, 1) != 0)
+        if (Interlocked.Exchange(ref *_kicked, 1) != 0 || Volatile.Read(ref *_listening) == 0)
             return;
         int thread = Volatile.Read(ref _thread);
         if (thread != 0)
@@ -291,7 +306,43 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public void WaitForKick(long deadline)
     {
         BindThread();
+        long start = Libc.MonotonicNow();
+        if (!IsKickedSoon(start, deadline))
+            SleepUntilKicked(deadline);
+        Volatile.Write(ref *_listening, 0);
+        AdaptPoll(Libc.MonotonicNow() - start);
+    }
+
+    /// <summary>Looks for a kick for a while.</summary>
+    /// <returns>Whether one came, of which note was taken.</returns>
+    private bool IsKickedSoon(long start, long deadline)
+    {
+        const int looks = 16;
+        for (long end = Math.Min(deadline, start + _poll); Libc.MonotonicNow() < end;)
+        {
+            for (int i = 0; i < looks; i++)
+            {
+                if (Volatile.Read(ref *_kicked) != 0)
+                {
+                    TakeKick();
+                    return true;
+                }
+
+                Thread.SpinWait(1);
+            }
+        }
+
+        return false;
+    }
+
+    /// <summary>The next sleep is looked at as long as would have been enough for this one, if that is not too long.</summary>
+    private void AdaptPoll(long slept)
+        => _poll = slept < LongestPoll + WakeUp ? Math.Clamp(_poll * 2, ShortestPoll, LongestPoll) : _poll > ShortestPoll ? _poll / 2 : 0;
+
+    private void SleepUntilKicked(long deadline)
+    {
         sigset_t set = Libc.KickSet();
+        _ = Interlocked.Exchange(ref *_listening, 1);
         while (Volatile.Read(ref *_kicked) == 0)
         {
             long now = Libc.MonotonicNow();
@@ -318,11 +369,13 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         BindThread();
         Volatile.Write(ref _entries, _entries + 1);
+        Volatile.Write(ref *_listening, 1);
         _ = Interlocked.Exchange(ref _writes->Running, 1);
         VcpuExit exit = Enter();
         while (_pages.Instruction is { } instruction && exit.Vector == ExceptionVector.InvalidOpcode && ExecuteNatively(instruction, ref exit))
             exit = Enter();
         Volatile.Write(ref _writes->Running, 0);
+        Volatile.Write(ref *_listening, 0);
         return exit;
     }
 

@@ -142,7 +142,7 @@ public sealed class UnpackedKernelTests
     /// <summary>Loads as a manager would that ends afterwards.</summary>
     private async Task<(ulong, string)[]> LoadAsync(ManagerLog? log = null, bool patient = false)
     {
-        await using var kernels = new UnpackedKernels(Kept, log ?? new ManagerLog()) { Settled = patient ? TimeSpan.FromMinutes(1) : s_settled };
+        await using var kernels = new UnpackedKernels(Kept, log ?? new ManagerLog()) { Settled = patient ? TimeSpan.FromDays(1) : s_settled };
         LoadedKernel kernel = kernels.Load(_kernel, "kernel=");
         using (kernel.Memory)
             return SegmentsOf(kernel.Image);

@@ -456,8 +456,8 @@ public sealed class ManagementCommandTests
             // Only what happens after it was asked is its end; that of another domain is none.
             await asked.Task;
             await WriteEventAsync(stream, DomainEventKind.Destroyed, 12);
-            await WriteEventAsync(stream, DomainEventKind.Shutdown, 3);
             other.SetResult();
+            await WriteEventAsync(stream, DomainEventKind.Shutdown, 3);
             if (kind == DomainEventKind.Destroyed)
                 await WriteEventAsync(stream, kind, 3);
             await Task.Delay(Timeout.Infinite);

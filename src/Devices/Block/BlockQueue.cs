@@ -20,12 +20,13 @@ internal sealed record BlockQueueSettings(IBlockImage Image, bool IsReadOnly, bo
 }
 
 /// <summary>
-/// Serves a ring. One loop takes requests, in order, each copied once and checked in the copy; the image does them at the same time and
-/// in any order; whoever completes one puts its response into the ring. As many are under way at most as the ring has entries.
+/// Serves a ring. One loop takes requests, in order, each copied once and checked in the copy; the image gets those that were taken
+/// together at once, and does them at the same time and in any order; whoever completes one puts its response into the ring. As many are
+/// under way at most as the ring has entries.
 /// </summary>
 /// <remarks>A front end that says it has made more requests than its ring has entries ends the connection; whatever else it says wrongly
 /// comes to an error of that request.</remarks>
-internal sealed class BlockQueue : IAsyncDisposable
+internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
 {
     /// <summary>After so many requests responses are shown and the thread is offered to others.</summary>
     private const int BatchSize = 64;
@@ -48,6 +49,10 @@ internal sealed class BlockQueue : IAsyncDisposable
     private readonly byte[] _request = new byte[BlkifAbi.LongestRequest];
     private readonly byte[] _indirect;
     private readonly BlkifSegment[] _segments;
+
+    /// <summary>Requests that were taken and not given to the image yet.</summary>
+    private readonly BlockOperation[] _taken = new BlockOperation[BatchSize];
+    private int _takenCount;
 
     /// <summary>Guards all below, and the ring's responses.</summary>
     private readonly Lock _gate = new();
@@ -132,8 +137,22 @@ internal sealed class BlockQueue : IAsyncDisposable
             _cache.DropUnused(Environment.TickCount64 - (long)idle.TotalMilliseconds);
     }
 
+    /// <summary>Shows the front end what was answered meanwhile.</summary>
+    public void CompletionsEnd()
+    {
+        lock (_gate)
+        {
+            if (!_batching && _ring.Push())
+                Notify();
+            EndOne();
+        }
+    }
+
     /// <summary>An operation on the image has ended. Any thread.</summary>
-    internal void Completed(BlockRequest request, int error)
+    /// <param name="request">The operation.</param>
+    /// <param name="error">0 or errno.</param>
+    /// <param name="batch">The operations that are completed along with it, if there are any.</param>
+    internal void Completed(BlockRequest request, int error, CompletionBatch? batch)
     {
         if (error == 0 && request.Proceed())
         {
@@ -145,7 +164,7 @@ internal sealed class BlockQueue : IAsyncDisposable
             Report(request, error);
         else
             _settings.Counters.Count(request.Operation, request.Bytes);
-        Finish(request, error == 0 ? BlkifStatus.Okay : error == LibC.EOPNOTSUPP ? BlkifStatus.OperationNotSupported : BlkifStatus.Error);
+        Finish(request, error == 0 ? BlkifStatus.Okay : error == LibC.EOPNOTSUPP ? BlkifStatus.OperationNotSupported : BlkifStatus.Error, batch);
     }
 
     private async Task RunAsync()
@@ -166,6 +185,7 @@ internal sealed class BlockQueue : IAsyncDisposable
                     case Taken.Barrier:
                         await WhenIdle().ConfigureAwait(false);
                         _ = Handle();
+                        SubmitTaken();
                         await WhenIdle().ConfigureAwait(false);
                         break;
 
@@ -197,6 +217,7 @@ internal sealed class BlockQueue : IAsyncDisposable
         }
         finally
         {
+            SubmitTaken();
             bool notify;
             lock (_gate)
             {
@@ -260,15 +281,20 @@ internal sealed class BlockQueue : IAsyncDisposable
         BlkifStatus status = Prepare(request);
         if (status == BlkifStatus.Okay)
         {
-            // It may be another request's before this returns.
-            ulong bytes = request.Bytes;
-            _settings.Image.Submit(request);
-            return bytes;
+            _taken[_takenCount++] = request;
+            return request.Bytes;
         }
 
         _settings.Counters.CountError();
-        Finish(request, status);
+        Finish(request, status, batch: null);
         return 0;
+    }
+
+    private void SubmitTaken()
+    {
+        int count = _takenCount;
+        _takenCount = 0;
+        _settings.Image.Submit(_taken.AsSpan(0, count));
     }
 
     private BlkifStatus Prepare(BlockRequest request)
@@ -384,7 +410,7 @@ internal sealed class BlockQueue : IAsyncDisposable
         => sector <= _settings.Sectors && sectors <= _settings.Sectors - sector && ((sector | sectors) & _settings.SectorMask) == 0;
 
     /// <summary>Answers a request, and is done with it.</summary>
-    private void Finish(BlockRequest request, BlkifStatus status)
+    private void Finish(BlockRequest request, BlkifStatus status, CompletionBatch? batch)
     {
         lock (_gate)
         {
@@ -394,14 +420,22 @@ internal sealed class BlockQueue : IAsyncDisposable
             _ring.Put(request.Id, request.Operation, status);
             _unused.Push(request);
 
-            // Before the count, since the ring and the channel may go once nothing is under way.
-            if (!_batching && _ring.Push())
+            // The ring and the channel may go once nothing is under way: so the end of the batch is, and this is before the count.
+            if (batch is not null)
+                _inFlight += batch.Add(this) ? 1 : 0;
+            else if (!_batching && _ring.Push())
                 Notify();
-            if (--_inFlight == 0 && _idle is not null)
-            {
-                _idle.SetResult();
-                _idle = null;
-            }
+            EndOne();
+        }
+    }
+
+    /// <summary>Counts one thing less under way.</summary>
+    private void EndOne()
+    {
+        if (--_inFlight == 0 && _idle is not null)
+        {
+            _idle.SetResult();
+            _idle = null;
         }
     }
 

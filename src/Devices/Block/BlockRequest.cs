@@ -91,7 +91,10 @@ internal sealed unsafe class BlockRequest(BlockQueue queue) : BlockOperation, ID
     }
 
     /// <inheritdoc/>
-    public override void Complete(int error) => queue.Completed(this, error);
+    public override void Complete(int error) => queue.Completed(this, error, batch: null);
+
+    /// <inheritdoc/>
+    internal override void Complete(int error, CompletionBatch batch) => queue.Completed(this, error, batch);
 
     public void Dispose()
     {

@@ -41,7 +41,7 @@ internal sealed unsafe class NbdClient : IDisposable
 
     internal NbdExport Export { get; }
 
-    /// <summary>As <see cref="IBlockImage.Submit"/>.</summary>
+    /// <summary>As <see cref="IBlockImage.Submit(BlockOperation)"/>.</summary>
     internal void Submit(BlockOperation operation)
     {
         bool isTransfer = operation.Kind is BlockOperationKind.Read or BlockOperationKind.Write;

@@ -31,8 +31,11 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>After so many requests responses are shown and the thread is offered to others.</summary>
     private const int BatchSize = 64;
 
-    /// <summary>After so many bytes too: the guest works on them while the next are copied, and that weighs more than one interrupt.</summary>
-    private const ulong BatchBytes = 1 << 20;
+    /// <summary>After half of what was in the ring too, if that is as many bytes, so that the guest works on it while the rest is copied.</summary>
+    private const ulong HalfBatchBytes = 1 << 20;
+
+    /// <summary>After so many bytes in any case.</summary>
+    private const ulong BatchBytes = 8 << 20;
 
     /// <summary>How long the ring is looked at for more before the front end is asked to notify of it, which costs it an exit.</summary>
     private static readonly long LookTime = Stopwatch.Frequency / 50_000;
@@ -49,6 +52,10 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     private readonly byte[] _request = new byte[BlkifAbi.LongestRequest];
     private readonly byte[] _indirect;
     private readonly BlkifSegment[] _segments;
+    private readonly uint[] _references;
+
+    /// <summary>Whether the front end uses its pages again.</summary>
+    private readonly bool _isPersistent;
 
     /// <summary>Requests that were taken and not given to the image yet.</summary>
     private readonly BlockOperation[] _taken = new BlockOperation[BatchSize];
@@ -87,11 +94,13 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         BlockQueueSettings settings, BackendGrants grants, BlkifRing ring, EventChannelBackend channel, BlkifAbi abi, int persistentGrants)
     {
         (_settings, _grants, _ring, _channel, _abi) = (settings, grants, ring, channel, abi);
-        _cache = new GrantCache(grants, persistentGrants > 0, persistentGrants);
+        _isPersistent = persistentGrants > 0;
+        _cache = new GrantCache(grants, persistentGrants);
         int segments = Math.Max(settings.MaxIndirectSegments, BlkifAbi.MaxDirectSegments);
         _segments = new BlkifSegment[segments];
+        _references = new uint[segments];
         _indirect = new byte[Math.Min(segments, BlkifAbi.SegmentsPerIndirectPage) * BlkifSegment.Size];
-        if (persistentGrants > 0)
+        if (_isPersistent)
             _care = new Timer(static queue => ((BlockQueue)queue!).DropUnused(GrantCache.IdleTime), this, CareInterval, CareInterval);
     }
 
@@ -238,7 +247,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         long start = Stopwatch.GetTimestamp();
         do
         {
-            if (_ring.HasRequests)
+            if (_ring.Untaken != 0)
                 return true;
             Thread.SpinWait(20);
         }
@@ -249,7 +258,8 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     private Taken TakeRequests(out int count)
     {
         ulong bytes = 0;
-        for (count = 0; count < BatchSize && bytes < BatchBytes; count++)
+        uint half = _ring.Untaken / 2;
+        for (count = 0; count < BatchSize && bytes < (count >= half ? HalfBatchBytes : BatchBytes); count++)
         {
             if (!_ring.TryTake(_request, out bool overflow))
             {
@@ -275,7 +285,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         {
             _inFlight++;
             if (!_unused.TryPop(out request!))
-                request = new BlockRequest(this);
+                request = new BlockRequest(this, _grants.Prepare());
         }
 
         BlkifStatus status = Prepare(request);
@@ -393,11 +403,30 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
 
         if (!IsOnDisk(sector, sectors) || (write && _settings.IsReadOnly))
             return false;
+        return _isPersistent ? TryAddKept(request, segments) : TryMap(request, segments, writable: !write);
+    }
+
+    /// <summary>Maps pages for one request.</summary>
+    private unsafe bool TryMap(BlockRequest request, ReadOnlySpan<BlkifSegment> segments, bool writable)
+    {
+        Span<uint> references = _references.AsSpan(0, segments.Length);
+        for (int i = 0; i < references.Length; i++)
+            references[i] = segments[i].Reference;
+        if (request.Mapped.TryMap(references, writable) != GrantStatus.Okay)
+            return false;
+        for (int i = 0; i < segments.Length; i++)
+            request.Add(request.Mapped.AddressOf(i), segments[i]);
+        return true;
+    }
+
+    /// <summary>Takes pages that stay mapped.</summary>
+    private bool TryAddKept(BlockRequest request, ReadOnlySpan<BlkifSegment> segments)
+    {
         lock (_gate)
         {
             foreach (BlkifSegment segment in segments)
             {
-                if (_cache.Acquire(segment.Reference, writable: !write) is not { } page)
+                if (_cache.Acquire(segment.Reference) is not { } page)
                     return false;
                 request.Add(page, segment);
             }
@@ -412,6 +441,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>Answers a request, and is done with it.</summary>
     private void Finish(BlockRequest request, BlkifStatus status, CompletionBatch? batch)
     {
+        request.Mapped.Unmap();
         lock (_gate)
         {
             foreach (GrantedBlockPage page in request.Pages)

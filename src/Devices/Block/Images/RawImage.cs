@@ -14,14 +14,20 @@ public sealed unsafe class RawImage : IBlockImage
     /// <summary>Reads that wait for the disk at the same time: as many as a ring of one page holds.</summary>
     private const int MaxReaders = 32;
 
-    /// <summary>The file system lets few writers into one file at the same time.</summary>
-    private const int MaxWriters = 8;
+    /// <summary>The file system lets one writer into a file, who only copies into the page cache; a second has the next ready.</summary>
+    private const int MaxWriters = 2;
+
+    /// <summary>Flushes and discards at the same time.</summary>
+    private const int MaxOthers = 4;
     private const uint DefaultSector = 512;
     private const uint PageUnit = 4096;
 
     private readonly ImageFile _file;
     private readonly BlockWorkers _readers;
     private readonly BlockWorkers _writers;
+
+    /// <summary>For flushes and discards, behind which no write is to wait.</summary>
+    private readonly BlockWorkers _others;
     private readonly bool _isDevice;
     private readonly DirectTransfers? _direct;
     private volatile bool _usesDirect;
@@ -54,9 +60,10 @@ public sealed unsafe class RawImage : IBlockImage
         }
 
         Size = file.Size & ~(ulong)(SectorSize - 1);
-        void Work(BlockOperation operation) => operation.Complete(Perform(operation));
+        void Work(BlockOperation operation, CompletionBatch batch) => operation.Complete(Perform(operation), batch);
         _readers = new BlockWorkers("block read", Work, MaxReaders);
-        _writers = new BlockWorkers("block write", Work, directUnit == 0 ? MaxWriters : MaxReaders);
+        _writers = directUnit == 0 ? new BlockWorkers("block write", Work, MaxWriters, isQuick: true) : new BlockWorkers("block write", Work, MaxReaders);
+        _others = new BlockWorkers("block flush", Work, MaxOthers);
         if (directUnit != 0 && asynchronous)
             _direct = DirectTransfers.TryStart(file.Descriptor, Queue, () => _usesDirect = false);
         _usesDirect = _direct is not null;
@@ -150,6 +157,7 @@ public sealed unsafe class RawImage : IBlockImage
             _direct?.Stop();
             _readers.Stop();
             _writers.Stop();
+            _others.Stop();
             _file.Dispose();
         }));
     }
@@ -159,7 +167,16 @@ public sealed unsafe class RawImage : IBlockImage
         => _usesDirect && (operation.Kind == BlockOperationKind.Read || (operation.Kind == BlockOperationKind.Write && !IsReadOnly));
 
     /// <summary>Leaves an operation to a thread that may wait.</summary>
-    private void Queue(BlockOperation operation) => (operation.Kind == BlockOperationKind.Read ? _readers : _writers).Queue(operation);
+    private void Queue(BlockOperation operation)
+    {
+        BlockWorkers workers = operation.Kind switch
+        {
+            BlockOperationKind.Read => _readers,
+            BlockOperationKind.Write => _writers,
+            _ => _others,
+        };
+        workers.Queue(operation);
+    }
 
     /// <summary>Reads if all of it is in the page cache.</summary>
     private bool TryReadCached(BlockOperation operation)

@@ -24,6 +24,11 @@ internal static class BenchCommand
         var hypercalls = new Option<int>("--hypercalls") { Description = "Hypercalls over which allocations are counted.", DefaultValueFactory = static _ => 1_000_000 };
         var noDebian = new Option<bool>("--no-debian") { Description = "Leave the Debian guest out; nothing is downloaded." };
         var disks = new Option<bool>("--disks") { Description = "Only the Debian guest's disks, beside the same transfers by a process of the host." };
+        var only = new Option<string[]>("--only")
+        {
+            Description = "Of the disks' transfers only those whose names have one of these words in them, as in --only \"4 KiB\" O_DIRECT.",
+            AllowMultipleArgumentsPerToken = true,
+        };
         var nested = new Option<bool>("--nested")
         {
             Description = "Instead, real Xen and this command side by side, each in an emulated machine: some minutes a round, 2 rounds unless --rounds says otherwise.",
@@ -32,7 +37,7 @@ internal static class BenchCommand
         AtLeast(rounds, 1);
         AtLeast(iterations, 64);
         AtLeast(hypercalls, 1);
-        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, disks, nested, json };
+        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, disks, only, nested, json };
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
@@ -51,7 +56,8 @@ internal static class BenchCommand
                 }
 
                 var plan = new BenchmarkPlan(
-                    parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian), parsed.GetValue(disks));
+                    parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian), parsed.GetValue(disks),
+                    parsed.GetValue(only));
                 var benchmark = new Benchmark(
                     services.GetRequiredService<KvmHost>(), plan, static stage => Console.Error.WriteLine($"{Tool.Name}: {stage}"));
                 BenchResult result = await benchmark.RunAsync(signals.Token).ConfigureAwait(false);

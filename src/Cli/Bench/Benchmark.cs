@@ -17,7 +17,9 @@ namespace XenSharp.Cli.Bench;
 /// <param name="Hypercalls">Hypercalls over which allocations are counted.</param>
 /// <param name="Debian">Whether the Debian guest is measured as well.</param>
 /// <param name="DisksOnly">Whether nothing but the Debian guest's disks is.</param>
-internal sealed record BenchmarkPlan(int Rounds, int Iterations, int Hypercalls, bool Debian, bool DisksOnly = false);
+/// <param name="DiskKinds">Words of which the name of a kind of disk transfer has to have one; none for all of them.</param>
+internal sealed record BenchmarkPlan(
+    int Rounds, int Iterations, int Hypercalls, bool Debian, bool DisksOnly = false, IReadOnlyList<string>? DiskKinds = null);
 
 /// <summary>
 /// Measures the ABI and puts every time in proportion to the floor, a bare KVM exit, which is taken before and after each
@@ -297,7 +299,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
             return;
         progress("Debian: transfers of its disks");
         double before = MeasureFloor(floor);
-        IReadOnlyList<DiskFigure> figures = await new DiskBenchmark(host, Math.Min(3, plan.Rounds), ramdisk => Load(kernel.Image, ramdisk))
+        IReadOnlyList<DiskFigure> figures = await new DiskBenchmark(host, plan.DisksOnly ? plan.Rounds : Math.Min(3, plan.Rounds), plan.DiskKinds ?? [], ramdisk => Load(kernel.Image, ramdisk))
             .RunAsync(busybox, modules, cancellation).ConfigureAwait(false);
         double mean = (before + MeasureFloor(floor)) / 2;
         foreach (DiskFigure figure in figures)

@@ -3,6 +3,7 @@ using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.Globalization;
 using System.Text;
+using XenSharp.Cli.Commands;
 using XenSharp.Core;
 using XenSharp.Devices.Block;
 using XenSharp.Devices.Block.Images;
@@ -39,7 +40,11 @@ public sealed record DiskFigure(
 /// One program reads or writes a raw file, 32 blocks at once: as a process of the host, and in a guest whose disk the file is, past the
 /// guest's own cache. The two take turns, so that what else the host does hits both.
 /// </summary>
-internal sealed class DiskBenchmark(KvmHost host, int rounds, Func<byte[], DomainImage> load)
+/// <param name="host">Where the guest runs.</param>
+/// <param name="rounds">Times that each figure is taken.</param>
+/// <param name="only">Words of which the name of a kind has to have one to be measured; none for all.</param>
+/// <param name="load">Makes a domain's image of a ramdisk.</param>
+internal sealed class DiskBenchmark(KvmHost host, int rounds, IReadOnlyList<string> only, Func<byte[], DomainImage> load)
 {
     private const int Depth = 32;
     private const int FileSize = 64 << 20;
@@ -114,6 +119,9 @@ internal sealed class DiskBenchmark(KvmHost host, int rounds, Func<byte[], Domai
             Depth = Depth, Count = count, BlockSize = blockSize, Blocks = FileSize / blockSize, IsRandom = random, IsWrite = write,
         },
         onDisk);
+
+    private bool IsChosen(DiskKind kind)
+        => only.Count == 0 || only.Any(word => kind.Name.Contains(word, StringComparison.OrdinalIgnoreCase));
 
     private static string StartOf(DiskKind kind) => $"@{kind.Program}";
 
@@ -190,7 +198,9 @@ internal sealed class DiskBenchmark(KvmHost host, int rounds, Func<byte[], Domai
             marks.Sink);
         await using BlockBackend cached = Attach(running, CachedDisk, cachedImage);
         await using BlockBackend? direct = directImage is null ? null : Attach(running, DirectDisk, directImage);
-        DiskKind[] kinds = [.. Kinds.Where(kind => direct is not null || !kind.OnDisk)];
+        DiskKind[] kinds = [.. Kinds.Where(kind => (direct is not null || !kind.OnDisk) && IsChosen(kind))];
+        if (kinds.Length == 0)
+            throw new UsageException($"No kind of transfer has {string.Join(" or ", only)} in its name; there are: {string.Join("; ", Kinds.Select(static kind => kind.Name))}.");
         var samples = kinds.ToDictionary(static kind => kind.Program, static _ => new List<DiskFigure>());
         running.Start();
         await marks.WaitAsync(Ready, running, cancellation).ConfigureAwait(false);

@@ -54,8 +54,8 @@ internal sealed unsafe class BlkifRing : IDisposable
         return true;
     }
 
-    /// <summary>Whether the front end has made requests that were not taken.</summary>
-    internal bool HasRequests => Volatile.Read(ref _indexes[0]) != _consumed;
+    /// <summary>Requests that the front end says it has made, and that were not taken; whatever it says.</summary>
+    internal uint Untaken => Volatile.Read(ref _indexes[0]) - _consumed;
 
     /// <summary>Asks to be told of the next request, and looks once more (RING_FINAL_CHECK_FOR_REQUESTS).</summary>
     /// <returns>Whether there are requests after all.</returns>

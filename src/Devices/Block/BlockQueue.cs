@@ -17,21 +17,34 @@ internal sealed record BlockQueueSettings(IBlockImage Image, bool IsReadOnly, bo
 
     /// <summary>Requests begin and end at multiples of this, in sectors of 512 bytes.</summary>
     internal ulong SectorMask { get; } = (Image.SectorSize >> BlkifAbi.SectorShift) - 1;
+
+    private int _failureReported;
+
+    /// <summary>Says once, and not for every request of a guest that tries again and again, that the image is gone for good.</summary>
+    internal void ReportFailure(string failure)
+    {
+        if (Interlocked.Exchange(ref _failureReported, 1) == 0)
+            Report($"{Image.Description} is lost: {failure}");
+    }
 }
 
 /// <summary>
-/// Serves a ring. One loop takes requests, in order, each copied once and checked in the copy; the image does them at the same time and
-/// in any order; whoever completes one puts its response into the ring. As many are under way at most as the ring has entries.
+/// Serves a ring. One loop takes requests, in order, each copied once and checked in the copy; the image gets those that were taken
+/// together at once, and does them at the same time and in any order; whoever completes one puts its response into the ring. As many are
+/// under way at most as the ring has entries.
 /// </summary>
 /// <remarks>A front end that says it has made more requests than its ring has entries ends the connection; whatever else it says wrongly
 /// comes to an error of that request.</remarks>
-internal sealed class BlockQueue : IAsyncDisposable
+internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
 {
     /// <summary>After so many requests responses are shown and the thread is offered to others.</summary>
     private const int BatchSize = 64;
 
-    /// <summary>After so many bytes too: the guest works on them while the next are copied, and that weighs more than one interrupt.</summary>
-    private const ulong BatchBytes = 1 << 20;
+    /// <summary>After half of what was in the ring too, if that is as many bytes, so that the guest works on it while the rest is copied.</summary>
+    private const ulong HalfBatchBytes = 1 << 20;
+
+    /// <summary>After so many bytes in any case.</summary>
+    private const ulong BatchBytes = 8 << 20;
 
     /// <summary>How long the ring is looked at for more before the front end is asked to notify of it, which costs it an exit.</summary>
     private static readonly long LookTime = Stopwatch.Frequency / 50_000;
@@ -48,6 +61,14 @@ internal sealed class BlockQueue : IAsyncDisposable
     private readonly byte[] _request = new byte[BlkifAbi.LongestRequest];
     private readonly byte[] _indirect;
     private readonly BlkifSegment[] _segments;
+    private readonly uint[] _references;
+
+    /// <summary>Whether the front end uses its pages again.</summary>
+    private readonly bool _isPersistent;
+
+    /// <summary>Requests that were taken and not given to the image yet.</summary>
+    private readonly BlockOperation[] _taken = new BlockOperation[BatchSize];
+    private int _takenCount;
 
     /// <summary>Guards all below, and the ring's responses.</summary>
     private readonly Lock _gate = new();
@@ -82,11 +103,13 @@ internal sealed class BlockQueue : IAsyncDisposable
         BlockQueueSettings settings, BackendGrants grants, BlkifRing ring, EventChannelBackend channel, BlkifAbi abi, int persistentGrants)
     {
         (_settings, _grants, _ring, _channel, _abi) = (settings, grants, ring, channel, abi);
-        _cache = new GrantCache(grants, persistentGrants > 0, persistentGrants);
+        _isPersistent = persistentGrants > 0;
+        _cache = new GrantCache(grants, persistentGrants);
         int segments = Math.Max(settings.MaxIndirectSegments, BlkifAbi.MaxDirectSegments);
         _segments = new BlkifSegment[segments];
+        _references = new uint[segments];
         _indirect = new byte[Math.Min(segments, BlkifAbi.SegmentsPerIndirectPage) * BlkifSegment.Size];
-        if (persistentGrants > 0)
+        if (_isPersistent)
             _care = new Timer(static queue => ((BlockQueue)queue!).DropUnused(GrantCache.IdleTime), this, CareInterval, CareInterval);
     }
 
@@ -132,8 +155,22 @@ internal sealed class BlockQueue : IAsyncDisposable
             _cache.DropUnused(Environment.TickCount64 - (long)idle.TotalMilliseconds);
     }
 
+    /// <summary>Shows the front end what was answered meanwhile.</summary>
+    public void CompletionsEnd()
+    {
+        lock (_gate)
+        {
+            if (!_batching && _ring.Push())
+                Notify();
+            EndOne();
+        }
+    }
+
     /// <summary>An operation on the image has ended. Any thread.</summary>
-    internal void Completed(BlockRequest request, int error)
+    /// <param name="request">The operation.</param>
+    /// <param name="error">0 or errno.</param>
+    /// <param name="batch">The operations that are completed along with it, if there are any.</param>
+    internal void Completed(BlockRequest request, int error, CompletionBatch? batch)
     {
         if (error == 0 && request.Proceed())
         {
@@ -145,7 +182,7 @@ internal sealed class BlockQueue : IAsyncDisposable
             Report(request, error);
         else
             _settings.Counters.Count(request.Operation, request.Bytes);
-        Finish(request, error == 0 ? BlkifStatus.Okay : error == LibC.EOPNOTSUPP ? BlkifStatus.OperationNotSupported : BlkifStatus.Error);
+        Finish(request, error == 0 ? BlkifStatus.Okay : error == LibC.EOPNOTSUPP ? BlkifStatus.OperationNotSupported : BlkifStatus.Error, batch);
     }
 
     private async Task RunAsync()
@@ -166,6 +203,7 @@ internal sealed class BlockQueue : IAsyncDisposable
                     case Taken.Barrier:
                         await WhenIdle().ConfigureAwait(false);
                         _ = Handle();
+                        SubmitTaken();
                         await WhenIdle().ConfigureAwait(false);
                         break;
 
@@ -197,6 +235,7 @@ internal sealed class BlockQueue : IAsyncDisposable
         }
         finally
         {
+            SubmitTaken();
             bool notify;
             lock (_gate)
             {
@@ -217,7 +256,7 @@ internal sealed class BlockQueue : IAsyncDisposable
         long start = Stopwatch.GetTimestamp();
         do
         {
-            if (_ring.HasRequests)
+            if (_ring.Untaken != 0)
                 return true;
             Thread.SpinWait(20);
         }
@@ -228,7 +267,8 @@ internal sealed class BlockQueue : IAsyncDisposable
     private Taken TakeRequests(out int count)
     {
         ulong bytes = 0;
-        for (count = 0; count < BatchSize && bytes < BatchBytes; count++)
+        uint half = _ring.Untaken / 2;
+        for (count = 0; count < BatchSize && bytes < (count >= half ? HalfBatchBytes : BatchBytes); count++)
         {
             if (!_ring.TryTake(_request, out bool overflow))
             {
@@ -254,21 +294,26 @@ internal sealed class BlockQueue : IAsyncDisposable
         {
             _inFlight++;
             if (!_unused.TryPop(out request!))
-                request = new BlockRequest(this);
+                request = new BlockRequest(this, _grants.Prepare());
         }
 
         BlkifStatus status = Prepare(request);
         if (status == BlkifStatus.Okay)
         {
-            // It may be another request's before this returns.
-            ulong bytes = request.Bytes;
-            _settings.Image.Submit(request);
-            return bytes;
+            _taken[_takenCount++] = request;
+            return request.Bytes;
         }
 
         _settings.Counters.CountError();
-        Finish(request, status);
+        Finish(request, status, batch: null);
         return 0;
+    }
+
+    private void SubmitTaken()
+    {
+        int count = _takenCount;
+        _takenCount = 0;
+        _settings.Image.Submit(_taken.AsSpan(0, count));
     }
 
     private BlkifStatus Prepare(BlockRequest request)
@@ -367,11 +412,30 @@ internal sealed class BlockQueue : IAsyncDisposable
 
         if (!IsOnDisk(sector, sectors) || (write && _settings.IsReadOnly))
             return false;
+        return _isPersistent ? TryAddKept(request, segments) : TryMap(request, segments, writable: !write);
+    }
+
+    /// <summary>Maps pages for one request.</summary>
+    private unsafe bool TryMap(BlockRequest request, ReadOnlySpan<BlkifSegment> segments, bool writable)
+    {
+        Span<uint> references = _references.AsSpan(0, segments.Length);
+        for (int i = 0; i < references.Length; i++)
+            references[i] = segments[i].Reference;
+        if (request.Mapped.TryMap(references, writable) != GrantStatus.Okay)
+            return false;
+        for (int i = 0; i < segments.Length; i++)
+            request.Add(request.Mapped.AddressOf(i), segments[i]);
+        return true;
+    }
+
+    /// <summary>Takes pages that stay mapped.</summary>
+    private bool TryAddKept(BlockRequest request, ReadOnlySpan<BlkifSegment> segments)
+    {
         lock (_gate)
         {
             foreach (BlkifSegment segment in segments)
             {
-                if (_cache.Acquire(segment.Reference, writable: !write) is not { } page)
+                if (_cache.Acquire(segment.Reference) is not { } page)
                     return false;
                 request.Add(page, segment);
             }
@@ -384,8 +448,9 @@ internal sealed class BlockQueue : IAsyncDisposable
         => sector <= _settings.Sectors && sectors <= _settings.Sectors - sector && ((sector | sectors) & _settings.SectorMask) == 0;
 
     /// <summary>Answers a request, and is done with it.</summary>
-    private void Finish(BlockRequest request, BlkifStatus status)
+    private void Finish(BlockRequest request, BlkifStatus status, CompletionBatch? batch)
     {
+        request.Mapped.Unmap();
         lock (_gate)
         {
             foreach (GrantedBlockPage page in request.Pages)
@@ -394,14 +459,22 @@ internal sealed class BlockQueue : IAsyncDisposable
             _ring.Put(request.Id, request.Operation, status);
             _unused.Push(request);
 
-            // Before the count, since the ring and the channel may go once nothing is under way.
-            if (!_batching && _ring.Push())
+            // The ring and the channel may go once nothing is under way: so the end of the batch is, and this is before the count.
+            if (batch is not null)
+                _inFlight += batch.Add(this) ? 1 : 0;
+            else if (!_batching && _ring.Push())
                 Notify();
-            if (--_inFlight == 0 && _idle is not null)
-            {
-                _idle.SetResult();
-                _idle = null;
-            }
+            EndOne();
+        }
+    }
+
+    /// <summary>Counts one thing less under way.</summary>
+    private void EndOne()
+    {
+        if (--_inFlight == 0 && _idle is not null)
+        {
+            _idle.SetResult();
+            _idle = null;
         }
     }
 
@@ -428,6 +501,12 @@ internal sealed class BlockQueue : IAsyncDisposable
         _settings.Counters.CountError();
         if (error == LibC.EOPNOTSUPP)
             return;
+        if (_settings.Image.Failure is { } failure)
+        {
+            _settings.ReportFailure(failure);
+            return;
+        }
+
         string what = request.Kind switch
         {
             BlockOperationKind.Read => "be read from",

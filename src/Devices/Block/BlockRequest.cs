@@ -1,6 +1,7 @@
 // A request of a front end's on its way through the image.
 using System.Runtime.InteropServices;
 using XenSharp.Devices.Block.Images;
+using XenSharp.Domains.Grants;
 
 namespace XenSharp.Devices.Block;
 
@@ -8,7 +9,9 @@ namespace XenSharp.Devices.Block;
 /// One request with the pages that it uses. A flush with data, and so a barrier, is three operations on the image one after the other:
 /// what came before is made safe, then its own data are written, then made safe too.
 /// </summary>
-internal sealed unsafe class BlockRequest(BlockQueue queue) : BlockOperation, IDisposable
+/// <param name="queue">Its ring's.</param>
+/// <param name="mapped">Takes its pages, where they are mapped for it alone.</param>
+internal sealed unsafe class BlockRequest(BlockQueue queue, MappedGrants mapped) : BlockOperation, IDisposable
 {
     private readonly List<GrantedBlockPage> _pages = new(BlkifAbi.MaxDirectSegments);
     private IoVector* _memory;
@@ -26,8 +29,11 @@ internal sealed unsafe class BlockRequest(BlockQueue queue) : BlockOperation, ID
     /// <summary>Bytes that it moves.</summary>
     internal ulong Bytes { get; private set; }
 
-    /// <summary>The pages that it uses; to be given back by who got them.</summary>
+    /// <summary>The pages that it uses of those that stay mapped; to be given back by who got them.</summary>
     internal List<GrantedBlockPage> Pages => _pages;
+
+    /// <summary>The pages that are mapped for it alone; to be unmapped by who mapped them.</summary>
+    internal MappedGrants Mapped => mapped;
 
     /// <summary>Starts describing a request.</summary>
     /// <param name="id">The guest's number.</param>
@@ -49,7 +55,13 @@ internal sealed unsafe class BlockRequest(BlockQueue queue) : BlockOperation, ID
     internal void Add(GrantedBlockPage page, in BlkifSegment segment)
     {
         _pages.Add(page);
-        byte* start = page.Mapping.Address + (segment.FirstSector << BlkifAbi.SectorShift);
+        Add(page.Mapping.Address, segment);
+    }
+
+    /// <summary>Adds a piece of a page that is mapped at an address.</summary>
+    internal void Add(byte* page, in BlkifSegment segment)
+    {
+        byte* start = page + (segment.FirstSector << BlkifAbi.SectorShift);
         nuint length = (nuint)segment.Sectors << BlkifAbi.SectorShift;
         Bytes += length;
         if (VectorCount > 0 && _memory[VectorCount - 1].Base + _memory[VectorCount - 1].Length == start)
@@ -91,10 +103,14 @@ internal sealed unsafe class BlockRequest(BlockQueue queue) : BlockOperation, ID
     }
 
     /// <inheritdoc/>
-    public override void Complete(int error) => queue.Completed(this, error);
+    public override void Complete(int error) => queue.Completed(this, error, batch: null);
+
+    /// <inheritdoc/>
+    internal override void Complete(int error, CompletionBatch batch) => queue.Completed(this, error, batch);
 
     public void Dispose()
     {
+        mapped.Dispose();
         NativeMemory.Free(_memory);
         _memory = null;
         _capacity = 0;

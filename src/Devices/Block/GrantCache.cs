@@ -23,13 +23,12 @@ internal sealed class GrantedBlockPage
 }
 
 /// <summary>
-/// Maps the pages of requests. With persistent grants up to a bound of them stays mapped, the least recently used go first, and what
-/// was not used for a while goes too. Its owner sees to it that one thread at a time calls.
+/// Maps the pages of requests of a front end that uses its pages again. Up to a bound of them stays mapped, and writable; the least recently
+/// used go first, and what was not used for a while goes too. Its owner sees to it that one thread at a time calls.
 /// </summary>
 /// <param name="grants">Where pages come from.</param>
-/// <param name="persistent">Whether the front end uses its pages again; they are mapped writable then.</param>
 /// <param name="maximum">The most that stay mapped.</param>
-internal sealed class GrantCache(BackendGrants grants, bool persistent, int maximum)
+internal sealed class GrantCache(BackendGrants grants, int maximum)
 {
     /// <summary>As long as xen-blkback keeps what is not used, by default.</summary>
     internal static readonly TimeSpan IdleTime = TimeSpan.FromSeconds(60);
@@ -44,9 +43,8 @@ internal sealed class GrantCache(BackendGrants grants, bool persistent, int maxi
 
     /// <summary>Gets a page for a request.</summary>
     /// <param name="reference">Its grant reference.</param>
-    /// <param name="writable">Whether it is written to.</param>
-    /// <returns>Null if it cannot be mapped so.</returns>
-    internal GrantedBlockPage? Acquire(uint reference, bool writable)
+    /// <returns>Null if it cannot be mapped writable.</returns>
+    internal GrantedBlockPage? Acquire(uint reference)
     {
         if (_kept.TryGetValue(reference, out GrantedBlockPage? page))
         {
@@ -55,11 +53,9 @@ internal sealed class GrantCache(BackendGrants grants, bool persistent, int maxi
             return page;
         }
 
-        if (grants.TryMap(reference, writable || persistent, out MappedGrant? mapping) != GrantStatus.Okay)
+        if (grants.TryMap(reference, writable: true, out MappedGrant? mapping) != GrantStatus.Okay)
             return null;
         page = new GrantedBlockPage { Mapping = mapping!, Reference = reference, Uses = 1 };
-        if (!persistent)
-            return page;
         if (_kept.Count >= maximum && _idle.First is { } oldest)
             Drop(oldest.Value);
         if (_kept.Count < maximum)

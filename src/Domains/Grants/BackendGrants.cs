@@ -58,6 +58,9 @@ public sealed unsafe class BackendGrants
         return GrantStatus.Okay;
     }
 
+    /// <summary>Prepares for mapping several pages in one turn.</summary>
+    public MappedGrants Prepare() => new(_domain);
+
     /// <summary>Copies out of a page, as GNTTABOP_copy does: transitive entries and those of parts of pages are served too.</summary>
     /// <param name="reference">The grant reference, as the guest gave it.</param>
     /// <param name="offset">First byte in the page, 0..4095.</param>

@@ -179,6 +179,9 @@ internal sealed unsafe class GrantTable : IDisposable
     /// <summary>Drops what <see cref="GetPage"/> took.</summary>
     public void PutPage(FrameInfo* info) => FrameTable.Of(_domain)->PutPage(info);
 
+    /// <inheritdoc cref="PutPage(FrameInfo*)"/>
+    public void PutPage(Mfn frame) => PutPage(FrameTable.Of(_domain)->Find(frame));
+
     /// <summary>Makes a page of <see cref="GetPage"/>'s writable to one that is not its domain (<see cref="OutsideAccess.GetWritable"/>).</summary>
     public Errno GetWritable(Mfn frame) => OutsideAccess.GetWritable(_domain, Owner!.Outside.Machine, frame);
 
@@ -418,6 +421,19 @@ internal sealed unsafe class GrantTable : IDisposable
         {
             _active[reference].Pin -= decrement;
             ReduceStatus(reference, readOnly);
+        }
+    }
+
+    /// <summary>Ends uses of entries, all of the same kind.</summary>
+    public void Release(ReadOnlySpan<uint> references, uint decrement, bool readOnly)
+    {
+        lock (Lock)
+        {
+            foreach (uint reference in references)
+            {
+                _active[reference].Pin -= decrement;
+                ReduceStatus(reference, readOnly);
+            }
         }
     }
 

@@ -1,4 +1,5 @@
 // What others than a domain's own vCPUs do with its memory: other domains that have mapped its grants, and back ends.
+using System.Runtime.InteropServices;
 using XenSharp.Core;
 using XenSharp.Mmu;
 
@@ -62,6 +63,53 @@ internal sealed unsafe class OutsideUse(DomainContext* domain, IVirtualMachine m
     /// <summary>Ends <see cref="Hold"/>; nobody outside can reach the frame any more by it.</summary>
     public void LetGo(Mfn frame) => Drop(frame, holds: 1, writers: 0);
 
+    /// <summary>Makes references to frames, which the caller took, holds, and the frames writable if that is wanted; all or none.</summary>
+    /// <returns>False where one of them cannot be made writable; the references stay the caller's.</returns>
+    public bool TryHold(ReadOnlySpan<Mfn> frames, bool writable)
+    {
+        for (int i = 0; writable && i < frames.Length; i++)
+        {
+            Errno error;
+            while ((error = OutsideAccess.GetWritable(domain, Machine, frames[i])) == Errno.ERESTART)
+                _ = Thread.Yield();
+            if (error == Errno.None)
+                continue;
+            foreach (Mfn frame in frames[..i])
+                OutsideAccess.PutWritable(domain, frame);
+            return false;
+        }
+
+        lock (_lock)
+        {
+            foreach (Mfn frame in frames)
+            {
+                ref (int Holds, int Writers) held = ref CollectionsMarshal.GetValueRefOrAddDefault(_held, frame.Value, out _);
+                held.Holds++;
+                held.Writers += writable ? 1 : 0;
+            }
+        }
+
+        return true;
+    }
+
+    /// <summary>Ends <see cref="TryHold"/>. Between <see cref="TryEnter"/> and <see cref="Exit"/>.</summary>
+    public void LetGo(ReadOnlySpan<Mfn> frames, bool writable)
+    {
+        foreach (Mfn frame in writable ? frames : [])
+            OutsideAccess.PutWritable(domain, frame);
+        _ = Note(frames, writable);
+        FrameTable* table = FrameTable.Of(domain);
+        foreach (Mfn frame in frames)
+            table->PutPage(table->Find(frame));
+    }
+
+    /// <summary>Ends <see cref="TryHold"/> after the domain has gone.</summary>
+    public void Abandon(ReadOnlySpan<Mfn> frames, bool writable)
+    {
+        if (Note(frames, writable))
+            abandoned();
+    }
+
     /// <summary>Frames that are held to be written to, and the others, for the audit.</summary>
     public void AddHeld(List<ulong> writable, List<ulong> referenced)
     {
@@ -121,17 +169,32 @@ internal sealed unsafe class OutsideUse(DomainContext* domain, IVirtualMachine m
             abandoned();
     }
 
+    private bool Note(ReadOnlySpan<Mfn> frames, bool writable)
+    {
+        lock (_lock)
+        {
+            foreach (Mfn frame in frames)
+                Subtract(frame, 1, writable ? 1 : 0);
+            return _closed && _held.Count == 0;
+        }
+    }
+
     /// <returns>Whether it was the last hold on a domain that is gone.</returns>
     private bool Note(Mfn frame, int holds, int writers)
     {
         lock (_lock)
         {
-            (int held, int written) = _held[frame.Value];
-            if (held == holds)
-                _ = _held.Remove(frame.Value);
-            else
-                _held[frame.Value] = (held - holds, written - writers);
+            Subtract(frame, holds, writers);
             return _closed && _held.Count == 0;
         }
+    }
+
+    private void Subtract(Mfn frame, int holds, int writers)
+    {
+        ref (int Holds, int Writers) held = ref CollectionsMarshal.GetValueRefOrNullRef(_held, frame.Value);
+        if (held.Holds == holds)
+            _ = _held.Remove(frame.Value);
+        else
+            held = (held.Holds - holds, held.Writers - writers);
     }
 }

@@ -186,6 +186,27 @@ internal sealed class BlockBackendTests
         Assert.That(disk.Backend.Statistics.Notifications, Is.EqualTo(1));
     }
 
+    [Test]
+    public async Task What_the_image_completes_together_is_answered_with_one_notification()
+    {
+        var image = new FakeImage();
+        await using BlockFixture disk = BlockFixture.Connected(image, new FrontEndOptions { RingPageOrder = 1, Queues = 2 });
+        image.Hold();
+        for (int queue = 0; queue < 2; queue++)
+        {
+            for (int i = 0; i < 20; i++)
+                disk.Front.Put(i == 7 ? FlushOperation : ReadOperation, 0, [Page((queue * 20) + i)], queue);
+            disk.Front.Push(queue);
+        }
+
+        // A flush with data is three operations; the others are not held up by it.
+        Assert.That(SpinWait.SpinUntil(() => image.Held == 40, Patience), Is.True);
+        image.LetGo(together: new CompletionBatch());
+        for (int queue = 0; queue < 2; queue++)
+            Assert.That(disk.Front.Await(20, queue).Select(static r => r.Status), Is.All.EqualTo(Okay));
+        Assert.That(disk.Backend.Statistics.Notifications, Is.InRange(2, 4));
+    }
+
     private static IEnumerable<TestCaseData> BadRequests()
     {
         yield return new TestCaseData(ReadOperation, 0UL, Array.Empty<Piece>(), Error).SetArgDisplayNames("nothing to read");

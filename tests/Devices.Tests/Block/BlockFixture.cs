@@ -120,7 +120,9 @@ internal sealed unsafe class FakeImage : IBlockImage
     public void Hold() => _holds = true;
 
     /// <summary>Does what waits, the last first, and no longer holds what comes if told so.</summary>
-    public void LetGo(bool forGood = true)
+    /// <param name="forGood">Whether it does.</param>
+    /// <param name="together">As what they are completed; null for each by itself.</param>
+    public void LetGo(bool forGood = true, CompletionBatch? together = null)
     {
         BlockOperation[] held;
         lock (_lock)
@@ -131,7 +133,14 @@ internal sealed unsafe class FakeImage : IBlockImage
         }
 
         foreach (BlockOperation operation in held.Reverse())
-            operation.Complete(Perform(operation));
+        {
+            if (together is null)
+                operation.Complete(Perform(operation));
+            else
+                operation.Complete(Perform(operation), together);
+        }
+
+        together?.End();
     }
 
     public void Submit(BlockOperation operation)

@@ -44,37 +44,6 @@ internal sealed class ImageTests
     }
 
     [Test]
-    public async Task A_raw_file_is_used_past_the_page_cache()
-    {
-        string path = MakeFile(2 * MiB);
-        RawImage image;
-        try
-        {
-            image = RawImage.Open(path, readOnly: false, direct: true);
-        }
-        catch (BlockImageException refusal)
-        {
-            Assert.That(refusal.Message, Does.Contain(path).And.Contain("direct-io-safe"));
-            Assert.Ignore("The file system of the folder for temporary files has no direct I/O.");
-            return;
-        }
-
-        await using (image)
-        {
-            Assert.That(image.SectorSize, Is.InRange(512u, 4096u));
-            byte[] data = Data(16 * 4096, seed: 5);
-            Assert.That(TestOperation.Write(image, 8192, data, pieces: 4), Is.Zero);
-            Assert.That(TestOperation.Flush(image), Is.Zero);
-            byte[] read = new byte[data.Length];
-            Assert.That(TestOperation.Read(image, 8192, read, pieces: 2), Is.Zero);
-            Assert.That(read, Is.EqualTo(data));
-
-            // Where it does not begin with a sector the host says no: so it is direct.
-            Assert.That(TestOperation.Read(image, 8193, read), Is.EqualTo(LibC.EINVAL));
-        }
-    }
-
-    [Test]
     public void What_has_no_direct_access_is_refused_with_a_sentence()
     {
         // The kernel's, on no disk.

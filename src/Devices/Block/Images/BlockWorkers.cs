@@ -1,4 +1,5 @@
 // Threads that wait for the disk, so that no thread of the pool has to.
+using System.Diagnostics;
 using System.Diagnostics.CodeAnalysis;
 
 namespace XenSharp.Devices.Block.Images;
@@ -7,9 +8,17 @@ namespace XenSharp.Devices.Block.Images;
 /// Runs the operations of one image that may block, several at a time, in the order in which they came. Threads are started when there
 /// is work for them, and end when there was none for a while.
 /// </summary>
-internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, int maximum)
+/// <param name="name">The threads'.</param>
+/// <param name="perform">Does an operation, and completes it as one of a batch.</param>
+/// <param name="maximum">The most threads.</param>
+/// <param name="isQuick">Whether operations mostly do not have to wait: then what a thread does one after the other is one batch, unless that
+/// takes long. Otherwise each is by itself.</param>
+internal sealed class BlockWorkers(string name, Action<BlockOperation, CompletionBatch> perform, int maximum, bool isQuick = false)
 {
     private const int StackSize = 256 << 10;
+
+    /// <summary>How long the end of an operation is kept back while others are done.</summary>
+    private static readonly long GatherTime = Stopwatch.Frequency / 2000;
 
     private static readonly TimeSpan IdleTime = TimeSpan.FromSeconds(5);
 
@@ -44,8 +53,8 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
             }
         }
 
-        while (isAlone && TryTake(out BlockOperation? queued))
-            perform(queued);
+        if (isAlone)
+            PerformAll();
     }
 
     /// <summary>Ends the threads once all that was queued is done, and waits for that.</summary>
@@ -65,8 +74,26 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
 
     private void Run()
     {
-        while (Take() is { } operation)
-            perform(operation);
+        while (TryAwait())
+            PerformAll();
+    }
+
+    /// <summary>Does what is queued.</summary>
+    private void PerformAll()
+    {
+        var batch = new CompletionBatch();
+        long start = Stopwatch.GetTimestamp();
+        while (TryTake(out BlockOperation? operation))
+        {
+            perform(operation, batch);
+            long now = Stopwatch.GetTimestamp();
+            if (isQuick && now - start < GatherTime)
+                continue;
+            batch.End();
+            start = now;
+        }
+
+        batch.End();
     }
 
     private bool TryStart()
@@ -85,16 +112,16 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
         return true;
     }
 
-    /// <summary>The next operation, waited for; null when the thread is to end.</summary>
-    private BlockOperation? Take()
+    /// <summary>Waits until something is queued.</summary>
+    /// <returns>False when the thread is to end.</returns>
+    private bool TryAwait()
     {
         lock (_gate)
         {
-            BlockOperation? operation;
-            while (!TryTake(out operation))
+            while (_first is null)
             {
                 if (_stopping)
-                    return null;
+                    return false;
                 _idle++;
                 bool pulsed = Monitor.Wait(_gate, IdleTime);
                 _idle--;
@@ -103,11 +130,11 @@ internal sealed class BlockWorkers(string name, Action<BlockOperation> perform, 
                 if (!pulsed && _first is null)
                 {
                     _ = _threads.Remove(Thread.CurrentThread);
-                    return null;
+                    return false;
                 }
             }
 
-            return operation;
+            return true;
         }
     }
 

@@ -23,13 +23,24 @@ public interface IBlockImage : IAsyncDisposable
     /// <summary>What it is, for people: a file's name.</summary>
     string Description { get; }
 
+    /// <summary>Why every operation fails from here on, and what to do, for people; null while that is not so.</summary>
+    string? Failure => null;
+
     /// <summary>
-    /// Starts an operation. <see cref="BlockOperation.Complete"/> is called for it exactly once, by any thread, possibly before this
+    /// Starts an operation. <see cref="BlockOperation.Complete(int)"/> is called for it exactly once, by any thread, possibly before this
     /// returns. Errors come by that way, nothing is thrown.
     /// </summary>
     /// <param name="operation">The operation, with an offset and length within <see cref="Size"/>; it and the memory it names belong to
     /// the image until it is complete.</param>
     void Submit(BlockOperation operation);
+
+    /// <summary>Starts operations that have come together, each as <see cref="Submit(BlockOperation)"/> does.</summary>
+    /// <param name="operations">The operations, in the order in which they came.</param>
+    void Submit(ReadOnlySpan<BlockOperation> operations)
+    {
+        foreach (BlockOperation operation in operations)
+            Submit(operation);
+    }
 }
 
 /// <summary>Where discards can give room back.</summary>
@@ -87,4 +98,9 @@ public abstract unsafe class BlockOperation
     /// <summary>The operation has ended.</summary>
     /// <param name="error">0, or Linux's errno: how it failed.</param>
     public abstract void Complete(int error);
+
+    /// <summary>The operation has ended as one of several that are completed one after the other.</summary>
+    /// <param name="error">As in <see cref="Complete(int)"/>.</param>
+    /// <param name="batch">All of these, which end soon.</param>
+    internal virtual void Complete(int error, CompletionBatch batch) => Complete(error);
 }

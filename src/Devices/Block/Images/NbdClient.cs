@@ -34,14 +34,24 @@ internal sealed unsafe class NbdClient : IDisposable
         _socket = socket;
         _descriptor = (int)socket.SafeHandle.DangerousGetHandle();
         Export = export;
-        _sender = new BlockWorkers("nbd send", Send, maximum: 1);
+        _sender = new BlockWorkers("nbd send", (operation, _) => Send(operation), maximum: 1);
         _receiver = new Thread(Receive, maxStackSize: 256 << 10) { IsBackground = true, Name = "nbd receive" };
         _receiver.Start();
     }
 
     internal NbdExport Export { get; }
 
-    /// <summary>As <see cref="IBlockImage.Submit"/>.</summary>
+    /// <summary>Whether the server has gone.</summary>
+    internal bool IsBroken
+    {
+        get
+        {
+            lock (_gate)
+                return _broken;
+        }
+    }
+
+    /// <summary>As <see cref="IBlockImage.Submit(BlockOperation)"/>.</summary>
     internal void Submit(BlockOperation operation)
     {
         bool isTransfer = operation.Kind is BlockOperationKind.Read or BlockOperationKind.Write;

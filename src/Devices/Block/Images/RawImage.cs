@@ -4,8 +4,9 @@ using Tmds.Linux;
 namespace XenSharp.Devices.Block.Images;
 
 /// <summary>
-/// A raw file or block device. What is in the host's page cache is read on the spot; all else is done by threads that may wait. Data
-/// moves between the host's cache and the operation's memory without a copy in between; a flush is fdatasync.
+/// A raw file or block device. What is in the host's page cache is read on the spot, what goes past it is transferred by the kernel's
+/// asynchronous I/O where the host has that; all else is done by threads that may wait. Data moves between the host's cache, or the disk,
+/// and the operation's memory without a copy in between; a flush is fdatasync.
 /// </summary>
 /// <remarks>The size is what it was when the image was opened; a file that is cut short meanwhile comes to EIO behind its end.</remarks>
 public sealed unsafe class RawImage : IBlockImage
@@ -13,19 +14,27 @@ public sealed unsafe class RawImage : IBlockImage
     /// <summary>Reads that wait for the disk at the same time: as many as a ring of one page holds.</summary>
     private const int MaxReaders = 32;
 
-    /// <summary>The file system lets few writers into one file at the same time.</summary>
-    private const int MaxWriters = 8;
+    /// <summary>The file system lets one writer into a file, who only copies into the page cache; a second has the next ready.</summary>
+    private const int MaxWriters = 2;
+
+    /// <summary>Flushes and discards at the same time.</summary>
+    private const int MaxOthers = 4;
     private const uint DefaultSector = 512;
     private const uint PageUnit = 4096;
 
     private readonly ImageFile _file;
     private readonly BlockWorkers _readers;
     private readonly BlockWorkers _writers;
+
+    /// <summary>For flushes and discards, behind which no write is to wait.</summary>
+    private readonly BlockWorkers _others;
     private readonly bool _isDevice;
+    private readonly DirectTransfers? _direct;
+    private volatile bool _usesDirect;
     private volatile bool _readsOnTheSpot = true;
     private volatile int _flushError;
 
-    private RawImage(ImageFile file, uint directUnit)
+    private RawImage(ImageFile file, uint directUnit, bool asynchronous)
     {
         _file = file;
         _isDevice = file.Device is not null;
@@ -51,9 +60,13 @@ public sealed unsafe class RawImage : IBlockImage
         }
 
         Size = file.Size & ~(ulong)(SectorSize - 1);
-        void Work(BlockOperation operation) => operation.Complete(Perform(operation));
+        void Work(BlockOperation operation, CompletionBatch batch) => operation.Complete(Perform(operation), batch);
         _readers = new BlockWorkers("block read", Work, MaxReaders);
-        _writers = new BlockWorkers("block write", Work, directUnit == 0 ? MaxWriters : MaxReaders);
+        _writers = directUnit == 0 ? new BlockWorkers("block write", Work, MaxWriters, isQuick: true) : new BlockWorkers("block write", Work, MaxReaders);
+        _others = new BlockWorkers("block flush", Work, MaxOthers);
+        if (directUnit != 0 && asynchronous)
+            _direct = DirectTransfers.TryStart(file.Descriptor, Queue, () => _usesDirect = false);
+        _usesDirect = _direct is not null;
     }
 
     /// <inheritdoc/>
@@ -80,14 +93,21 @@ public sealed unsafe class RawImage : IBlockImage
     /// <param name="direct">Whether it is used past the host's page cache (O_DIRECT); what the host's memory is saved by that is the guest's
     /// to have in its own cache.</param>
     /// <exception cref="BlockImageException">It cannot be opened or is in use, or not be used directly; the message says what to do.</exception>
-    public static RawImage Open(string path, bool readOnly, bool direct = false)
+    public static RawImage Open(string path, bool readOnly, bool direct = false) => Open(path, readOnly, direct, asynchronous: true);
+
+    /// <summary>As <see cref="Open(string, bool, bool)"/>.</summary>
+    /// <param name="path">The file.</param>
+    /// <param name="readOnly">Whether it is only read.</param>
+    /// <param name="direct">Whether it is used past the page cache.</param>
+    /// <param name="asynchronous">Whether that is by asynchronous I/O, where the host has it.</param>
+    internal static RawImage Open(string path, bool readOnly, bool direct, bool asynchronous)
     {
         ImageFile file = ImageFile.Open(path, readOnly, direct);
         try
         {
             uint directUnit = direct ? file.FindDirectUnit() : 0;
             return file.Size >= Math.Max(DefaultSector, directUnit)
-                ? new RawImage(file, directUnit)
+                ? new RawImage(file, directUnit, asynchronous)
                 : throw new BlockImageException($"{path} holds less than one sector; make it as large as the disk is to be (truncate --size=8G FILE).");
         }
         catch
@@ -101,12 +121,31 @@ public sealed unsafe class RawImage : IBlockImage
     public void Submit(BlockOperation operation)
     {
         ArgumentNullException.ThrowIfNull(operation);
-        if (operation.Kind != BlockOperationKind.Read)
-            _writers.Queue(operation);
-        else if (_readsOnTheSpot && TryReadCached(operation))
-            operation.Complete(0);
-        else
-            _readers.Queue(operation);
+        Submit([operation]);
+    }
+
+    /// <inheritdoc/>
+    public void Submit(ReadOnlySpan<BlockOperation> operations)
+    {
+        while (!operations.IsEmpty)
+        {
+            int count = 0;
+            while (count < operations.Length && IsDirectTransfer(operations[count]))
+                count++;
+            if (count > 0)
+            {
+                _direct!.Submit(operations[..count]);
+                operations = operations[count..];
+                continue;
+            }
+
+            BlockOperation operation = operations[0];
+            operations = operations[1..];
+            if (operation.Kind == BlockOperationKind.Read && _readsOnTheSpot && TryReadCached(operation))
+                operation.Complete(0);
+            else
+                Queue(operation);
+        }
     }
 
     /// <inheritdoc/>
@@ -114,10 +153,29 @@ public sealed unsafe class RawImage : IBlockImage
     {
         return new ValueTask(Task.Run(() =>
         {
+            // What these have left to others is the workers' before they let go of it.
+            _direct?.Stop();
             _readers.Stop();
             _writers.Stop();
+            _others.Stop();
             _file.Dispose();
         }));
+    }
+
+    /// <summary>Whether an operation is one for asynchronous I/O. A write to what may not be written to is answered elsewhere.</summary>
+    private bool IsDirectTransfer(BlockOperation operation)
+        => _usesDirect && (operation.Kind == BlockOperationKind.Read || (operation.Kind == BlockOperationKind.Write && !IsReadOnly));
+
+    /// <summary>Leaves an operation to a thread that may wait.</summary>
+    private void Queue(BlockOperation operation)
+    {
+        BlockWorkers workers = operation.Kind switch
+        {
+            BlockOperationKind.Read => _readers,
+            BlockOperationKind.Write => _writers,
+            _ => _others,
+        };
+        workers.Queue(operation);
     }
 
     /// <summary>Reads if all of it is in the page cache.</summary>

@@ -42,7 +42,8 @@ public sealed class GuestDiskTests : ManagementFixture
             await domain.Gone;
             Assert.That(System.Text.Encoding.ASCII.GetString(domain.Console.ReadHistory()), Is.EqualTo(Hello));
             string kept = "";
-            await EventuallyAsync(() => Directory.GetFiles(Path.Combine(StateFolder, "kernels"), "*.elf") is [var file] && (kept = file).Length > 0, "it is kept");
+            string folder = Path.Combine(StateFolder, "kernels");
+            await EventuallyAsync(() => Directory.Exists(folder) && Directory.GetFiles(folder, "*.elf") is [var file] && (kept = file).Length > 0, "it is kept");
             Assert.That(Path.GetFileName(kept), Does.StartWith("content-"));
 
             // The next is made from what was kept, or would not know what to say.

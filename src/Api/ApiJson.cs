@@ -22,6 +22,7 @@ namespace XenSharp.Api;
 [JsonSerializable(typeof(IReadOnlyList<LostDomain>))]
 [JsonSerializable(typeof(IReadOnlyList<BlockDeviceInfo>))]
 [JsonSerializable(typeof(IReadOnlyList<NetworkDeviceInfo>))]
+[JsonSerializable(typeof(IReadOnlyList<ChannelInfo>))]
 [JsonSerializable(typeof(DomainEvent))]
 [JsonSerializable(typeof(OperationUpdate))]
 [JsonSerializable(typeof(CreateDomainRequest))]

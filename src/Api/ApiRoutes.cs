@@ -100,6 +100,9 @@ public static class ApiRoutes
     /// <summary>DELETE: unplugs it; <c>?force=true</c> does not wait for the guest. <c>{device}</c> is its index or its MAC address.</summary>
     public const string NetworkDevice = NetworkDevices + "/{device}";
 
+    /// <summary>GET: an array of <see cref="ChannelInfo"/>.</summary>
+    public const string Channels = Domain + "/channels";
+
     /// <summary>POST <see cref="SaveDomainRequest"/>: a stream of <see cref="OperationUpdate"/>, a JSON object a line.</summary>
     public const string Save = Domain + "/save";
 

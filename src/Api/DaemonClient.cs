@@ -174,6 +174,10 @@ public sealed class DaemonClient : IDisposable
     public Task DetachNetworkDeviceAsync(string domain, string device, bool force = false, CancellationToken cancellation = default)
         => DoAsync(HttpMethod.Delete, ApiRoutes.Of(ApiRoutes.NetworkDevice, domain, device) + Force(force), cancellation);
 
+    /// <summary>The channels of a domain.</summary>
+    public Task<IReadOnlyList<ChannelInfo>> ListChannelsAsync(string domain, CancellationToken cancellation = default)
+        => GetAsync(ApiRoutes.Of(ApiRoutes.Channels, domain), s_json.IReadOnlyListChannelInfo, cancellation);
+
     /// <summary>Saves a domain to a file of the host's.</summary>
     /// <param name="domain">The domain.</param>
     /// <param name="request">How, and where to.</param>

@@ -1,4 +1,4 @@
-// What the daemon says of a domain's devices: what xl block-list and network-list show.
+// What the daemon says of a domain's devices: what xl block-list, network-list and channel-list show.
 
 namespace XenSharp.Api;
 
@@ -70,6 +70,37 @@ public sealed record BlockDeviceInfo
 
     /// <summary>Requests that failed.</summary>
     public ulong Errors { get; init; }
+}
+
+/// <summary>One channel, a further console with a name: a row of xl channel-list.</summary>
+public sealed record ChannelInfo
+{
+    /// <summary>Its number among the guest's consoles, from 1 on; channel-list's index is one less.</summary>
+    public required int DeviceId { get; init; }
+
+    /// <summary>What the guest finds it by.</summary>
+    public required string Name { get; init; }
+
+    /// <summary>The domain of the back end: 0, the host.</summary>
+    public int BackendId { get; init; }
+
+    /// <summary>The front end's state (XenbusState of xen/include/public/io/xenbus.h: 4 is connected); 0 where it says none.</summary>
+    public int State { get; init; }
+
+    /// <summary>The guest's event channel port; null while it is not connected.</summary>
+    public long? EventChannel { get; init; }
+
+    /// <summary>The grant of its ring's page; null while it is not connected.</summary>
+    public long? RingReference { get; init; }
+
+    /// <summary>Its folder in xenstore.</summary>
+    public string BackendPath { get; init; } = string.Empty;
+
+    /// <summary>What it leads to on the host: "pty" or "socket".</summary>
+    public required string Connection { get; init; }
+
+    /// <summary>The path of that terminal or socket.</summary>
+    public string? Path { get; init; }
 }
 
 /// <summary>One network interface: a row of xl network-list.</summary>

@@ -32,6 +32,9 @@ public sealed record CreateDomainRequest
 {
     public required DomainConfigurationDocument Configuration { get; init; }
 
+    /// <summary>The UUID that it gets where its configuration has none, so that whoever asks can name it before it is there; null for a random one.</summary>
+    public Guid? Uuid { get; init; }
+
     /// <summary>It is made, and waits with its first instruction until it is unpaused (xl create -p).</summary>
     public bool Paused { get; init; }
 
@@ -126,6 +129,9 @@ public sealed record SaveDomainRequest
 
     /// <summary>It stays, paused (xl save -p).</summary>
     public bool LeavePaused { get; init; }
+
+    /// <summary>What it is to be made from when it is restored, in place of what it is made from now; null for that.</summary>
+    public DomainConfigurationDocument? Configuration { get; init; }
 }
 
 /// <summary>A domain to be made from what was saved.</summary>

@@ -68,6 +68,19 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>Reads the host's time-stamp counter, which paces long operations; null where they need no pacing.</summary>
     delegate* unmanaged[SuppressGCTransition]<ulong> ReadTimeStampCounter { get; }
 
+    /// <summary>What the processor's SYSCALL entry serves inside the VM; null where it serves nothing.</summary>
+    EntryService* EntryService => null;
+
+    /// <summary>What the SYSCALL entry has served since this was last looked at; null where it serves nothing.</summary>
+    EntryReport* EntryReport => null;
+
+    /// <summary>Shows vcpu_info to the SYSCALL entry, which needs it for what it serves.</summary>
+    /// <param name="frame">The frame of <see cref="IVirtualMachine.Memory"/> that it lies in, which stays the guest's and writable.</param>
+    /// <param name="offset">Where in the frame, in bytes.</param>
+    void ShowVcpuInfo(Mfn frame, int offset)
+    {
+    }
+
     /// <summary>CR0.TS: the next FPU instruction raises #NM.</summary>
     void SetTaskSwitched(bool value);
 
@@ -154,6 +167,11 @@ public unsafe interface IVirtualMachine : IDisposable
 
     /// <summary>The 16 entries for L4 slots 256–271 of every guest L4.</summary>
     ReadOnlySpan<ulong> HypervisorSlots { get; }
+
+    /// <summary>
+    /// The L4 slot of <see cref="HypervisorSlots"/> that is for kernel mode alone: roots of user mode must not have it. 0 for none.
+    /// </summary>
+    int KernelSlot => 0;
 
     /// <summary>The time-stamp counter as the guest reads it.</summary>
     TimeStampCounter TimeStampCounter { get; }

@@ -11,7 +11,7 @@ using XenSharp.Toolstack.Management;
 
 namespace XenSharp.Daemon;
 
-/// <summary>Serves <see cref="ApiRoutes.BlockDevices"/> and <see cref="ApiRoutes.NetworkDevices"/>.</summary>
+/// <summary>Serves <see cref="ApiRoutes.BlockDevices"/>, <see cref="ApiRoutes.NetworkDevices"/> and <see cref="ApiRoutes.Channels"/>.</summary>
 /// <param name="toolstack">The domains.</param>
 internal sealed class DeviceEndpoints(DomainToolstack toolstack)
 {
@@ -27,6 +27,8 @@ internal sealed class DeviceEndpoints(DomainToolstack toolstack)
             .WithSummary("A domain's network interfaces (xl network-list)");
         _ = routes.MapPost(ApiRoutes.NetworkDevices, AttachInterfaceAsync).WithTags(Tag).WithSummary("Plugs a network interface in (xl network-attach)");
         _ = routes.MapDelete(ApiRoutes.NetworkDevice, DetachInterfaceAsync).WithTags(Tag).WithSummary("Unplugs a network interface (xl network-detach)");
+        _ = routes.MapGet(ApiRoutes.Channels, (string domain) => TypedResults.Ok(toolstack.Find(domain).DescribeChannels())).WithTags(Tag)
+            .WithSummary("A domain's channels (xl channel-list)");
     }
 
     private async Task<Created<BlockDeviceInfo>> AttachDiskAsync(string domain, AttachDeviceRequest request, CancellationToken cancellation)

@@ -80,7 +80,9 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
         };
         if (request.DryRun)
             return TypedResults.Ok(result);
-        ManagedDomain domain = await toolstack.CreateAsync(read.Configuration, request.Paused, cancellation).ConfigureAwait(false);
+        ManagedDomain domain = await toolstack
+            .CreateAsync(read.Configuration with { Uuid = read.Configuration.Uuid ?? request.Uuid }, request.Paused, cancellation).ConfigureAwait(false);
+        await KeepForAsync(domain, cancellation).ConfigureAwait(false);
         return TypedResults.Created(
             ApiRoutes.Of(ApiRoutes.Domain, domain.Uuid.ToString("D")),
             result with { Domain = domain.Describe(), Configuration = ConfigurationReading.Write(domain.Configuration) });
@@ -88,6 +90,9 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
 
     private async Task<NoContent> DestroyAsync(string domain)
     {
+        // Who gave up making one asks for its end by its UUID, and is to find the name free afterwards.
+        await toolstack.WaitForMakingAsync(domain).ConfigureAwait(false);
+
         // Begun, it goes on whether somebody waits for it or not.
         await toolstack.DestroyAsync(toolstack.Find(domain)).ConfigureAwait(false);
         return TypedResults.NoContent();
@@ -198,9 +203,10 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
     private Task SaveAsync(HttpContext context, string domain, SaveDomainRequest request)
     {
         ManagedDomain found = toolstack.Find(domain);
+        DomainConfiguration? configuration = request.Configuration is { } document ? ConfigurationReading.Read(document).Configuration : null;
         return LineStream.OperateAsync(context, "Saving", problems.Describe, async (progress, cancellation) =>
         {
-            await toolstack.SaveAsync(found, request.Path, request.Checkpoint, request.LeavePaused, progress, cancellation).ConfigureAwait(false);
+            await toolstack.SaveAsync(found, request.Path, request.Checkpoint, request.LeavePaused, configuration, progress, cancellation).ConfigureAwait(false);
             return null;
         });
     }
@@ -219,6 +225,20 @@ internal sealed class DomainEndpoints(DomainToolstack toolstack, ProblemMiddlewa
     {
         DomainConfiguration? configuration = request.Configuration is { } document ? ConfigurationReading.Read(document).Configuration : null;
         return LineStream.OperateAsync(context, "Restoring", problems.Describe, async (progress, cancellation)
-            => (await toolstack.RestoreAsync(request.Path, configuration, request.Paused, progress, cancellation).ConfigureAwait(false)).Describe());
+            =>
+        {
+            ManagedDomain domain = await toolstack.RestoreAsync(request.Path, configuration, request.Paused, progress, cancellation).ConfigureAwait(false);
+            await KeepForAsync(domain, cancellation).ConfigureAwait(false);
+            return domain.Describe();
+        });
+    }
+
+    /// <summary>A domain that was made in the same moment in which who asked for it gave up goes again.</summary>
+    private async Task KeepForAsync(ManagedDomain domain, CancellationToken cancellation)
+    {
+        if (!cancellation.IsCancellationRequested)
+            return;
+        await toolstack.DestroyAsync(domain).ConfigureAwait(false);
+        throw new OperationCanceledException(cancellation);
     }
 }

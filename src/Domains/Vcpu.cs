@@ -34,6 +34,7 @@ internal sealed unsafe class Vcpu : IDisposable
     private long _nextCalibration;
     private long _wakeTime = long.MinValue;
     private long _wakeDeadline;
+    private InsideCalls? _insideCalls;
 
     public Vcpu(Domain domain, IVirtualCpu cpu, VcpuContext* context, int id)
     {
@@ -176,7 +177,9 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.PageTableRoot = new Mfn(Context->CurrentRoot);
             Cpu.LdtEntries = Context->State->LdtEntries;
             Cpu.SetWakeTimer(WakeDeadline());
+            _insideCalls?.BeforeEntry(_wakeTime);
             VcpuExit exit = Cpu.Run();
+            _insideCalls?.AfterExit();
             Handle(exit);
 
             // Entries of other domains' pages may have been overwritten, which ends their use as well as unmapping them does.
@@ -195,6 +198,7 @@ internal sealed unsafe class Vcpu : IDisposable
     private void BeginFirstRun()
     {
         HasRun = true;
+        _insideCalls = InsideCalls.Of(this);
         Trace?.Boot();
         Timers.SetPeriodic(VcpuTimers.InitialPeriod, Domain.Time.SystemTime);
         if (!GuestEntry.LoadSegments(Context))
@@ -431,6 +435,12 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.Settle();
         Runstate.Change(RunstateKind.Blocked);
         Domain.Scrubber.BeforeSleep(Context);
+        if (_insideCalls is { IsToBeLookedAt: true })
+        {
+            _insideCalls.LookTime = long.MaxValue;
+            Cpu.SetWakeTimer(long.MaxValue);
+        }
+
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;
@@ -456,6 +466,7 @@ internal sealed unsafe class Vcpu : IDisposable
 
         Waiting = WaitState.None;
         Runstate.Change(RunstateKind.Running);
+        _insideCalls?.LookSoon(Domain.Time.SystemTime);
     }
 
     private void Sleep(long deadline)
@@ -471,7 +482,7 @@ internal sealed unsafe class Vcpu : IDisposable
     /// <summary>CLOCK_MONOTONIC at the next thing to do; the same while that is the same, so that the timer need not be set anew.</summary>
     private long WakeDeadline()
     {
-        long time = Math.Min(Timers.Next, _nextCalibration);
+        long time = Math.Min(Math.Min(Timers.Next, _nextCalibration), _insideCalls?.LookTime ?? long.MaxValue);
         if (time != _wakeTime)
         {
             _wakeTime = time;

@@ -34,6 +34,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Linux's flat data selector of user mode: the host's own, and that of guests that are Linux.</summary>
     internal const ushort HostUserData = 0x2b;
 
+    /// <summary>Linux's flat selector of 64-bit code in user mode, the host's.</summary>
+    internal const ushort HostUserCode = 0x33;
+
     private const int RunsFrom = 6;
 
     /// <summary>Entries past which it takes longer to repeat them than to have KVM forget all that it made from the tables.</summary>
@@ -48,6 +51,15 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Kicks in the midst of a chain, which then starts anew, past which the same is done to get on at all.</summary>
     private const int MaxInterruptions = 3;
 
+    /// <summary>Nanoseconds for which a thread that mostly sleeps less than that looks for a kick before it sleeps: a wake-up costs as much.</summary>
+    private const long LongestPoll = 100_000;
+
+    /// <summary>Nanoseconds with which it begins to.</summary>
+    private const long ShortestPoll = 25_000;
+
+    /// <summary>Nanoseconds that it may take to be woken.</summary>
+    private const long WakeUp = 50_000;
+
     /// <summary>What has to stay in one place beside the kvm_run page.</summary>
     private struct LocalState
     {
@@ -55,6 +67,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         public CpuRegisters Intended;
         public PageTableWriteQueue Writes;
         public int Kicked;
+        public int Listening;
     }
 
     private readonly LocalState* _state;
@@ -73,6 +86,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private long _timerDeadline = long.MaxValue;
     private ulong _root;
     private readonly int* _kicked;
+
+    /// <summary>Not 0 while a kick needs a signal: the thread is in KVM_RUN or asleep, or about to look for the last time before.</summary>
+    private readonly int* _listening;
+    private long _poll;
     private uint _ldtEntries;
     private KvmSyncRegs _forced;
     private int _interruptions;
@@ -92,6 +109,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _intended = &_state->Intended;
         _writes = &_state->Writes;
         _kicked = &_state->Kicked;
+        _listening = &_state->Listening;
         _writes->InGuest = machine.Capabilities.ShadowPageTables ? 1 : 0;
         try
         {
@@ -139,6 +157,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
     }
 
+    public EntryService* EntryService => _pages.Entry.Service;
+
+    public EntryReport* EntryReport => EntryService == null ? null : _pages.EntryReport;
+
     public bool ReadsSelectorsAsNull => _machine.Capabilities.HostDescriptorTable;
 
     public int* KickPending => _kicked;
@@ -148,6 +170,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     internal int File => _file;
 
     internal KvmRun* SharedPage => _run;
+
+    /// <summary>The page that SYSCALL comes to.</summary>
+    internal SyscallEntry Entry => _pages.Entry;
 
     public void Dispose()
     {
@@ -165,11 +190,23 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public void Kick()
     {
-        if (Interlocked.Exchange(ref *_kicked, 1) != 0)
+        if (Interlocked.Exchange(ref *_kicked, 1) != 0 || Volatile.Read(ref *_listening) == 0)
             return;
         int thread = Volatile.Read(ref _thread);
         if (thread != 0)
             Libc.KickThread(thread);
+    }
+
+    public void ShowVcpuInfo(Mfn frame, int offset)
+    {
+        const PageFlags flags = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
+        _pages.Entry.SetVcpuInfo(_pages.VcpuInfoStart + (ulong)offset);
+        var value = new PageTableEntry(frame, flags);
+        if (*_pages.VcpuInfoEntry == value)
+            return;
+        PageTableEntry old = _writes->Store(_pages.VcpuInfoEntry, _pages.VcpuInfoEntryAddress, value);
+        if (old.IsPresent)
+            _writes->Invalidate(new VirtualAddress(_pages.VcpuInfoStart));
     }
 
     public void SetTaskSwitched(bool value)
@@ -269,7 +306,43 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     public void WaitForKick(long deadline)
     {
         BindThread();
+        long start = Libc.MonotonicNow();
+        if (!IsKickedSoon(start, deadline))
+            SleepUntilKicked(deadline);
+        Volatile.Write(ref *_listening, 0);
+        AdaptPoll(Libc.MonotonicNow() - start);
+    }
+
+    /// <summary>Looks for a kick for a while.</summary>
+    /// <returns>Whether one came, of which note was taken.</returns>
+    private bool IsKickedSoon(long start, long deadline)
+    {
+        const int looks = 16;
+        for (long end = Math.Min(deadline, start + _poll); Libc.MonotonicNow() < end;)
+        {
+            for (int i = 0; i < looks; i++)
+            {
+                if (Volatile.Read(ref *_kicked) != 0)
+                {
+                    TakeKick();
+                    return true;
+                }
+
+                Thread.SpinWait(1);
+            }
+        }
+
+        return false;
+    }
+
+    /// <summary>The next sleep is looked at as long as would have been enough for this one, if that is not too long.</summary>
+    private void AdaptPoll(long slept)
+        => _poll = slept < LongestPoll + WakeUp ? Math.Clamp(_poll * 2, ShortestPoll, LongestPoll) : _poll > ShortestPoll ? _poll / 2 : 0;
+
+    private void SleepUntilKicked(long deadline)
+    {
         sigset_t set = Libc.KickSet();
+        _ = Interlocked.Exchange(ref *_listening, 1);
         while (Volatile.Read(ref *_kicked) == 0)
         {
             long now = Libc.MonotonicNow();
@@ -296,11 +369,13 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         BindThread();
         Volatile.Write(ref _entries, _entries + 1);
+        Volatile.Write(ref *_listening, 1);
         _ = Interlocked.Exchange(ref _writes->Running, 1);
         VcpuExit exit = Enter();
         while (_pages.Instruction is { } instruction && exit.Vector == ExceptionVector.InvalidOpcode && ExecuteNatively(instruction, ref exit))
             exit = Enter();
         Volatile.Write(ref _writes->Running, 0);
+        Volatile.Write(ref *_listening, 0);
         return exit;
     }
 
@@ -443,8 +518,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         Span<ulong> values =
         [
-            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _machine.SyscallEntry,
-            _machine.CompatibilitySyscallEntry, SyscallMask,
+            ((ulong)MonitorLayout.MonitorCs << 32) | ((ulong)FlatSelectors.Ring3Cs32 << 48), _pages.Entry.Of64BitCode,
+            _pages.Entry.Of32BitCode, SyscallMask,
         ];
         Span<uint> indexes = [Msr.Star, Msr.Lstar, Msr.Cstar, Msr.SfMask];
         byte* buffer = stackalloc byte[8 + (sizeof(KvmMsrEntry) * 4)];
@@ -800,9 +875,9 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong rip = _run->Regs.Rip;
         if (_run->Io.Direction == 1 && _run->Io.Size == 1)
         {
-            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.SyscallEntry <= 2)
+            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf64BitCode(rip))
                 return TakeSyscall(FlatSelectors.Ring3Cs64);
-            if (_run->Io.Port == MonitorLayout.SyscallPort && rip - _machine.CompatibilitySyscallEntry <= 2)
+            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf32BitCode(rip))
                 return TakeSyscall(FlatSelectors.Ring3Cs32);
             if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
                 return TakeException((ExceptionVector)((rip - _code.ExceptionStubs) / MonitorLayout.StubSize));
@@ -947,6 +1022,14 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _run->Regs.Rflags = frame[2];
         _run->Regs.Rsp = frame[3];
         _segments->Ss = (ushort)frame[4];
+        if (_pages.Entry.TryTakeOver(&_run->Regs))
+        {
+            // It has met what the manager is to find, or a breakpoint that no hypercall comes upon.
+            if (vector == ExceptionVector.Debug)
+                _ = TakeDebugStatus();
+            return TakeSyscall(FlatSelectors.Ring3Cs64);
+        }
+
         return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
     }
 
@@ -987,7 +1070,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_run->DirtyRegs != KvmSyncRegs.None)
             return false;
         ulong rip = _run->Regs.Rip;
-        if (rip == _machine.SyscallEntry || rip == _machine.CompatibilitySyscallEntry
+        if (rip == _pages.Entry.Of32BitCode
             || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
             return true;
         ref readonly KvmVcpuEvents events = ref _run->Events;
@@ -1020,7 +1103,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return RestoreIntended();
         EntryDone();
         TakeSegments();
-        return new VcpuExit(VcpuExitKind.Kicked);
+        if (!_pages.Entry.TryTakeOver(&_run->Regs))
+            return new VcpuExit(VcpuExitKind.Kicked);
+
+        // What this returns with is not "kicked", so the next Run has to.
+        _ = Interlocked.Exchange(ref *_kicked, 1);
+        return TakeSyscall(FlatSelectors.Ring3Cs64);
     }
 
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>

@@ -13,6 +13,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private const PageFlags SupervisorData = PageFlags.Present | PageFlags.Writable | PageFlags.Accessed | PageFlags.Dirty | PageFlags.NoExecute;
     private const PageFlags SupervisorCode = PageFlags.Present | PageFlags.Accessed;
     private const PageFlags UserReadOnly = PageFlags.Present | PageFlags.User | PageFlags.Accessed | PageFlags.NoExecute;
+    private const PageFlags KernelWindowData = SupervisorData | PageFlags.User;
     private const PageFlags Branch = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed;
 
     private readonly KvmSystem _system;
@@ -56,7 +57,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
         ulong tables = 64 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (3 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
+        ulong regionPages = tables + 16 + (MaxVcpus * (5 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
             + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
         try
@@ -116,6 +117,9 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     public ReadOnlySpan<ulong> HypervisorSlots => _hypervisorSlots;
 
+    /// <inheritdoc/>
+    public int KernelSlot => SyscallEntryKind.Of(Capabilities).Serves ? new VirtualAddress(MonitorLayout.KernelWindowStart).TableIndex(4) : 0;
+
     public TimeStampCounter TimeStampCounter => Capabilities.TimeStampCounter;
 
     public HostCapabilities Capabilities { get; }
@@ -128,12 +132,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     /// <summary>A CPUID leaf to be changed recognisably, for the probe that asks whether the policy reaches the guest.</summary>
     internal (uint Leaf, uint Eax)? CpuidMark { get; init; }
-
-    /// <summary>Virtual address of the SYSCALL entry of 64-bit code (LSTAR).</summary>
-    internal ulong SyscallEntry { get; private set; }
-
-    /// <summary>Virtual address of the SYSCALL entry of 32-bit code (CSTAR).</summary>
-    internal ulong CompatibilitySyscallEntry => SyscallEntry + MonitorLayout.StubSize;
 
     internal ulong InterruptTable { get; private set; }
 
@@ -321,7 +319,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
         // All windows' tables now, so that the L4 entries never change once guests hold copies of them.
         for (int vcpu = 0; vcpu < MaxVcpus; vcpu++)
+        {
             _ = TableEntry(DescriptorWindowStart(vcpu), 1);
+            _ = TableEntry(KernelWindow(vcpu), 1);
+        }
     }
 
     private void MapLarge(ulong physical)
@@ -329,10 +330,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     private void BuildCode()
     {
-        PageFlags entryFlags = SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None);
-        SyscallEntry = TakeMapped(1, entryFlags, out ulong entryPage);
-        MonitorCode.AssembleSyscallEntries(SyscallEntry).CopyTo(new Span<byte>(Host(entryPage), (int)Paging.PageSize));
-
         ulong codeStart = _nextMonitorAddress;
         Code = MonitorCode.Assemble(codeStart);
         ulong codePages = RoundUp((ulong)Code.Bytes.Length, Paging.PageSize) >> Paging.PageShift;
@@ -397,6 +394,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private static ulong DescriptorWindowStart(int vcpu)
         => MonitorLayout.DescriptorTablesStart + ((ulong)(vcpu * MonitorLayout.DescriptorWindowPages) << Paging.PageShift);
 
+    private static ulong KernelWindow(int vcpu) => MonitorLayout.KernelWindowStart + ((ulong)vcpu * MonitorLayout.KernelWindowSize);
+
     private VcpuPages BuildVcpuPages(int number)
     {
         const int taskStateSize = 104;
@@ -408,6 +407,9 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         _nextMonitorAddress += 3 << Paging.PageShift;
 
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
+        ulong entry = TakeMapped(1, SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None), out ulong entryPage);
+        ulong reportPage = TakePages(1);
+        Map(KernelWindow(number), reportPage, KernelWindowData);
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
         CompatibilityInstruction? instruction = null;
@@ -437,6 +439,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Host<ulong>(window + (ulong)(page * sizeof(ulong))) = frame | (ulong)tableFlags;
         }
 
+        ulong vcpuInfo = KernelWindow(number) + Paging.PageSize;
+        ulong vcpuInfoEntry = TableEntry(vcpuInfo, 1);
         ushort selector = (ushort)(MonitorLayout.FirstTss + (number * 16));
         SetDescriptor(selector, (taskStateLimit & 0xffff) | ((taskState & 0xff_ffff) << 16) | (0x8bUL << 40) | ((taskState & 0xff00_0000) << 32));
         SetDescriptor((ushort)(selector + 8), taskState >> 32);
@@ -452,6 +456,11 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             DescriptorWindow = new DescriptorWindow(
                 new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
             Instruction = instruction,
+            Entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entry, Host(entryPage), number, KernelWindow(number)),
+            EntryReport = (EntryReport*)Host(reportPage),
+            VcpuInfoStart = vcpuInfo,
+            VcpuInfoEntry = (PageTableEntry*)Host(vcpuInfoEntry),
+            VcpuInfoEntryAddress = new MachineAddress(vcpuInfoEntry),
         };
     }
 }
@@ -482,6 +491,19 @@ internal readonly unsafe struct VcpuPages
     public ulong* ReturnArea { get; init; }
 
     public DescriptorWindow DescriptorWindow { get; init; }
+
+    /// <summary>The page that SYSCALL comes to.</summary>
+    public SyscallEntry Entry { get; init; }
+
+    /// <summary>Host view of what the entry reports.</summary>
+    public EntryReport* EntryReport { get; init; }
+
+    /// <summary>Where the page with vcpu_info is shown to the entry, and the page-table entry for it.</summary>
+    public ulong VcpuInfoStart { get; init; }
+
+    public PageTableEntry* VcpuInfoEntry { get; init; }
+
+    public MachineAddress VcpuInfoEntryAddress { get; init; }
 
     /// <summary>For hosts that interpret 32-bit code; else null.</summary>
     public CompatibilityInstruction? Instruction { get; init; }

@@ -73,61 +73,38 @@ internal sealed class MonitorCode
     /// <summary>Stores <paramref name="count"/> neighbouring entries from <see cref="PopAddress"/>'s on over themselves, goes on.</summary>
     public ulong LockedRun(int count) => LockedRunEnd - ((ulong)count * LockedRunLength);
 
-    /// <summary>
-    /// The SYSCALL entries of 64-bit and of 32-bit code, <see cref="MonitorLayout.StubSize"/> apart: a page of their own, because some
-    /// KVMs enter it at CPL 3.
-    /// </summary>
-    public static byte[] AssembleSyscallEntries(ulong address)
-    {
-        var code = new Assembler(64);
-        for (int entry = 0; entry < 2; entry++)
-        {
-            code.@out(MonitorLayout.SyscallPort, al);
-            code.ud2();
-        }
-
-        return Emit(code, address, out _);
-    }
-
     /// <summary>Assembles all supervisor code for the given virtual address.</summary>
     public static MonitorCode Assemble(ulong address)
     {
         var code = new Assembler(64);
-        Label Here()
-        {
-            Label label = code.CreateLabel();
-            code.Label(ref label);
-            return label;
-        }
-
-        Label stubs = Here();
+        Label stubs = Here(code);
         for (int vector = 0; vector < MonitorLayout.Vectors; vector++)
         {
             code.@out((byte)vector, al);
             code.ud2();
         }
 
-        Label loadRoot = Here();
+        Label loadRoot = Here(code);
         code.pop(rcx);
         code.mov(cr3, rcx);
         code.ret();
 
-        Label invalidatePage = Here();
+        Label invalidatePage = Here(code);
         code.pop(rcx);
         code.invlpg(__[rcx]);
         code.ret();
 
-        Label stores = Here();
+        Label stores = Here(code);
         UnrollStores(code);
-        Label storesEnd = Here();
+        Label storesEnd = Here(code);
         code.ret();
 
         UnrollStores(code);
-        Label restoreAndIret = Here();
+        Label restoreAndIret = Here(code);
         code.pop(rcx);
         code.iretq();
 
-        Label runs = Here();
+        Label runs = Here(code);
         for (int i = 0; i < MaxRuns; i++)
         {
             code.pop(rdi);
@@ -136,20 +113,20 @@ internal sealed class MonitorCode
             code.rep.movsq();
         }
 
-        Label runsEnd = Here();
+        Label runsEnd = Here(code);
         code.pop(rdi);
         code.pop(rsi);
         code.ret();
 
-        Label popAddress = Here();
+        Label popAddress = Here(code);
         code.pop(rcx);
         code.ret();
 
         // Backwards, so that any number of entries ends with the first.
-        Label lockedRun = Here();
+        Label lockedRun = Here(code);
         for (int i = MaxLockedRun - 1; i >= 0; i--)
             EmitLockedStore(code, i * sizeof(ulong));
-        Label lockedRunEnd = Here();
+        Label lockedRunEnd = Here(code);
         code.ret();
 
         byte[] bytes = Emit(code, address, out AssemblerResult result);
@@ -196,7 +173,16 @@ internal sealed class MonitorCode
         }
     }
 
-    private static byte[] Emit(Assembler code, ulong address, out AssemblerResult result)
+    /// <summary>A label for what is assembled next.</summary>
+    internal static Label Here(Assembler code)
+    {
+        Label label = code.CreateLabel();
+        code.Label(ref label);
+        return label;
+    }
+
+    /// <summary>The bytes of what was assembled, for an address.</summary>
+    internal static byte[] Emit(Assembler code, ulong address, out AssemblerResult result)
     {
         using var stream = new MemoryStream();
         result = code.Assemble(new StreamCodeWriter(stream), address, BlockEncoderOptions.ReturnNewInstructionOffsets);

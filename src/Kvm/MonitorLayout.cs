@@ -45,6 +45,14 @@ internal static class MonitorLayout
     /// <summary>Slot 260: a window for each vCPU's descriptor tables, the global one and then the local one.</summary>
     public const ulong DescriptorTablesStart = Paging.HypervisorVirtualStart + (4 * Paging.SlotSize);
 
+    /// <summary>
+    /// Slot 261, which only kernel mode's roots show: two pages for each vCPU, its <see cref="EntryReport"/> and the one that vcpu_info lies in.
+    /// </summary>
+    public const ulong KernelWindowStart = Paging.HypervisorVirtualStart + (5 * Paging.SlotSize);
+
+    /// <summary>Bytes of <see cref="KernelWindowStart"/>'s slot that belong to a vCPU.</summary>
+    public const ulong KernelWindowSize = 2 * Paging.PageSize;
+
     /// <summary>Pages of the global table in a window: 14 of the guest, then the reserved ones.</summary>
     public const int GdtWindowPages = DescriptorWindow.GdtPages;
 

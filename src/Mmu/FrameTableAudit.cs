@@ -164,8 +164,8 @@ public static unsafe class FrameTableAudit
         {
             const ulong maySet = (ulong)(PageFlags.Accessed | PageFlags.Dirty);
             ulong expected = _domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot];
-            bool isMachineToPhys = slot == _domain->MachineToPhysStart.TableIndex(4);
-            if (((value.Value ^ expected) & ~maySet) != 0 && !(isMachineToPhys && value.Value == 0))
+            bool mayBeHidden = slot == _domain->MachineToPhysStart.TableIndex(4) || slot == _domain->KernelSlot;
+            if (((value.Value ^ expected) & ~maySet) != 0 && !(mayBeHidden && value.Value == 0))
                 _troubles.Add($"{frame}[{slot}] of the hypervisor's is {value}");
         }
 

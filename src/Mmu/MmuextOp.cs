@@ -106,6 +106,7 @@ public static unsafe class MmuextOp
         DescriptorTables.DropLdt(vcpu);
         if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
             PageTables.ShowMachineToPhys(vcpu, frame, shown: true);
+        PageTables.ShowKernelSlot(vcpu, frame, shown: true);
         vcpu->State->KernelRoot = frame.Value;
         return PutRoot(vcpu, old);
     }
@@ -201,6 +202,7 @@ public static unsafe class MmuextOp
                 return error;
             if (vcpu->Domain->State->Has(VmAssist.M2PStrict))
                 PageTables.ShowMachineToPhys(vcpu, frame, shown: false);
+            PageTables.ShowKernelSlot(vcpu, frame, shown: false);
         }
 
         vcpu->State->UserRoot = frame.Value;

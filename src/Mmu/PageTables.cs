@@ -280,7 +280,18 @@ public static unsafe class PageTables
     /// </summary>
     public static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
     {
-        int slot = vcpu->Domain->MachineToPhysStart.TableIndex(4);
+        ShowSlot(vcpu, root, vcpu->Domain->MachineToPhysStart.TableIndex(4), shown);
+    }
+
+    /// <summary>Shows or hides in an L4 what only kernel mode may reach: its roots have it, and those of user mode lose it.</summary>
+    public static void ShowKernelSlot(VcpuContext* vcpu, Mfn root, bool shown)
+    {
+        if (vcpu->Domain->KernelSlot != 0)
+            ShowSlot(vcpu, root, vcpu->Domain->KernelSlot, shown);
+    }
+
+    private static void ShowSlot(VcpuContext* vcpu, Mfn root, int slot, bool shown)
+    {
         PageTableEntry* entry = vcpu->Domain->Memory.Table(root) + slot;
         var value = new PageTableEntry(shown ? vcpu->Domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot] : 0);
         if (((entry->Value ^ value.Value) & ~(ulong)AccessedDirty) != 0)
@@ -568,14 +579,16 @@ public static unsafe class PageTables
 
         if (level == 4)
         {
-            // A stale shadow can hold nothing else here: the guest's own stores were seen, and these are always the same; but for the
-            // M2P table's.
+            // A stale shadow can hold nothing else here: the guest's own stores were seen, and these are always the same; but for two.
             int machineToPhys = vcpu->Domain->MachineToPhysStart.TableIndex(4);
             for (int i = 0; i < Paging.HypervisorSlots; i++)
             {
-                if (Paging.FirstHypervisorSlot + i != machineToPhys)
-                    ((ulong*)table)[Paging.FirstHypervisorSlot + i] = vcpu->Domain->HypervisorSlots[i];
+                int slot = Paging.FirstHypervisorSlot + i;
+                if (slot != machineToPhys && slot != vcpu->Domain->KernelSlot)
+                    ((ulong*)table)[slot] = vcpu->Domain->HypervisorSlots[i];
             }
+
+            ShowKernelSlot(vcpu, frame, shown: false);
 
             ShowMachineToPhys(vcpu, frame, vcpu->Domain->State->Has(VmAssist.M2PStrict));
         }

@@ -157,6 +157,7 @@ public sealed class BlockTests : KvmFixture
         Assert.That(await UsedAsync(ext4, cancellation), Is.LessThanOrEqualTo(24 * MiB), "the host has what fstrim gave back");
     }
 
+    /// <summary>And an empty CD-ROM drive beside it; and what becomes of all of them when the qemu-nbd is killed under the guest.</summary>
     [Test]
     public async Task A_guest_uses_a_qcow2_image(CancellationToken cancellation)
     {
@@ -168,7 +169,17 @@ public sealed class BlockTests : KvmFixture
         string script = Functions + """
             check xvda
             blkdiscard -o 4194304 -l 1048576 /dev/xvda || echo "@failed blkdiscard"
+            appear xvdc
+            echo "@empty $(cat /sys/block/xvdc/size) $(cat /sys/block/xvdc/ro) $(cat /sys/block/xvdc/removable) $(dd if=/dev/xvdc 2>/dev/null | wc -c)"
             echo "[dmesg]"; dmesg; echo "[end]"
+            echo "@kill"
+            read answer
+            dd if=/dev/xvda of=/dev/null bs=1M skip=8 count=1 iflag=direct 2>/dev/null && echo "@dead done" || echo "@dead error"
+            dd if=/block of=/dev/xvda bs=1M oflag=direct 2>/dev/null && echo "@failed write to a dead disk"
+            check xvdb
+            echo "@detach"
+            vanish xvda
+            check xvdb
             """;
         var console = new ConsoleLines();
         var reports = new StringBuilder();
@@ -177,10 +188,35 @@ public sealed class BlockTests : KvmFixture
             (string path, IReadOnlyList<string> arguments) = qemu.Command("qemu-nbd");
             QemuImage opened = await QemuImage.OpenAsync(
                 image, BlockImageFormat.Qcow2, readOnly: false, new QemuNbdProgram(path) { Arguments = arguments }, cancellation: cancellation);
+            string other = Path.Combine(_folder, "other.img");
+            await using (FileStream file = File.Create(other))
+                file.SetLength(16 * MiB);
             await using BlockBackend disk = Attach(domain, "xvda", opened, reports);
+            await using BlockBackend second = Attach(domain, "xvdb", RawImage.Open(other, readOnly: false), reports);
+            await using var drive = BlockBackend.Create(
+                domain.Domain, domain.Store.Domain0,
+                new BlockDeviceOptions { Device = VirtualDevice.Parse("xvdc"), Image = new EmptyImage(), IsCdRom = true, IsRemovable = true });
             domain.Start();
-            await ExpectCleanEndAsync(domain, console, reports, cancellation);
+            Assert.That(await console.WaitForAsync("@empty", domain.Stopped, cancellation), Is.EqualTo("0 1 1 0"), "an empty drive, that can be read from to no avail");
+            await console.WaitForAsync("@kill", domain.Stopped, cancellation);
             Assert.That(disk.Statistics.WrittenBytes, Is.EqualTo(block.Length));
+            lock (reports)
+                Assert.That(reports.ToString(), Is.Empty);
+            using (var server = System.Diagnostics.Process.GetProcessById(opened.ProcessId))
+                server.Kill();
+            await domain.WriteInputAsync("\n"u8.ToArray(), cancellation);
+            Assert.That(await console.WaitForAsync("@dead", domain.Stopped, cancellation), Is.EqualTo("error"));
+            await console.WaitForAsync("@detach", domain.Stopped, cancellation);
+            lock (reports)
+            {
+                string said = $"{image} is lost: the qemu-nbd that served it (process {opened.ProcessId}) has ended; ";
+                Assert.That(reports.ToString().TrimEnd().Split('\n'), Has.Length.EqualTo(1).And.All.Contains(said), "once, whatever the guest tries");
+                reports.Clear();
+            }
+
+            Assert.That(await disk.RemoveAsync(DetachTime, cancellation: cancellation), Is.True);
+            await ExpectCleanEndAsync(domain, console, reports, cancellation);
+            Assert.That((second.Statistics.WrittenBytes, second.Statistics.Errors), Is.EqualTo((2 * block.Length, 0)));
         }
 
         string raw = Path.Combine(_folder, "converted.img");

@@ -98,17 +98,37 @@ public sealed class DebianTests : KvmFixture
     [Test]
     public async Task Processes_live_on_their_local_descriptor_tables()
     {
-        // Packed, because a terminal takes no line of more than 4096 characters.
-        using var packed = new MemoryStream();
-        await using (var writer = new GZipStream(packed, CompressionLevel.Optimal))
-            await writer.WriteAsync(LocalTableProgram.Build());
         CommandEnd end = await CommandProcess.RunAsync(
-            $"echo {Convert.ToBase64String(packed.ToArray())} | base64 -d | gunzip >/ldt; chmod +x /ldt\n"
+            Typed("/ldt", LocalTableProgram.Build())
             + "for i in 1 2 3; do /ldt; echo status: $?; done\n/ldt & /ldt; echo status: $?; wait $!; echo status: $?\ndmesg\n",
             ["demo"]);
         Assert.That(end.Status, Is.Zero, end.Error);
         Assert.That(Regex.Matches(end.Output, @"status: (\d+)").Select(static match => match.Groups[1].Value), Is.EqualTo(Enumerable.Repeat("0", 5)));
         Assert.That(KernelLog.TroubleIn(end.Output), Is.Empty);
+    }
+
+    /// <summary>What the kernel shares with its SYSCALL entries would give a process the kernel's rights; the rest is the monitor's.</summary>
+    [Test]
+    public async Task Processes_reach_nothing_of_the_hypervisor()
+    {
+        const ulong kernelWindow = 0xffff_8280_0000_0000;
+        ulong[] addresses = [kernelWindow, kernelWindow + 0x1000, kernelWindow + 0x2000, 0xffff_8180_0010_0000, 0xffff_8200_0000_e008];
+        string input = string.Concat(addresses.SelectMany(address => (bool[])[false, true], (address, writes)
+            => Typed("/touch", TouchProgram.Build(address, writes)) + $"/touch; echo touched {address:x}: $?\n"));
+        CommandEnd end = await CommandProcess.RunAsync(input + "dmesg -n 1; dmesg\n", ["demo", "--vcpus", "2"]);
+        Assert.That(end.Status, Is.Zero, end.Error);
+        Assert.That(
+            Regex.Matches(end.Output, @"touched (\w+): (\d+)").Select(static match => match.Value),
+            Is.EqualTo(addresses.SelectMany(static address => Enumerable.Repeat($"touched {address:x}: 139", 2))), end.Output);
+    }
+
+    /// <summary>A line for the shell that makes an executable file; packed, because a terminal takes none of more than 4096 characters.</summary>
+    private static string Typed(string path, byte[] file)
+    {
+        using var packed = new MemoryStream();
+        using (var writer = new GZipStream(packed, CompressionLevel.Optimal, leaveOpen: true))
+            writer.Write(file);
+        return $"echo {Convert.ToBase64String(packed.ToArray())} | base64 -d | gunzip >{path}; chmod +x {path}\n";
     }
 
     [TestCase("poweroff", 0)]

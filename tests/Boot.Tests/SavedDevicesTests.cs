@@ -75,12 +75,13 @@ public sealed partial class SavedDevicesTests : KvmFixture
         ManagedDomain source = await toolstack.CreateAsync(await ConfigureAsync(disk, cancellation), cancellation: cancellation);
         Progress before = await GoesOnAsync(source, default, cancellation);
         string image = InFolder("image");
-        await toolstack.SaveAsync(source, image, keep: false, paused: false, cancellation: cancellation);
+        await toolstack.SaveAsync(source, image, keep: false, paused: false, source.Configuration with { Name = "another" }, cancellation: cancellation);
         Assert.That(toolstack.Domains, Is.Empty);
 
         ManagedDomain target = await toolstack.RestoreAsync(image, cancellation: cancellation);
         Progress after = await GoesOnAsync(target, before, cancellation);
         Assert.That(after.Lines, Is.GreaterThan(before.Lines), "the connection is the same");
+        Assert.That((target.Name, target.Uuid), Is.EqualTo(("another", source.Uuid)), "as the configuration says that was given to be saved");
         Assert.That(target.DescribeDisks(), Has.Count.EqualTo(1));
         Assert.That(target.DescribeInterfaces(), Has.Count.EqualTo(2));
 

@@ -33,6 +33,17 @@ public sealed class CommandLineTests
     [TestCase("run", "Option '--kernel' is required")]
     [TestCase("run --kernal x", "does not know \"--kernal\"")]
     [TestCase("run --kernel", "--kernel")]
+    [TestCase("re web", "\"re\" may stand for reboot, rename, restore, remus: write more of it")]
+    [TestCase("-N destroy web", "destroy has no dry run: -N goes with create, block-attach, network-attach, config-update")]
+    [TestCase("-x list", "does not know \"-x\"")]
+    [TestCase("migrate -s ssh web host", "There is no migrate here. A domain is not moved to another host while it runs: save it,")]
+    [TestCase("cd-eject web xvdc", "There is no cd-eject here. It is for HVM domains, with xl as well")]
+    [TestCase("sched-credit2 -d web -w 512", "There is no sched-credit2 here. Linux schedules vCPUs")]
+    [TestCase("help frob", "There is no command \"frob\"; xensharp help lists")]
+    [TestCase("help trace frob", "There is no command \"trace frob\"")]
+    [TestCase("create --vncviewer text", "Domains here have no screen")]
+    [TestCase("restore -A file", "Domains here have no screen")]
+    [TestCase("save -D web file", "gets the next free number here")]
     [TestCase("frob", "does not know \"frob\"")]
     [TestCase("run --kernel text --memory", "--memory")]
     [TestCase("run --kernel text --memory 1G", "\"1G\" is none")]
@@ -167,12 +178,50 @@ public sealed class CommandLineTests
         Assert.That(end.Output, Does.Contain(File.ReadAllText("/proc/sys/kernel/osrelease").Trim()));
         Assert.That(end.Output, Does.Contain("Not usable."));
         Assert.That(end.Error, Does.Contain("/nonexistent/kvm does not exist"));
+        string[] lines = end.Output.Split('\n');
+        Assert.That(lines, Does.Contain($"host                   : {Environment.MachineName}").And.Contain("xen_version            : 4.17.xensharp"));
+        Assert.That(lines.Single(static line => line.StartsWith("free_memory ", StringComparison.Ordinal)), Does.Match(@"^free_memory            : [1-9]\d*$"));
+    }
+
+    [Test]
+    public async Task Info_lists_every_processor_with_its_node()
+    {
+        CommandEnd end = await RunAsync("info", "-n");
+        Assert.That(System.Text.RegularExpressions.Regex.Count(end.Output.Split("numa_info")[0], @"(?m)^ *\d+: +\d+ +\d+ +\d+$"), Is.EqualTo(Toolstack.HostMachine.OnlineProcessors.Count));
+        Assert.That(end.Output, Does.Match(@"(?m)^ +0: +[1-9]\d* +\d+ +\d+"));
+    }
+
+    /// <summary>Each command of xl 4.17's table (xl_cmdtable.c) is known: it is there, or refused in a sentence of its own.</summary>
+    [Test]
+    public async Task Every_command_of_xls_is_known()
+    {
+        string[] names = (
+            "create config-update list destroy shutdown reboot pci-attach pci-detach pci-list pci-assignable-add pci-assignable-remove pci-assignable-list "
+            + "pause unpause console vncviewer save migrate restore migrate-receive dump-core cd-insert cd-eject mem-max mem-set button-press vcpu-list "
+            + "vcpu-pin vcpu-set vm-list info sharing sched-credit sched-credit2 sched-rtds domid domname rename trigger sysrq debug-keys set-parameters "
+            + "dmesg top network-attach network-list network-detach channel-list block-attach block-list block-detach vtpm-attach vtpm-list vtpm-detach "
+            + "vkb-attach vkb-list vkb-detach vdispl-attach vdispl-list vdispl-detach vsnd-attach vsnd-list vsnd-detach uptime claims cpupool-create "
+            + "cpupool-list cpupool-destroy cpupool-rename cpupool-cpu-add cpupool-cpu-remove cpupool-migrate cpupool-numa-split getenforce setenforce "
+            + "loadpolicy remus devd psr-hwinfo psr-cmt-attach psr-cmt-detach psr-cmt-show psr-cat-set psr-cat-show psr-mba-set psr-mba-show "
+            + "usbctrl-attach usbctrl-detach usbdev-attach usbdev-detach usb-list qemu-monitor-command help").Split(' ');
+        string all = (await CommandProcess.RunAsync("help", "--long")).Output;
+        Assert.Multiple(() =>
+        {
+            foreach (string name in names)
+                Assert.That(all, Does.Match($@"(?m)^  (.*, )?{name}\b"), name);
+        });
     }
 
     [TestCase("--help", "demo")]
     [TestCase("run --help", "--console-log")]
     [TestCase("demo --help", "--cloud")]
     [TestCase("info --help", "--json")]
+    [TestCase("help", "vcpu-pin")]
+    [TestCase("help demo", "--cloud")]
+    [TestCase("help trace diff", "Status 0: the same, 1: different.")]
+    [TestCase("help --long", "psr-hwinfo")]
+    [TestCase("help migrate", "There is no migrate here.")]
+    [TestCase("hel dem", "--cloud")]
     [TestCase("trace --help", "--hypercall")]
     [TestCase("trace summary --help", "--svg")]
     [TestCase("trace diff --help", "Status 0: the same, 1: different.")]

@@ -32,6 +32,12 @@ internal sealed class CommandProcess : IDisposable
         _errorRead = ReadErrorAsync();
     }
 
+    /// <summary>What runs the command.</summary>
+    internal static string Host => Dotnet;
+
+    /// <summary>The command itself, for that.</summary>
+    internal static string Program => Assembly;
+
     internal int Id => _process.Id;
 
     internal StreamWriter Input => _process.StandardInput;

@@ -121,15 +121,12 @@ public sealed class XenstoreCommandTests : IAsyncDisposable
     public async Task A_store_that_changes_is_read_at_one_moment()
     {
         using CancellationTokenSource stop = new();
+        Change(0);
         Task changing = Task.Run(async () =>
         {
-            for (int number = 0; !stop.IsCancellationRequested; number++)
+            for (int number = 1; !stop.IsCancellationRequested; number++)
             {
-                _store.Domain0.Transact(transaction =>
-                {
-                    transaction.Write("/same/a", $"{number}");
-                    transaction.Write("/same/b", $"{number}");
-                });
+                Change(number);
                 await Task.Delay(1);
             }
         });
@@ -138,6 +135,12 @@ public sealed class XenstoreCommandTests : IAsyncDisposable
         await changing;
         Assert.That(values, Has.Length.EqualTo(2));
         Assert.That(values[0], Is.EqualTo(values[1]));
+
+        void Change(int number) => _store.Domain0.Transact(transaction =>
+        {
+            transaction.Write("/same/a", $"{number}");
+            transaction.Write("/same/b", $"{number}");
+        });
     }
 
     [Test]

@@ -78,6 +78,58 @@ public sealed class DomainTests : DaemonFixture
         _ = await RefusedAsync(() => Client.CreateAsync(new CreateDomainRequest { Configuration = again }), ProblemKind.NameTaken, 409);
     }
 
+    /// <summary>The kernel comes through a pipe, so that the daemon is in the middle of making the domain when the client gives up.</summary>
+    [TestCase(true)]
+    [TestCase(false)]
+    public async Task Who_gives_up_a_domain_leaves_none(bool isKernel)
+    {
+        string pipe = FileOf("pipe");
+        using (var mkfifo = System.Diagnostics.Process.Start("mkfifo", pipe))
+            await mkfifo.WaitForExitAsync();
+        var request = new CreateDomainRequest
+        {
+            Configuration = new DomainConfigurationDocument { Text = $"name=\"tiny\"\nkernel=\"{pipe}\"\nmemory=16" }, Uuid = Guid.NewGuid(),
+        };
+        using var cancellation = new CancellationTokenSource();
+        Task<CreateDomainResult> making = Client.CreateAsync(request, cancellation.Token);
+        Task gone;
+
+        // It opens when the daemon reads.
+        await using (FileStream kernel = await Task.Run(() => new FileStream(pipe, FileMode.Open, FileAccess.Write, FileShare.ReadWrite)))
+        {
+            await cancellation.CancelAsync();
+            Assert.That(async () => await making, Throws.InstanceOf<OperationCanceledException>());
+            gone = Client.DestroyAsync(request.Uuid.Value.ToString("D"));
+            Assert.That(gone.IsCompleted, Is.False, "there is something to be taken back yet");
+            await kernel.WriteAsync(isKernel ? TinyGuest.Build(new TinyGuestOptions { Behaviour = TinyGuestBehaviour.SpinForever }) : [1, 2, 3]);
+        }
+
+        try
+        {
+            await gone;
+        }
+        catch (DaemonException none) when (none.Kind == ProblemKind.NoSuchDomain)
+        {
+            // It had heard that nobody waits.
+        }
+
+        Assert.That(await Client.ListAsync(), Is.Empty);
+        CreateDomainResult next = await CreateAsync(TinyGuestBehaviour.SpinForever);
+        Assert.That(next.Domain!.Name, Is.EqualTo("tiny"), "the name is free");
+        Assert.That(next.Domain.Uuid, Is.Not.EqualTo(request.Uuid.Value));
+    }
+
+    [Test]
+    public async Task Channels_are_listed()
+    {
+        _ = await CreateAsync(TinyGuestBehaviour.SpinForever, settings: $"memory=16\nchannel=[\"name=a,connection=pty\", \"name=b,connection=socket,path={FileOf("b")}\"]");
+        IReadOnlyList<ChannelInfo> channels = await Client.ListChannelsAsync("tiny");
+        Assert.That(channels.Select(static channel => (channel.DeviceId, channel.Name, channel.Connection)), Is.EqualTo(new[] { (1, "a", "pty"), (2, "b", "socket") }));
+        Assert.That(channels[0].Path, Does.StartWith("/dev/pts/"));
+        Assert.That(channels[1].Path, Is.EqualTo(FileOf("b")));
+        Assert.That((channels[0].State, channels[0].EventChannel, channels[0].RingReference), Is.EqualTo((1, (long?)null, (long?)null)));
+    }
+
     [Test]
     public async Task A_dry_run_makes_nothing()
     {

@@ -9,7 +9,7 @@ namespace XenSharp.Kvm.Tests;
 public sealed unsafe class KickTests : KvmTest
 {
     private const long Millisecond = 1_000_000;
-    private static readonly TimeSpan Patience = TimeSpan.FromSeconds(20);
+    private static readonly TimeSpan Patience = TimeSpan.FromSeconds(60);
 
     private ScratchGuest _guest = null!;
 
@@ -134,9 +134,18 @@ public sealed unsafe class KickTests : KvmTest
             code.jne(again);
             code.syscall();
         });
-        Vcpu.SetWakeTimer(Libc.MonotonicNow() + Millisecond);
-        Vcpu.SetWakeTimer(long.MaxValue);
-        Thread.Sleep(3);
+
+        // Again where this thread was held up for so long that it had fired before it was disarmed.
+        long deadline;
+        do
+        {
+            Vcpu.WaitForKick(Libc.MonotonicNow() + Millisecond);
+            deadline = Libc.MonotonicNow() + (5 * Millisecond);
+            Vcpu.SetWakeTimer(deadline);
+            Vcpu.SetWakeTimer(long.MaxValue);
+        }
+        while (Libc.MonotonicNow() >= deadline);
+        Thread.Sleep(10);
         Assert.That(Vcpu.Run().Kind, Is.EqualTo(VcpuExitKind.Syscall));
     }
 
@@ -304,8 +313,8 @@ public sealed unsafe class KickTests : KvmTest
                 vcpu.Kick();
             },
             null,
-            2000,
-            2000);
+            30_000,
+            30_000);
 
         public bool WasNeeded => Volatile.Read(ref _needed) != 0;
 

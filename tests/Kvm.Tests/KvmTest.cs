@@ -10,7 +10,7 @@ namespace XenSharp.Kvm.Tests;
 public abstract unsafe class KvmTest
 {
     private const string Device = "/dev/kvm";
-    private const long WatchdogNanoseconds = 10_000_000_000;
+    private const long WatchdogNanoseconds = 60_000_000_000;
 
     private static readonly Lazy<KvmSystem> OpenedSystem = new(() => KvmSystem.Open(Device));
     private static readonly Lazy<HostCapabilities> ProbedCapabilities = new(() => HostProbe.Run(OpenedSystem.Value));

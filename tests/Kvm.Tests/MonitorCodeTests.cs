@@ -11,14 +11,6 @@ public sealed class MonitorCodeTests
     private static readonly MonitorCode Code = MonitorCode.Assemble(Start);
 
     [Test]
-    public void SyscallEntriesNameThemselvesAndEnd()
-    {
-        byte[] entries = MonitorCode.AssembleSyscallEntries(Start);
-        foreach (ulong entry in (ulong[])[Start, Start + MonitorLayout.StubSize])
-            Assert.That(Decode(entries, Start, entry, 2), Is.EqualTo(new[] { "out 0E0h,al", "ud2" }));
-    }
-
-    [Test]
     public void EveryExceptionStubNamesItsVector([Range(0, MonitorLayout.Vectors - 1)] int vector)
     {
         ulong stub = Code.ExceptionStubs + (ulong)(vector * MonitorLayout.StubSize);

@@ -85,7 +85,7 @@ public sealed unsafe class TwoProcessorTests : KvmTest
         {
             try
             {
-                SpinWait.SpinUntil(() => Volatile.Read(ref *seen) == 1, 2000);
+                SpinWait.SpinUntil(() => Volatile.Read(ref *seen) == 1, 60_000);
                 Assert.That(Volatile.Read(ref *seen), Is.EqualTo(1));
                 for (int i = 0; i < 200; i++)
                 {
@@ -93,7 +93,7 @@ public sealed unsafe class TwoProcessorTests : KvmTest
                     Mfn frame = i % 2 == 0 ? _guest.SecondDataFrame : _guest.FirstDataFrame;
                     _guest.Vcpu.PageTableWrites->Store(_guest.DataEntry, _guest.DataEntryAddress, new PageTableEntry(frame, entry.Flags));
                     Step();
-                    SpinWait.SpinUntil(() => Volatile.Read(ref *seen) == (ulong)((i % 2 == 0) ? 2 : 1), 2000);
+                    SpinWait.SpinUntil(() => Volatile.Read(ref *seen) == (ulong)((i % 2 == 0) ? 2 : 1), 60_000);
                     Assert.That(Volatile.Read(ref *seen), Is.EqualTo((ulong)((i % 2 == 0) ? 2 : 1)), $"change {i}");
                 }
             }

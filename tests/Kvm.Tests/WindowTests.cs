@@ -134,11 +134,11 @@ public sealed unsafe class WindowTests : KvmTest
                 Assert.That(_guest.Machine.TryShow(Window, _owner.Machine, _owner.FirstDataFrame, writable: true), Is.True);
                 ulong before = Volatile.Read(ref *OwnersPage);
                 Volatile.Write(ref *(ulong*)_guest.DataEntry, new PageTableEntry(Window, UserPage).Value);
-                Assert.That(SpinWait.SpinUntil(() => Volatile.Read(ref *OwnersPage) != before || unexpected != null, 5000), Is.True);
+                Assert.That(SpinWait.SpinUntil(() => Volatile.Read(ref *OwnersPage) != before || unexpected != null, 60_000), Is.True);
                 int seen = Volatile.Read(ref faults);
                 Volatile.Write(ref *(ulong*)_guest.DataEntry, 0);
                 _guest.Machine.Hide(Window);
-                Assert.That(SpinWait.SpinUntil(() => Volatile.Read(ref faults) != seen || unexpected != null, 5000), Is.True);
+                Assert.That(SpinWait.SpinUntil(() => Volatile.Read(ref faults) != seen || unexpected != null, 60_000), Is.True);
             }
 
             second.Kick();

@@ -120,7 +120,11 @@ public sealed unsafe class MmuextOpTests
         Assert.That(machine.Pin(4, 20), Is.Zero);
         int machineToPhys = machine.Context->MachineToPhysStart.TableIndex(4) - 256;
         for (int slot = 0; slot < 16; slot++)
-            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(slot == machineToPhys ? 0 : machine.Context->HypervisorSlots[slot]));
+        {
+            bool isHidden = slot == machineToPhys || slot == TestMachine.KernelSlot - 256;
+            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(isHidden ? 0 : machine.Context->HypervisorSlots[slot]));
+        }
+
         Assert.That(machine.Unpin(20), Is.Zero);
     }
 
@@ -142,6 +146,29 @@ public sealed unsafe class MmuextOpTests
         Assert.That(machine.Entry(21, slot)->Value, Is.EqualTo(shown), "a new L4 under m2p_strict");
         Assert.That(machine.Extended(15, Frame(21).Value), Is.Zero);
         Assert.That(machine.Entry(21, slot)->Value, Is.Zero, "which becomes a root of user mode");
+    }
+
+    /// <summary>And processors that saw it there see it no more: the entry is stored again inside the VM, where it was accessed.</summary>
+    [Test]
+    public void What_is_the_kernels_alone_is_seen_from_its_roots_alone([Values] bool strict)
+    {
+        using var machine = new TestMachine(inGuest: true);
+        machine.Context->State->VmAssists = strict ? (ulong)VmAssist.M2PStrict : 0;
+        ulong shown = machine.Context->HypervisorSlots[TestMachine.KernelSlot - 256];
+        PageTableEntry* entry = machine.Entry(20, TestMachine.KernelSlot);
+        Assert.That(machine.Extended(15, F(20)), Is.Zero);
+        Assert.That(entry->Value, Is.Zero, "a root of user mode");
+        Assert.That(machine.Extended(5, F(20)), Is.Zero);
+        Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel");
+        Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(0)), Is.EqualTo(Errno.None));
+        Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel once");
+        *entry = new PageTableEntry(shown | (ulong)PageFlags.Accessed);
+        Assert.That(machine.Extended(15, 0), Is.Zero);
+        machine.Queue->Clear();
+        Assert.That(machine.Extended(15, F(20)), Is.Zero);
+        Assert.That(entry->Value, Is.Zero, "of user mode again");
+        Assert.That(machine.Queue->Count, Is.EqualTo(1));
+        Assert.That((*machine.Queue)[0].Address, Is.EqualTo(TestMachine.EntryAddress(20, TestMachine.KernelSlot).Value));
     }
 
     [Test]

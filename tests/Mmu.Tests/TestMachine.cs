@@ -14,6 +14,9 @@ internal sealed unsafe class TestMachine : IDisposable
     public const ushort Domain = 5;
     public const ulong DataAddress = 0x40_0000;
     public const int DataPages = 4;
+
+    /// <summary>The L4 slot that only kernel mode's roots show.</summary>
+    public const int KernelSlot = 265;
     public const ulong Invalid = ulong.MaxValue;
 
     /// <summary>Frames 0–7 are the boot address space.</summary>
@@ -49,6 +52,7 @@ internal sealed unsafe class TestMachine : IDisposable
         Context->HypervisorSlots = (ulong*)Allocate(Paging.HypervisorSlots * 8);
         for (int i = 0; i < Paging.HypervisorSlots; i++)
             Context->HypervisorSlots[i] = 0xabc000UL + ((ulong)i << 12) + 7;
+        Context->KernelSlot = KernelSlot;
         Context->SharedInfo = (byte*)Allocate(4096);
         Context->MemoryMap = (E820Entry*)Allocate((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
         *Context->MemoryMap = new E820Entry { Size = (ulong)frames << Paging.PageShift, Type = E820Entry.Ram };

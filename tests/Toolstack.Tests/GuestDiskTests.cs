@@ -33,6 +33,29 @@ public sealed class GuestDiskTests : ManagementFixture
     }
 
     [Test]
+    public async Task A_packed_kernel_in_a_disk_is_unpacked_once()
+    {
+        DomainConfiguration configuration = await OnDiskAsync(DiskFormat.Raw, packed: true);
+        for (int i = 0; i < 2; i++)
+        {
+            ManagedDomain domain = await Toolstack.CreateAsync(configuration);
+            await domain.Gone;
+            Assert.That(System.Text.Encoding.ASCII.GetString(domain.Console.ReadHistory()), Is.EqualTo(Hello));
+            string kept = "";
+            await EventuallyAsync(() => Directory.GetFiles(Path.Combine(StateFolder, "kernels"), "*.elf") is [var file] && (kept = file).Length > 0, "it is kept");
+            Assert.That(Path.GetFileName(kept), Does.StartWith("content-"));
+
+            // The next is made from what was kept, or would not know what to say.
+            File.SetLastWriteTimeUtc(kept, DateTime.UnixEpoch);
+            if (i == 1)
+                continue;
+            byte[] content = await File.ReadAllBytesAsync(kept);
+            byte[] packed = Gzip(Kernel());
+            Assert.That(content.AsSpan(0, content.Length - packed.Length).SequenceEqual(Kernel()), Is.True);
+        }
+    }
+
+    [Test]
     public async Task A_disk_that_cannot_be_booted_leaves_no_domain()
     {
         DomainConfiguration configuration = await OnDiskAsync(DiskFormat.Raw) with { Bootloader = new BootloaderConfiguration { Entry = "none" } };
@@ -44,11 +67,21 @@ public sealed class GuestDiskTests : ManagementFixture
         Assert.That(failure.Message, Does.Contain("There is no file"));
     }
 
-    private async Task<DomainConfiguration> OnDiskAsync(DiskFormat format)
+    private static byte[] Kernel() => TinyGuest.Build(new TinyGuestOptions { Behaviour = TinyGuestBehaviour.PowerOff, Message = Hello });
+
+    private static byte[] Gzip(byte[] content)
+    {
+        using var packed = new MemoryStream();
+        using (var stream = new System.IO.Compression.GZipStream(packed, System.IO.Compression.CompressionLevel.Fastest))
+            stream.Write(content);
+        return packed.ToArray();
+    }
+
+    private async Task<DomainConfiguration> OnDiskAsync(DiskFormat format, bool packed = false)
     {
         string tree = FileOf("tree");
         Directory.CreateDirectory(Path.Combine(tree, "boot", "grub"));
-        File.WriteAllBytes(Path.Combine(tree, "boot", "kernel"), TinyGuest.Build(new TinyGuestOptions { Behaviour = TinyGuestBehaviour.PowerOff, Message = Hello }));
+        File.WriteAllBytes(Path.Combine(tree, "boot", "kernel"), packed ? Gzip(Kernel()) : Kernel());
         File.WriteAllText(Path.Combine(tree, "boot", "grub", "grub.cfg"), "set default=1\nmenuentry a { linux /boot/none }\nmenuentry b { linux /boot/kernel root=/dev/xvda ro }\n");
         string image = FileOf("image");
         ExtImage.Make(image, tree, 1024, "-t", "ext4", "-O", "^has_journal");

@@ -15,14 +15,19 @@ public sealed class LifeCycleTests : ManagementFixture
     public async Task A_guest_that_reboots_is_made_again_under_its_name_and_with_its_console()
     {
         ManagedDomain first = await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.Reboot, message: Hello));
-        await EventuallyAsync(() => Toolstack.Domains is [{ Id: > 2 }], "the third incarnation");
-        ManagedDomain later = Toolstack.Domains[0];
+        ManagedDomain later = first;
+        await EventuallyAsync(() => Toolstack.Domains is [{ Id: > 2 } third] && (later = third) == third, "the third incarnation");
         Assert.That((later.Name, later.Uuid), Is.EqualTo((first.Name, first.Uuid)));
         Assert.That(later.Console, Is.SameAs(first.Console));
 
-        // What would be made next powers off.
-        await EventuallyAsync(() => TryEnd("tiny"), "an incarnation that takes another configuration");
-        await EventuallyAsync(() => Directory.GetFiles(Path.Combine(StateFolder, "domains")).Length == 0, "the end, and not between two incarnations");
+        // What would be made next powers off. An incarnation that is just going does not pass that on, so each is told.
+        await EventuallyAsync(
+            () =>
+            {
+                End("tiny");
+                return Directory.GetFiles(Path.Combine(StateFolder, "domains")).Length == 0;
+            },
+            "the end, and not between two incarnations");
         Assert.That(Toolstack.Domains, Is.Empty);
         Assert.That(System.Text.Encoding.ASCII.GetString(first.Console.ReadHistory()), Does.StartWith(Hello + Hello));
     }
@@ -173,18 +178,16 @@ public sealed class LifeCycleTests : ManagementFixture
         Assert.That(kinds, Is.EqualTo(new[] { DomainEventKind.Ready, DomainEventKind.Created, DomainEventKind.Shutdown, DomainEventKind.Destroyed }));
     }
 
-    /// <summary>Sets that the domain's next incarnation powers off; false where it was between two at that moment.</summary>
-    private bool TryEnd(string name)
+    /// <summary>Sets that the domain's next incarnation powers off, unless it is between two at that moment.</summary>
+    private void End(string name)
     {
         try
         {
-            ManagedDomain domain = Toolstack.Find(name);
-            domain.SetConfiguration(Tiny(TinyGuestBehaviour.PowerOff));
-            return true;
+            Toolstack.Find(name).SetConfiguration(Tiny(TinyGuestBehaviour.PowerOff));
         }
         catch (ToolstackException)
         {
-            return false;
+            // There is none now.
         }
     }
 }

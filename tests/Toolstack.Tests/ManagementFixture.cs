@@ -24,6 +24,9 @@ public abstract class ManagementFixture
     /// <summary>Where domains fail to be made; null for nowhere.</summary>
     private protected CreateStep? FailingStep { get; set; }
 
+    /// <summary>Is told of the steps that domains are made in; null for nothing.</summary>
+    private protected Action<CreateStep>? OnStep { get; set; }
+
     [OneTimeSetUp]
     public void OpenKvm()
     {
@@ -44,7 +47,7 @@ public abstract class ManagementFixture
     [SetUp]
     public void MakeToolstack()
     {
-        FailingStep = null;
+        (FailingStep, OnStep) = (null, null);
         _folder = new TemporaryFolder();
         _context = new ToolstackContext(_host);
         Toolstack = new DomainToolstack(
@@ -57,6 +60,7 @@ public abstract class ManagementFixture
                 SuspendTimeout = TimeSpan.FromMilliseconds(200),
                 BeforeStep = step =>
                 {
+                    OnStep?.Invoke(step);
                     if (step == FailingStep)
                         throw new IOException($"The test fails {step}.");
                 },

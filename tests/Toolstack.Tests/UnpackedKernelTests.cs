@@ -106,6 +106,34 @@ public sealed class UnpackedKernelTests
         Assert.That(log.Text, Does.Contain("cannot be kept"));
     }
 
+    [Test]
+    public async Task What_came_out_of_a_guests_disk_is_found_again_by_all_of_it()
+    {
+        byte[] elf = TinyGuest.Build(new TinyGuestOptions { Message = "first" });
+        byte[] other = TinyGuest.Build(new TinyGuestOptions { Message = "other" });
+        await PackAsync(elf);
+        byte[] packed = await File.ReadAllBytesAsync(_kernel);
+        Assert.That(await LoadAsync(packed), Is.EqualTo(SegmentsOf(elf)));
+        string kept = Directory.GetFiles(Kept).Single();
+        Assert.That(await File.ReadAllBytesAsync(kept), Is.EqualTo((byte[])[.. elf, .. packed]));
+
+        // That it is this which is loaded shows where it is another.
+        await File.WriteAllBytesAsync(kept, [.. other, .. packed]);
+        Assert.That(await LoadAsync(packed), Is.EqualTo(SegmentsOf(other)));
+
+        // Another kernel for which the same name was found is none of this guest's; nor is what was cut short.
+        foreach (byte[] rubbish in (byte[][])[[.. other, .. packed[..^1], (byte)~packed[^1]], [.. elf], packed, packed[1..], []])
+        {
+            await File.WriteAllBytesAsync(kept, rubbish);
+            Assert.That(await LoadAsync(packed), Is.EqualTo(SegmentsOf(elf)));
+            Assert.That(await File.ReadAllBytesAsync(kept), Is.EqualTo((byte[])[.. elf, .. packed]));
+        }
+
+        // What is not packed is not kept.
+        Assert.That(await LoadAsync(elf), Is.EqualTo(SegmentsOf(elf)));
+        Assert.That(Directory.GetFiles(Kept), Is.EqualTo(new[] { kept }));
+    }
+
     private static (ulong, string)[] SegmentsOf(byte[] elf) => SegmentsOf(KernelImage.Parse(elf));
 
     private static (ulong, string)[] SegmentsOf(KernelImage image)
@@ -114,8 +142,16 @@ public sealed class UnpackedKernelTests
     /// <summary>Loads as a manager would that ends afterwards.</summary>
     private async Task<(ulong, string)[]> LoadAsync(ManagerLog? log = null, bool patient = false)
     {
-        await using var kernels = new UnpackedKernels(Kept, log ?? new ManagerLog()) { Settled = patient ? TimeSpan.FromMinutes(1) : s_settled };
+        await using var kernels = new UnpackedKernels(Kept, log ?? new ManagerLog()) { Settled = patient ? TimeSpan.FromDays(1) : s_settled };
         LoadedKernel kernel = kernels.Load(_kernel, "kernel=");
+        using (kernel.Memory)
+            return SegmentsOf(kernel.Image);
+    }
+
+    private async Task<(ulong, string)[]> LoadAsync(byte[] packed)
+    {
+        await using var kernels = new UnpackedKernels(Kept, new ManagerLog());
+        LoadedKernel kernel = kernels.Load(packed);
         using (kernel.Memory)
             return SegmentsOf(kernel.Image);
     }

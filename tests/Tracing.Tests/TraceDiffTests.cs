@@ -59,11 +59,11 @@ public sealed class TraceDiffTests
     [Test]
     public void Few_changes_make_few_differences() => Gen.Select(AnyRun(3000), Gen.Int[0, 2999].Array[1, 10]).Sample((run, places) =>
     {
-        char[] changed = run.ToCharArray();
-        foreach (int place in places)
-            changed[place % Math.Max(1, changed.Length)] = '!';
         if (run.Length == 0)
             return;
+        char[] changed = run.ToCharArray();
+        foreach (int place in places)
+            changed[place % changed.Length] = '!';
         TraceDiff diff = Check(Run(run), Run(new string(changed)));
         Assert.That(diff.Differences.Sum(difference => difference.CountA), Is.LessThanOrEqualTo(places.Length), "no more than was changed");
     }, iter: 50);

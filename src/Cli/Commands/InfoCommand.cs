@@ -14,14 +14,15 @@ internal static class InfoCommand
     internal static Command Create(IServiceProvider services)
     {
         var json = new Option<bool>("--json") { Description = "Print JSON, for programs." };
-        var command = new Command("info", "Shows versions and what this host's KVM can do.") { json };
+        var numa = new Option<bool>("--numa", "-n") { Description = "Also list where processors are, and which node has how much memory." };
+        var command = new Command("info", "Shows the machine, as xl does, versions, and what this host's KVM can do.") { numa, json };
         command.SetAction(parsed =>
         {
             HostReport report = HostReport.Make(services.GetRequiredService<KvmHost>());
             if (parsed.GetValue(json))
                 Console.Out.WriteLine(JsonSerializer.Serialize(report, HostReportJson.Default.HostReport));
             else
-                Print(report);
+                Print(report, parsed.GetValue(numa));
             if (report.KvmError is null)
                 return ExitStatus.Success;
             Console.Error.WriteLine($"{Tool.Name}: {report.KvmError}");
@@ -30,8 +31,11 @@ internal static class InfoCommand
         return command;
     }
 
-    private static void Print(HostReport report)
+    private static void Print(HostReport report, bool numa)
     {
+        Console.Out.WriteLine(HostRows.Text());
+        if (numa)
+            Console.Out.WriteLine(HostRows.NumaText());
         var table = new Table { Border = TableBorder.None, ShowHeaders = false };
         table.AddColumn(new TableColumn(string.Empty) { NoWrap = true, Padding = new Padding(0, 0, 2, 0) });
         table.AddColumn(new TableColumn(string.Empty) { NoWrap = true, Padding = new Padding(0, 0, 2, 0) });

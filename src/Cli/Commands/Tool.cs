@@ -39,11 +39,12 @@ public static class Tool
         ParseResult? parsed = null;
         await using ServiceProvider services = Compose(() => parsed!.GetValue(device)!);
         RootCommand root = CreateRoot(services, device);
-        parsed = root.Parse(arguments, new ParserConfiguration { ResponseFileTokenReplacer = null });
-        if (parsed.Errors.Count > 0)
-            return Complain(Describe(parsed));
         try
         {
+            parsed = root.Parse(CommandWords.Understand(root, arguments), new ParserConfiguration { ResponseFileTokenReplacer = null });
+            if (parsed.Errors.Count > 0)
+                return Complain(Describe(parsed));
+
             // Signals and exceptions are this command's own affair.
             var configuration = new InvocationConfiguration { EnableDefaultExceptionHandler = false, ProcessTerminationTimeout = null };
             return await parsed.InvokeAsync(configuration).ConfigureAwait(false);
@@ -80,6 +81,9 @@ public static class Tool
         };
         foreach (Command command in ManagementCommands.Create())
             root.Add(command);
+        foreach (Command command in AbsentCommands.Create())
+            root.Add(command);
+        root.Add(HelpCommand.Create(root));
         root.Add(device);
         root.SetAction(parsed =>
         {

@@ -15,6 +15,8 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
 {
     public string Name => "XenSharp";
 
+    public bool TakesOneByOne => true;
+
     public async IAsyncEnumerable<GuestRun> RunAsync(
         IReadOnlyList<BedGuest> guests, [EnumeratorCancellation] CancellationToken cancellation = default)
     {
@@ -59,7 +61,7 @@ public sealed class XenSharpBed(KvmHost host) : IGuestBed
         var specification = new DomainSpecification
         {
             Name = guest.Name,
-            Image = new DomainImage(KernelImage.Parse(guest.Kernel.ToArray()), guest.Ramdisk),
+            Image = new DomainImage(KernelImage.Parse(guest.Kernel), guest.Ramdisk),
             MemoryMiB = guest.MemoryMiB,
             Vcpus = guest.Vcpus,
             CommandLine = guest.CommandLine,

@@ -20,11 +20,18 @@ internal static class BlockCommands
             Description = "The disk, as xl-disk-configuration(5) has it; words are parts of one specification.", Arity = ArgumentArity.OneOrMore,
         };
         Option<bool> json = ManagementCommand.Json();
-        var command = new ManagementCommand("block-attach", "Plugs a disk into a domain.") { domain, parts, json };
+        Option<bool> dryRun = ManagementCommand.DryRun("Plug nothing in; print the disk as list -l would.");
+        var command = new ManagementCommand("block-attach", "Plugs a disk into a domain.") { domain, parts, json, dryRun };
         command.Does(async (parsed, daemon, cancellation) =>
         {
             string[] specification = parsed.GetRequiredValue(parts);
-            DeviceSpecification.Check(warnings => DiskSpecification.Parse(specification, warnings));
+            DiskConfiguration disk = DeviceSpecification.Read(warnings => DiskSpecification.Parse(specification, warnings));
+            if (parsed.GetValue(dryRun))
+            {
+                Console.Out.WriteLine($"disk: {LibxlListing.Of(disk)}");
+                return;
+            }
+
             BlockDeviceInfo device = await daemon.AttachBlockDeviceAsync(
                 parsed.GetRequiredValue(domain), new AttachDeviceRequest { Specification = specification, Folder = Directory.GetCurrentDirectory() }, cancellation).ConfigureAwait(false);
             if (parsed.GetValue(json))

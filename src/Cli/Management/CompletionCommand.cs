@@ -8,7 +8,7 @@ namespace XenSharp.Cli.Management;
 /// <summary>Prints completion scripts; they ask the command itself, by System.CommandLine's [suggest] directive.</summary>
 internal static class CompletionCommand
 {
-    /// <summary>Options are offered where one is begun; where nothing fits, the shell completes names of files.</summary>
+    /// <summary>Where nothing is found, one empty line comes. Options are offered where one is begun; where nothing fits, the shell completes names of files.</summary>
     private const string Bash = """
         # Completion of xensharp's words in bash. To have it in every shell:
         #   xensharp completion bash > /etc/bash_completion.d/xensharp
@@ -18,6 +18,7 @@ internal static class CompletionCommand
             COMPREPLY=()
             while IFS= read -r line; do
                 case "$line" in
+                    '') continue ;;
                     -*|/*) [[ "$word" == -* ]] || continue ;;
                 esac
                 [[ "$line" == "$word"* ]] && COMPREPLY+=("$(printf '%q' "$line")")
@@ -35,6 +36,7 @@ internal static class CompletionCommand
             local line typed="xensharp ${(j: :)words[2,CURRENT]}"
             while IFS= read -r line; do
                 case "$line" in
+                    '') continue ;;
                     -*|/*) [[ "$PREFIX" == -* ]] || continue ;;
                 esac
                 found+=("$line")
@@ -55,15 +57,21 @@ internal static class CompletionCommand
             set -l word (commandline -ct)
             set -l words (commandline -opc)
             set -e words[1]
+            set -l found
             set -l typed (string join ' ' -- xensharp $words)" $word"
             for line in (xensharp "[suggest:"(string length -- $typed)"]" $typed 2>/dev/null)
                 if string match -q -- '-*' $line; or string match -q -- '/*' $line
                     string match -q -- '-*' $word; or continue
                 end
-                echo $line
+                test -n "$line"; and set -a found $line
+            end
+            if set -q found[1]
+                printf '%s\n' $found
+            else
+                __fish_complete_path $word
             end
         end
-        complete -c xensharp -a '(__xensharp_complete)'
+        complete -c xensharp -f -a '(__xensharp_complete)'
         """;
 
     internal static Command Create()

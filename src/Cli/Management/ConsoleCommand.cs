@@ -45,8 +45,8 @@ internal static class ConsoleCommand
     }
 
     /// <summary>Attaches to a domain that was made paused, and lets it run once somebody looks.</summary>
-    /// <returns>The exit status.</returns>
-    internal static async Task<int> AttachNewAsync(DaemonClient daemon, DomainInfo domain, bool leavePaused, CancellationToken cancellation)
+    /// <returns>The console, to be served.</returns>
+    internal static async Task<Stream> AttachNewAsync(DaemonClient daemon, DomainInfo domain, bool leavePaused, CancellationToken cancellation)
     {
         Stream console;
         try
@@ -60,17 +60,24 @@ internal static class ConsoleCommand
             throw;
         }
 
-        await using (console)
+        try
         {
             if (!leavePaused)
                 await daemon.UnpauseAsync(Number(domain), cancellation).ConfigureAwait(false);
-            return await ServeAsync(console, domain.Name, cancellation).ConfigureAwait(false);
+            return console;
+        }
+        catch
+        {
+            await console.DisposeAsync().ConfigureAwait(false);
+            throw;
         }
     }
 
     private static string Number(DomainInfo domain) => domain.Id.ToString(CultureInfo.InvariantCulture);
 
-    private static async Task<int> ServeAsync(Stream console, string name, CancellationToken cancellation)
+    /// <summary>Has somebody look at a console, and type, until the domain ends or the key that leaves is hit.</summary>
+    /// <returns>The exit status.</returns>
+    internal static async Task<int> ServeAsync(Stream console, string name, CancellationToken cancellation)
     {
         SessionEnd end;
         bool typed;

@@ -20,15 +20,18 @@ internal static class CreateCommand
         var source = new ConfigurationSource();
         var console = new Option<bool>("-c") { Description = "Attach to the console of the domain." };
         var paused = new Option<bool>("-p") { Description = "Leave the domain paused." };
-        var dryRun = new Option<bool>("--dryrun", "-n") { Description = "Make no domain; print what it would be made from, as list -l does." };
+        var dryRun = new Option<bool>(CommandWords.DryRun, "-n") { Description = "Make no domain; print what it would be made from, as list -l does." };
         var quiet = new Option<bool>("--quiet", "-q") { Description = "Say nothing of settings that have no effect." };
         var foreground = new Option<bool>("-F") { Description = "Wait until the domain has been destroyed." };
-        var ignored = new Option<bool>("-e", "-d") { Description = "Accepted for xl's sake: it is the daemon that looks after domains.", Hidden = true };
+        Option<bool> ignored = ManagementCommand.Accepted(
+            "Accepted for xl's sake: it is the daemon that looks after domains, and there is no xl.conf.", "-e", "-d", "--ignore-global-affinity-masks");
         Option<bool> json = ManagementCommand.Json();
         var command = new ManagementCommand("create", "Makes a domain from a configuration file (xl.cfg(5)), or from options, and starts it.")
         {
             console, paused, dryRun, quiet, foreground, ignored, json,
         };
+        foreach (Option refused in ManagementCommand.RefusedScreen())
+            command.Options.Add(refused);
         source.AddTo(command);
         command.Does(async (parsed, daemon, cancellation) =>
         {
@@ -46,13 +49,24 @@ internal static class CreateCommand
             await using DomainWait? end = parsed.GetValue(foreground) ? await DomainWait.BeginAsync(daemon, cancellation).ConfigureAwait(false) : null;
 
             // With a console, nothing is to be printed before somebody looks.
-            CreateDomainResult result = await daemon
-                .CreateAsync(new CreateDomainRequest { Configuration = document, Paused = leavePaused || attach }, cancellation).ConfigureAwait(false);
-            Warn(result.Warnings, parsed.GetValue(quiet));
-            DomainInfo domain = result.Domain ?? throw new DaemonException("The daemon made a domain and did not say which; see the list of domains.");
+            var making = new DomainMaking(daemon, understood.Configuration.Uuid ?? Guid.NewGuid(), understood.Configuration.Name);
+            var request = new CreateDomainRequest { Configuration = document, Uuid = making.Uuid, Paused = leavePaused || attach };
+            (DomainInfo domain, Stream? looked) = await making.UndoneIfCancelledAsync(async () =>
+            {
+                CreateDomainResult result = await daemon.CreateAsync(request, cancellation).ConfigureAwait(false);
+                Warn(result.Warnings, parsed.GetValue(quiet));
+                DomainInfo made = result.Domain ?? throw new DaemonException("The daemon made a domain and did not say which; see the list of domains.");
+                return (made, attach ? await ConsoleCommand.AttachNewAsync(daemon, made, leavePaused, cancellation).ConfigureAwait(false) : null);
+            }).ConfigureAwait(false);
             if (parsed.GetValue(json))
                 JsonOutput.Print(domain, JsonOutput.Types.DomainInfo);
-            int status = attach ? await ConsoleCommand.AttachNewAsync(daemon, domain, leavePaused, cancellation).ConfigureAwait(false) : ExitStatus.Success;
+            int status = ExitStatus.Success;
+            if (looked is not null)
+            {
+                await using (looked)
+                    status = await ConsoleCommand.ServeAsync(looked, domain.Name, cancellation).ConfigureAwait(false);
+            }
+
             if (end is null || status != ExitStatus.Success)
                 return status;
             end.Add(domain.Id);
@@ -67,13 +81,18 @@ internal static class CreateCommand
         Argument<string> domain = ManagementCommand.Domain();
         var source = new ConfigurationSource();
         var quiet = new Option<bool>("--quiet", "-q") { Description = "Say nothing of settings that have no effect." };
-        var command = new ManagementCommand("config-update", "Sets what a domain is made from when it is rebooted.") { domain, quiet };
+        Option<bool> dryRun = ManagementCommand.DryRun("Change nothing; print what it would be made from, as list -l does.");
+        Option<bool> ignored = ManagementCommand.Accepted("Accepted for xl's sake.", "-d");
+        var command = new ManagementCommand("config-update", "Sets what a domain is made from when it is rebooted.") { domain, quiet, dryRun, ignored };
         source.AddTo(command);
         command.Does(async (parsed, daemon, cancellation) =>
         {
             (DomainConfigurationDocument document, DomainConfigurationResult understood) = source.Read(parsed);
             Warn(understood.Warnings.Select(static warning => warning.ToString()), parsed.GetValue(quiet));
-            await daemon.SetConfigurationAsync(parsed.GetRequiredValue(domain), document, cancellation).ConfigureAwait(false);
+            if (parsed.GetValue(dryRun))
+                PrintConfiguration(understood.Configuration);
+            else
+                await daemon.SetConfigurationAsync(parsed.GetRequiredValue(domain), document, cancellation).ConfigureAwait(false);
         });
         return command;
     }

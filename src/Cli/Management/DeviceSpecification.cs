@@ -10,12 +10,13 @@ internal static class DeviceSpecification
     /// <summary>Reads a specification for its errors, and says what has no effect.</summary>
     /// <param name="parse">Reads it; gets the list that warnings go into.</param>
     /// <exception cref="UsageException">It cannot be used.</exception>
-    internal static void Check(Action<ICollection<string>> parse)
+    internal static T Read<T>(Func<ICollection<string>, T> parse)
     {
         var warnings = new List<string>();
+        T device;
         try
         {
-            parse(warnings);
+            device = parse(warnings);
         }
         catch (FormatException failure)
         {
@@ -24,5 +25,6 @@ internal static class DeviceSpecification
 
         foreach (string warning in warnings)
             ManagementCommand.Say(warning);
+        return device;
     }
 }

@@ -11,7 +11,12 @@ namespace XenSharp.Cli.Management;
 internal static class DomainCommands
 {
     internal static Command CreateDestroy()
-        => OfDomain("destroy", "Ends a domain at once, as if its power were cut.", static (daemon, domain, cancellation) => daemon.DestroyAsync(domain, cancellation));
+    {
+        ManagementCommand command = OfDomain(
+            "destroy", "Ends a domain at once, as if its power were cut.", static (daemon, domain, cancellation) => daemon.DestroyAsync(domain, cancellation));
+        command.Add(ManagementCommand.Accepted("Accepted for xl's sake, which asks for it before domain 0 goes.", "-f"));
+        return command;
+    }
 
     internal static Command CreatePause()
         => OfDomain("pause", "Stops a domain where it is, until it is unpaused.", static (daemon, domain, cancellation) => daemon.PauseAsync(domain, cancellation));

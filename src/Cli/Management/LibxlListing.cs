@@ -1,5 +1,6 @@
 // A domain's configuration in the JSON of xl list -l.
 
+using System.Text;
 using System.Text.Encodings.Web;
 using System.Text.Json;
 using XenSharp.Configuration;
@@ -39,6 +40,20 @@ internal static class LibxlListing
         WriteAction(writer, "on_soft_reset", configuration.OnSoftReset);
         writer.WriteEndObject();
         writer.WriteEndObject();
+    }
+
+    /// <summary>A disk by itself: libxl_device_disk.</summary>
+    internal static string Of(DiskConfiguration disk) => Text(writer => WriteDisk(writer, disk));
+
+    /// <summary>A network interface by itself: libxl_device_nic.</summary>
+    internal static string Of(VifConfiguration vif) => Text(writer => WriteNic(writer, vif));
+
+    private static string Text(Action<Utf8JsonWriter> write)
+    {
+        using var buffer = new MemoryStream();
+        using (var writer = new Utf8JsonWriter(buffer, WriterOptions))
+            write(writer);
+        return Encoding.UTF8.GetString(buffer.GetBuffer(), 0, (int)buffer.Length);
     }
 
     private static void WriteCreateInfo(Utf8JsonWriter writer, DomainConfiguration configuration)

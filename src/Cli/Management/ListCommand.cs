@@ -12,14 +12,20 @@ namespace XenSharp.Cli.Management;
 /// <summary>Prints domains in xl's columns, or all about them as JSON in libxl's form.</summary>
 internal static class ListCommand
 {
+    /// <summary>What Xen calls the pool of all processors, where no other was made.</summary>
+    private const string TheOnlyPool = "Pool-0";
+
     internal static Command Create()
     {
         Argument<string[]> domains = ManagementCommand.Domains("The domains; all if none is named.");
         var detailed = new Option<bool>("--long", "-l") { Description = "Print all about the domains, as JSON in the form of xl's." };
-        var verbose = new Option<bool>("--verbose", "-v") { Description = "Print UUIDs and why a domain has shut down, too." };
+        var verbose = new Option<bool>("--verbose", "-v") { Description = "Print UUIDs, why a domain has shut down, and security labels, too." };
+        var context = new Option<bool>("--context", "-Z") { Description = "Print security labels, too: there are none." };
+        var pool = new Option<bool>("--cpupool", "-c") { Description = "Print the CPU pool, too: there is one." };
+        var numa = new Option<bool>("--numa", "-n") { Description = "Print the NUMA nodes that memory is taken from, too: all." };
         var lost = new Option<bool>("--lost") { Description = "List what ran when an earlier daemon was ended without taking it down." };
         Option<bool> json = ManagementCommand.Json();
-        var command = new ManagementCommand("list", "Lists domains.") { domains, detailed, verbose, lost, json };
+        var command = new ManagementCommand("list", "Lists domains.") { domains, detailed, verbose, context, pool, numa, lost, json };
         command.Does(async (parsed, daemon, cancellation) =>
         {
             if (parsed.GetValue(lost))
@@ -38,16 +44,44 @@ internal static class ListCommand
             else if (parsed.GetValue(json))
                 JsonOutput.Print(found, JsonOutput.Types.IReadOnlyListDomainInfo);
             else
-                Print(found, parsed.GetValue(verbose));
+                Print(found, parsed.GetValue(verbose), parsed.GetValue(context), parsed.GetValue(pool), parsed.GetValue(numa));
         });
         return command;
     }
 
-    private static void Print(IReadOnlyList<DomainInfo> domains, bool verbose)
+    /// <summary>vm-list: which domains there are, and no more.</summary>
+    internal static Command CreateVmList()
+    {
+        Option<bool> json = ManagementCommand.Json();
+        var command = new ManagementCommand("vm-list", "Lists domains by UUID.") { json };
+        command.Does(async (parsed, daemon, cancellation) =>
+        {
+            IReadOnlyList<DomainInfo> found = await daemon.ListAsync(cancellation).ConfigureAwait(false);
+            if (parsed.GetValue(json))
+            {
+                JsonOutput.Print(found, JsonOutput.Types.IReadOnlyListDomainInfo);
+                return;
+            }
+
+            var text = new StringBuilder().AppendLine("UUID                                  ID    name");
+            foreach (DomainInfo domain in found)
+                text.AppendLine(CultureInfo.InvariantCulture, $"{domain.Uuid}  {domain.Id}    {domain.Name,-30}");
+            Console.Out.Write(text);
+        });
+        return command;
+    }
+
+    private static void Print(IReadOnlyList<DomainInfo> domains, bool verbose, bool context, bool pool, bool numa)
     {
         var text = new StringBuilder("Name                                        ID   Mem VCPUs\tState\tTime(s)");
         if (verbose)
-            text.Append("   UUID                            Reason-Code");
+            text.Append("   UUID                            Reason-Code\tSecurity Label");
+        else if (context)
+            text.Append("   Security Label");
+        if (pool)
+            text.Append("         Cpupool");
+        if (numa)
+            text.Append(" NODE Affinity");
         text.AppendLine();
         foreach (DomainInfo domain in domains)
         {
@@ -56,6 +90,12 @@ internal static class ListCommand
                 $"{domain.Name,-40} {domain.Id,5} {domain.MemoryKiB / 1024,5} {domain.OnlineVcpus,5}     {domain.State.Letters}  {domain.ProcessorSeconds,8:0.0}");
             if (verbose)
                 text.Append(CultureInfo.InvariantCulture, $" {domain.Uuid} {(domain.State.Reason is { } reason ? ((int)reason).ToString("x", CultureInfo.InvariantCulture) : "-"),8}");
+            if (verbose || context)
+                text.Append(CultureInfo.InvariantCulture, $" {"-",16}");
+            if (pool)
+                text.Append(CultureInfo.InvariantCulture, $"{TheOnlyPool,16}");
+            if (numa)
+                text.Append(" all");
             text.AppendLine();
         }
 

@@ -26,10 +26,10 @@ internal sealed class ManagementCommand : Command
     internal ManagementCommand(string name, string description)
         : base(name, description) => Options.Add(_socket);
 
-    /// <summary>The name, number or UUID of one domain.</summary>
+    /// <summary>The name, number or UUID of one domain. Without a name for help's sake, help would ask for completions.</summary>
     internal static Argument<string> Domain(string name = "Domain", string description = "The domain's name or number.")
     {
-        var argument = new Argument<string>(name) { Description = description };
+        var argument = new Argument<string>(name) { Description = description, HelpName = name };
         argument.CompletionSources.Add(DomainNames);
         argument.Validators.Add(RefuseOptions);
         return argument;
@@ -38,7 +38,10 @@ internal sealed class ManagementCommand : Command
     /// <summary>The names, numbers or UUIDs of any number of domains.</summary>
     internal static Argument<string[]> Domains(string description)
     {
-        var argument = new Argument<string[]>("Domain") { Description = description, Arity = ArgumentArity.ZeroOrMore, DefaultValueFactory = static _ => [] };
+        var argument = new Argument<string[]>("Domain")
+        {
+            Description = description, HelpName = "Domain", Arity = ArgumentArity.ZeroOrMore, DefaultValueFactory = static _ => [],
+        };
         argument.CompletionSources.Add(DomainNames);
         argument.Validators.Add(RefuseOptions);
         return argument;
@@ -46,6 +49,30 @@ internal sealed class ManagementCommand : Command
 
     /// <summary><c>--json</c>.</summary>
     internal static Option<bool> Json() => new("--json", "-j") { Description = "Print JSON, for programs." };
+
+    /// <summary>An option of xl's that makes no difference here.</summary>
+    internal static Option<bool> Accepted(string description, string name, params string[] aliases) => new(name, aliases) { Description = description, Hidden = true };
+
+    /// <summary>xl's options for looking at a domain's screen, of which there is none.</summary>
+    internal static IEnumerable<Option> RefusedScreen()
+    {
+        foreach ((string name, string alias) in ((string, string)[])[("--vncviewer", "-V"), ("--vncviewer-autopass", "-A")])
+        {
+            var option = new Option<bool>(name, alias) { Description = "Refused: domains here have no screen.", Hidden = true };
+            Refuse(option, "Domains here have no screen and no VNC server: -c attaches to the console.");
+            yield return option;
+        }
+    }
+
+    /// <summary>Has an option, where it is given, come to an error.</summary>
+    internal static void Refuse(Option option, string sentence) => option.Validators.Add(result =>
+    {
+        if (result.IdentifierTokenCount > 0)
+            result.AddError(sentence);
+    });
+
+    /// <summary>xl's global <c>-N</c>, as <see cref="CommandWords"/> hands it on.</summary>
+    internal static Option<bool> DryRun(string description) => new(CommandWords.DryRun) { Description = description, Hidden = true };
 
     /// <summary>What the command does: with the daemon, until it is done or a signal asks it to end.</summary>
     internal void Does(Func<ParseResult, DaemonClient, CancellationToken, Task<int>> action)
@@ -129,7 +156,7 @@ internal sealed class ManagementCommand : Command
         try
         {
             using var patience = new CancellationTokenSource(s_completionPatience);
-            using var daemon = new DaemonClient();
+            using var daemon = new DaemonClient(context.ParseResult.CommandResult.Command is ManagementCommand command ? context.ParseResult.GetValue(command._socket) : null);
             return [.. daemon.ListAsync(patience.Token).GetAwaiter().GetResult()
                 .Select(static domain => new CompletionItem(domain.Name, detail: domain.Id.ToString(CultureInfo.InvariantCulture)))];
         }

@@ -12,6 +12,7 @@ internal static class ManagementCommands
     [
         CreateCommand.Create(),
         ListCommand.Create(),
+        ListCommand.CreateVmList(),
         ConsoleCommand.Create(),
         ShutdownCommands.CreateShutdown(),
         ShutdownCommands.CreateReboot(),
@@ -39,6 +40,7 @@ internal static class ManagementCommands
         NetworkCommands.CreateAttach(),
         NetworkCommands.CreateDetach(),
         NetworkCommands.CreateList(),
+        ChannelCommand.Create(),
         CreateCommand.CreateConfigUpdate(),
         DomainCommands.CreateDmesg(),
         CompletionCommand.Create(),

@@ -21,11 +21,18 @@ internal static class NetworkCommands
             DefaultValueFactory = static _ => [],
         };
         Option<bool> json = ManagementCommand.Json();
-        var command = new ManagementCommand("network-attach", "Plugs a network interface into a domain.") { domain, parts, json };
+        Option<bool> dryRun = ManagementCommand.DryRun("Plug nothing in; print the interface as list -l would.");
+        var command = new ManagementCommand("network-attach", "Plugs a network interface into a domain.") { domain, parts, json, dryRun };
         command.Does(async (parsed, daemon, cancellation) =>
         {
             string[] specification = parsed.GetRequiredValue(parts);
-            DeviceSpecification.Check(warnings => VifSpecification.Parse(specification, warnings));
+            VifConfiguration vif = DeviceSpecification.Read(warnings => VifSpecification.Parse(specification, warnings));
+            if (parsed.GetValue(dryRun))
+            {
+                Console.Out.WriteLine($"vif: {LibxlListing.Of(vif)}");
+                return;
+            }
+
             NetworkDeviceInfo device = await daemon.AttachNetworkDeviceAsync(
                 parsed.GetRequiredValue(domain), new AttachDeviceRequest { Specification = specification }, cancellation).ConfigureAwait(false);
             if (parsed.GetValue(json))

@@ -13,9 +13,14 @@ internal static class SaveCommands
     {
         Argument<string> domain = ManagementCommand.Domain();
         var file = new Argument<string>("CheckpointFile") { Description = "The file to save to." };
+        var configuration = new Argument<string?>("ConfigFile")
+        {
+            Description = "A configuration to be saved with it in place of its own.", Arity = ArgumentArity.ZeroOrOne, DefaultValueFactory = static _ => null,
+        };
         var checkpoint = new Option<bool>("-c") { Description = "Let the domain run on afterwards." };
         var paused = new Option<bool>("-p") { Description = "Leave the domain, paused." };
-        var command = new ManagementCommand("save", "Saves a domain to a file, to be restored later; the domain ends.") { domain, file, checkpoint, paused };
+        var command = new ManagementCommand("save", "Saves a domain to a file, to be restored later; the domain ends.") { domain, file, configuration, checkpoint, paused };
+        command.Options.Add(RefusedNumber());
         command.Validators.Add(result =>
         {
             if (result.GetValue(checkpoint) && result.GetValue(paused))
@@ -25,7 +30,10 @@ internal static class SaveCommands
         {
             var request = new SaveDomainRequest
             {
-                Path = Absolute(parsed.GetRequiredValue(file)), Checkpoint = parsed.GetValue(checkpoint), LeavePaused = parsed.GetValue(paused),
+                Path = Absolute(parsed.GetRequiredValue(file)),
+                Checkpoint = parsed.GetValue(checkpoint),
+                LeavePaused = parsed.GetValue(paused),
+                Configuration = parsed.GetValue(configuration) is { } named ? ConfigurationFile.Read(named, []) : null,
             };
             await OperationDisplay.RunAsync(async progress =>
             {
@@ -46,9 +54,11 @@ internal static class SaveCommands
         };
         var paused = new Option<bool>("-p") { Description = "Leave the domain paused." };
         var console = new Option<bool>("-c") { Description = "Attach to the console of the domain." };
-        var foreground = new Option<bool>("-e") { Description = "Accepted for xl's sake: it is the daemon that looks after domains.", Hidden = true };
+        Option<bool> foreground = ManagementCommand.Accepted("Accepted for xl's sake: it is the daemon that looks after domains.", "-e", "-d");
         Option<bool> json = ManagementCommand.Json();
         var command = new ManagementCommand("restore", "Makes a domain from a file that one was saved to.") { files, paused, console, foreground, json };
+        foreach (Option refused in ManagementCommand.RefusedScreen())
+            command.Options.Add(refused);
         command.Does(async (parsed, daemon, cancellation) =>
         {
             string[] named = parsed.GetRequiredValue(files);
@@ -64,9 +74,11 @@ internal static class SaveCommands
             DomainInfo domain = await OperationDisplay.RunAsync(progress => daemon.RestoreAsync(request, progress, cancellation)).ConfigureAwait(false);
             if (parsed.GetValue(json))
                 JsonOutput.Print(domain, JsonOutput.Types.DomainInfo);
-            return parsed.GetValue(console)
-                ? await ConsoleCommand.AttachNewAsync(daemon, domain, leavePaused: parsed.GetValue(paused), cancellation).ConfigureAwait(false)
-                : ExitStatus.Success;
+            if (!parsed.GetValue(console))
+                return ExitStatus.Success;
+            await using Stream looked = await new DomainMaking(daemon, domain.Uuid, domain.Name)
+                .UndoneIfCancelledAsync(() => ConsoleCommand.AttachNewAsync(daemon, domain, leavePaused: parsed.GetValue(paused), cancellation)).ConfigureAwait(false);
+            return await ConsoleCommand.ServeAsync(looked, domain.Name, cancellation).ConfigureAwait(false);
         });
         return command;
     }
@@ -86,6 +98,14 @@ internal static class SaveCommands
             }).ConfigureAwait(false);
         });
         return command;
+    }
+
+    /// <summary>xl's <c>-D</c>: a domain gets its number when it is made, here also where it was saved.</summary>
+    private static Option<bool> RefusedNumber()
+    {
+        var option = new Option<bool>("-D") { Description = "Refused: a domain's number is not kept.", Hidden = true };
+        ManagementCommand.Refuse(option, "A domain that is restored gets the next free number here, and -D cannot keep its old one: use its name or UUID.");
+        return option;
     }
 
     /// <summary>The daemon has another working directory.</summary>

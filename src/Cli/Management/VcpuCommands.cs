@@ -101,13 +101,13 @@ internal static class VcpuCommands
             },
         };
         vcpu.CompletionSources.Add(AllProcessors);
-        var hard = new Argument<string>("CPUs") { HelpName = "CPUs|all", Description = "The host's processors that it may run on, such as 0-3,^1 or node:0; all for every one." };
+        var hard = new Argument<string>("CPUs") { HelpName = "CPUs|all", Description = "The host's processors that it may run on, such as 0-3,^1 or node:0; all for every one; - for those it has." };
         hard.CompletionSources.Add(AllProcessors);
         hard.Validators.Add(static result =>
         {
             try
             {
-                if (result.Tokens is [{ Value: var text }])
+                if (result.Tokens is [{ Value: var text }] && text != Unchanged)
                     _ = ProcessorSet.Parse(text);
             }
             catch (FormatException failure)
@@ -121,11 +121,17 @@ internal static class VcpuCommands
             if (result.Tokens is [{ Value: var text }] && text is not (Unchanged or AllProcessors))
                 result.AddError($"Linux, which places vCPUs, knows no processors that they only prefer (\"{text}\"): leave them out, or write -.");
         });
-        var force = new Option<bool>("--force", "-f") { Description = "Accepted for xl's sake.", Hidden = true };
+        Option<bool> force = ManagementCommand.Accepted("Accepted for xl's sake.", "--force", "-f", "--ignore-global-affinity-masks");
         var command = new ManagementCommand("vcpu-pin", "Sets which of the host's processors a vCPU may run on.") { domain, vcpu, hard, soft, force };
-        command.Does((parsed, daemon, cancellation) => daemon.PinVcpusAsync(
-            parsed.GetRequiredValue(domain),
-            new PinVcpusRequest { Vcpu = parsed.GetValue(vcpu) is var number and not AllVcpus ? number : null, Processors = parsed.GetRequiredValue(hard) }, cancellation));
+        command.Does(async (parsed, daemon, cancellation) =>
+        {
+            string name = parsed.GetRequiredValue(domain);
+            string processors = parsed.GetRequiredValue(hard);
+            if (processors == Unchanged)
+                _ = await daemon.GetAsync(name, cancellation).ConfigureAwait(false);
+            else
+                await daemon.PinVcpusAsync(name, new PinVcpusRequest { Vcpu = parsed.GetValue(vcpu) is var number and not AllVcpus ? number : null, Processors = processors }, cancellation).ConfigureAwait(false);
+        });
         return command;
     }
 

@@ -17,6 +17,15 @@ internal sealed record BlockQueueSettings(IBlockImage Image, bool IsReadOnly, bo
 
     /// <summary>Requests begin and end at multiples of this, in sectors of 512 bytes.</summary>
     internal ulong SectorMask { get; } = (Image.SectorSize >> BlkifAbi.SectorShift) - 1;
+
+    private int _failureReported;
+
+    /// <summary>Says once, and not for every request of a guest that tries again and again, that the image is gone for good.</summary>
+    internal void ReportFailure(string failure)
+    {
+        if (Interlocked.Exchange(ref _failureReported, 1) == 0)
+            Report($"{Image.Description} is lost: {failure}");
+    }
 }
 
 /// <summary>
@@ -492,6 +501,12 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         _settings.Counters.CountError();
         if (error == LibC.EOPNOTSUPP)
             return;
+        if (_settings.Image.Failure is { } failure)
+        {
+            _settings.ReportFailure(failure);
+            return;
+        }
+
         string what = request.Kind switch
         {
             BlockOperationKind.Read => "be read from",

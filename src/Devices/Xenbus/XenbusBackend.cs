@@ -86,18 +86,28 @@ public sealed class XenbusBackend : IAsyncDisposable
     {
         _unplug = true;
         Wake();
+
+
+
+        // How the run ended is for Completion to say; here it is only waited for.
+        Task end = Task.WhenAny(_run);
         try
         {
-            await _run.WaitAsync(timeout, cancellation).ConfigureAwait(false);
+            await end.WaitAsync(timeout, cancellation).ConfigureAwait(false);
+        }
+        catch (TimeoutException)
+        {
+            // It may have ended since.
+        }
+
+        if (end.IsCompleted)
+        {
             await Completion.ConfigureAwait(false);
             return true;
         }
-        catch (TimeoutException) when (!_run.IsCompleted)
-        {
-            if (!force)
-                return false;
-        }
 
+        if (!force)
+            return false;
         Report("the guest did not close it in time; it is taken away");
         await DisposeAsync().ConfigureAwait(false);
         return true;
@@ -305,8 +315,10 @@ public sealed class XenbusBackend : IAsyncDisposable
         _failed = true;
         await DisconnectAsync().ConfigureAwait(false);
         int error = (int)((reason as XenbusException)?.Error ?? Errno.EIO);
-        Become(XenbusState.Closing, transaction => transaction.Write(Device.Error + "/error", $"{error} {reason.Message}"));
+
+        // People first: who sees the state finds that it was told why.
         Report(reason.Message);
+        Become(XenbusState.Closing, transaction => transaction.Write(Device.Error + "/error", $"{error} {reason.Message}"));
     }
 
     private async ValueTask DisconnectAsync()
@@ -322,6 +334,9 @@ public sealed class XenbusBackend : IAsyncDisposable
     {
         if (_state == state && with is null)
             return;
+
+        // Before it is written: who has read it in the store finds it here as well.
+        _state = state;
         string node = Device.BackEnd + "/state";
         _store.Transact(transaction =>
         {
@@ -330,7 +345,6 @@ public sealed class XenbusBackend : IAsyncDisposable
             with?.Invoke(transaction);
             transaction.Write(node, ((int)state).ToString(System.Globalization.CultureInfo.InvariantCulture));
         });
-        _state = state;
     }
 
     private XenbusState FrontState(out string text)

@@ -244,6 +244,7 @@ internal static unsafe class VcpuInitialisation
                 return error;
             if (!strict)
                 PageTables.ShowMachineToPhys(caller, kernel, shown: true);
+            PageTables.ShowKernelSlot(caller, kernel, shown: true);
             target->State->KernelRoot = kernel.Value;
         }
 
@@ -254,6 +255,7 @@ internal static unsafe class VcpuInitialisation
         {
             if (strict)
                 PageTables.ShowMachineToPhys(caller, user, shown: false);
+            PageTables.ShowKernelSlot(caller, user, shown: false);
             target->State->UserRoot = user.Value;
         }
         else if (error != Errno.ERESTART)

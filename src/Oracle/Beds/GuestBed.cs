@@ -58,6 +58,9 @@ public interface IGuestBed
     /// <summary>What it is, for headings: "Xen 4.17.7 (domU)".</summary>
     string Name { get; }
 
+    /// <summary>Whether it costs nothing to be given the guests one after another (pairs together), so that their images need not all be in memory.</summary>
+    bool TakesOneByOne => false;
+
     /// <summary>
     /// Runs guests, one after another but for pairs, each in a domain of its own, in as few boots of the hypervisor as it can.
     /// </summary>

@@ -36,6 +36,19 @@ public sealed record ScriptRun(AbiScript Script, Transcript Transcript, IReadOnl
     {
         ArgumentNullException.ThrowIfNull(bed);
         ArgumentNullException.ThrowIfNull(scripts);
+
+        // Each guest's image has some megabytes, and all of them together have hundreds.
+        IEnumerable<IReadOnlyList<AbiScript>> turns = bed.TakesOneByOne ? scripts.Select(static script => new[] { script }) : [scripts];
+        foreach (IReadOnlyList<AbiScript> turn in turns)
+        {
+            await foreach (ScriptRun run in RunTurnAsync(bed, turn, timeout, cancellation).ConfigureAwait(false))
+                yield return run;
+        }
+    }
+
+    private static async IAsyncEnumerable<ScriptRun> RunTurnAsync(
+        IGuestBed bed, IReadOnlyList<AbiScript> scripts, TimeSpan? timeout, [EnumeratorCancellation] CancellationToken cancellation)
+    {
         BedGuest[] guests =
         [
             .. scripts.SelectMany(script => script.BuildAll().Select((kernel, side) => new BedGuest(NameOf(script, side), kernel)

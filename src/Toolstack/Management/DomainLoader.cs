@@ -49,7 +49,7 @@ internal static class DomainLoader
     internal static DomainSpecification Load(DomainConfiguration configuration, UnpackedKernels kernels, Action<string>? note = null)
     {
         if (configuration.Bootloader is { } bootloader)
-            return LoadFromDisk(configuration, bootloader, note);
+            return LoadFromDisk(configuration, bootloader, kernels, note);
         if (configuration.Kernel is not { } kernel)
             throw Refusal(ProblemKind.BadConfiguration, $"The domain {configuration.Name} has no kernel: name it with kernel=.");
         LoadedKernel? loaded = null;
@@ -123,7 +123,8 @@ internal static class DomainLoader
     };
 
     /// <summary>What pygrub does: the kernel that the guest's own disk says is to be booted.</summary>
-    private static DomainSpecification LoadFromDisk(DomainConfiguration configuration, BootloaderConfiguration bootloader, Action<string>? note)
+    private static DomainSpecification LoadFromDisk(
+        DomainConfiguration configuration, BootloaderConfiguration bootloader, UnpackedKernels kernels, Action<string>? note)
     {
         // The first disk, as with libxl; and what kernel and ramdisk name is inside of it, since libxl hands them to pygrub.
         DiskConfiguration disk = configuration.Disks is [{ Format: not DiskFormat.Empty } first, ..]
@@ -140,7 +141,8 @@ internal static class DomainLoader
                 throw new BootException($"Its ramdisk {boot.RamdiskPaths[0]} does not fit into the domain's {configuration.MemoryMiB} MiB of memory; give it more with memory=.");
             if (System.Text.Encoding.UTF8.GetByteCount(boot.CommandLine) > DomainConfigurationRules.LongestCommandLine)
                 throw new BootException($"The command line of \"{boot.Title}\", with the configuration's, is longer than the {DomainConfigurationRules.LongestCommandLine} bytes that a PV guest gets.");
-            return Describe(configuration, new DomainImage(KernelImage.Parse(boot.Kernel), boot.Ramdisk) { Reusable = false }) with
+            LoadedKernel kernel = kernels.Load(boot.Kernel);
+            return Describe(configuration, new DomainImage(kernel.Image, boot.Ramdisk, kernel.Memory) { Reusable = false }) with
             {
                 CommandLine = boot.CommandLine,
                 KernelFile = $"{disk.Target}:{boot.KernelPath}",

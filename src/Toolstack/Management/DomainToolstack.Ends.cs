@@ -113,7 +113,7 @@ public sealed partial class DomainToolstack
             if (keepReserved)
             {
                 _ = _reservedNames.Add(domain.Name);
-                _ = _reservedUuids.Add(domain.Uuid);
+                ReserveUuid(domain.Uuid);
             }
             else
             {
@@ -141,7 +141,7 @@ public sealed partial class DomainToolstack
             for (int number = 1; _reservedNames.Contains(kept) || FindByName(kept) is not null; number++)
                 kept = string.Create(CultureInfo.InvariantCulture, $"{domain.Name}-{number}");
             _ = _reservedNames.Add(domain.Name);
-            _ = _reservedUuids.Add(domain.Uuid);
+            ReserveUuid(domain.Uuid);
             domain.WriteName(kept);
             (domain.Name, domain.Uuid) = (kept, Guid.NewGuid());
         }

@@ -23,16 +23,18 @@ public sealed partial class DomainToolstack
     /// <param name="path">Absolute path of the file.</param>
     /// <param name="keep">It goes on afterwards.</param>
     /// <param name="paused">It stays, paused.</param>
+    /// <param name="configuration">What is written of how it is made, in place of how it was; null for that.</param>
     /// <param name="progress">Is told how far the writing is; on the thread that writes.</param>
     /// <param name="cancellation">Gives up: the domain goes on.</param>
     public async Task SaveAsync(
-        ManagedDomain domain, string path, bool keep, bool paused, IProgress<PageProgress>? progress = null, CancellationToken cancellation = default)
+        ManagedDomain domain, string path, bool keep, bool paused, DomainConfiguration? configuration = null, IProgress<PageProgress>? progress = null,
+        CancellationToken cancellation = default)
     {
         ArgumentNullException.ThrowIfNull(domain);
         ArgumentNullException.ThrowIfNull(path);
         if (domain.Configuration.NoMigrate)
             throw new ToolstackException(ProblemKind.WrongState, $"The domain {domain.Name} has nomigrate in its configuration, and so is not saved.");
-        await domain.SaveAsync(path, keep || paused, paused, progress, cancellation).ConfigureAwait(false);
+        await domain.SaveAsync(path, keep || paused, paused, configuration, progress, cancellation).ConfigureAwait(false);
         Log.Write($"The domain {domain.Name} (number {domain.Id}) was saved to {path}.");
         if (!keep && !paused)
             await DestroyAsync(domain).ConfigureAwait(false);

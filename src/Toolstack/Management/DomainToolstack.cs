@@ -31,7 +31,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
     /// <summary>Names and UUIDs of domains that are being made.</summary>
     private readonly HashSet<string> _reservedNames = new(StringComparer.Ordinal);
-    private readonly HashSet<Guid> _reservedUuids = [];
+    private readonly Dictionary<Guid, TaskCompletionSource> _reservedUuids = [];
 
     /// <summary>What sees to the ends of domains.</summary>
     private readonly HashSet<Task> _followers = [];
@@ -141,6 +141,16 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             CheckFree(configuration.Name, configuration.Uuid);
         await Task.Run(() => DomainLoader.Load(configuration with { Uuid = configuration.Uuid ?? Guid.NewGuid() }, _kernels).Image.Release()).ConfigureAwait(false);
         return warnings;
+    }
+
+    /// <summary>Waits until a domain that is being made is there, or will not be.</summary>
+    /// <param name="name">Its UUID; there is nothing to wait for under any other name.</param>
+    public Task WaitForMakingAsync(string name)
+    {
+        if (!Guid.TryParseExact(name, "D", out Guid uuid))
+            return Task.CompletedTask;
+        lock (_lock)
+            return _reservedUuids.TryGetValue(uuid, out TaskCompletionSource? made) ? made.Task : Task.CompletedTask;
     }
 
     /// <summary>Makes a domain, and runs it.</summary>
@@ -300,7 +310,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
     {
         if (_reservedNames.Contains(name) || FindByName(name) is not null)
             throw new ToolstackException(ProblemKind.NameTaken, $"There is a domain {name} already: give this one another name, or destroy that one.");
-        if (uuid is { } wanted && (_reservedUuids.Contains(wanted) || _domains.Values.Any(domain => domain.Uuid == wanted)))
+        if (uuid is { } wanted && (_reservedUuids.ContainsKey(wanted) || _domains.Values.Any(domain => domain.Uuid == wanted)))
             throw new ToolstackException(ProblemKind.NameTaken, $"There is a domain with the UUID {wanted} already: give this one another, or none.");
     }
 
@@ -312,16 +322,20 @@ public sealed partial class DomainToolstack : IAsyncDisposable
                 throw new ToolstackException(ProblemKind.WrongState, "The daemon is about to end, and makes no more domains.");
             CheckFree(name, uuid);
             _ = _reservedNames.Add(name);
-            _ = _reservedUuids.Add(uuid);
+            ReserveUuid(uuid);
         }
     }
+
+    /// <summary>With the lock. Whoever waits for the domain of that UUID waits until <see cref="Unreserve"/>.</summary>
+    private void ReserveUuid(Guid uuid) => _reservedUuids.Add(uuid, new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously));
 
     private void Unreserve(string name, Guid uuid)
     {
         lock (_lock)
         {
             _ = _reservedNames.Remove(name);
-            _ = _reservedUuids.Remove(uuid);
+            if (_reservedUuids.Remove(uuid, out TaskCompletionSource? made))
+                made.SetResult();
         }
     }
 
@@ -357,8 +371,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
                 _state.Save(domain.Record);
                 _options.BeforeStep?.Invoke(CreateStep.Publish);
                 _domains.Add(domain.Id, domain);
-                _ = _reservedNames.Remove(configuration.Name);
-                _ = _reservedUuids.Remove(uuid);
+                Unreserve(configuration.Name, uuid);
             }
 
             _options.BeforeStep?.Invoke(CreateStep.Start);

@@ -41,6 +41,17 @@ public sealed partial class ManagedDomain
         }
     }
 
+    /// <summary>Its channels, by number.</summary>
+    public IReadOnlyList<ChannelInfo> DescribeChannels()
+    {
+        lock (_gate)
+        {
+            if (_gone)
+                throw IsGone();
+            return [.. _channels.OrderBy(static channel => channel.Options.Id).Select(Describe)];
+        }
+    }
+
     /// <summary>Where a channel leads to on the host: its socket or terminal.</summary>
     /// <param name="number">Its number among the guest's consoles, from 1 on.</param>
     /// <returns>Null if the domain has no such channel.</returns>
@@ -186,14 +197,14 @@ public sealed partial class ManagedDomain
 
     private async Task<BlockBackend> PlugAsync(DiskConfiguration disk, CancellationToken cancellation)
     {
-        if (disk.Format == DiskFormat.Empty)
-            throw new ToolstackException(ProblemKind.NotSupported, $"The drive {disk.VirtualDevice} has no medium, and empty drives are not supported: name an image, or leave the drive out.");
         IBlockImage? image = null;
         try
         {
-            image = await BlockImage.OpenAsync(
-                disk.Target, disk.Format == DiskFormat.Qcow2 ? BlockImageFormat.Qcow2 : BlockImageFormat.Raw, disk.ReadOnly,
-                direct: disk.DirectIoSafe, cancellation: cancellation).ConfigureAwait(false);
+            image = disk.Format == DiskFormat.Empty
+                ? new EmptyImage()
+                : await BlockImage.OpenAsync(
+                    disk.Target, disk.Format == DiskFormat.Qcow2 ? BlockImageFormat.Qcow2 : BlockImageFormat.Raw, disk.ReadOnly,
+                    direct: disk.DirectIoSafe, cancellation: cancellation).ConfigureAwait(false);
             var backend = BlockBackend.Create(
                 Running.Domain, Store,
                 new BlockDeviceOptions
@@ -336,6 +347,22 @@ public sealed partial class ManagedDomain
             BytesRead = (ulong)statistics.ReadBytes,
             BytesWritten = (ulong)statistics.WrittenBytes,
             Errors = (ulong)statistics.Errors,
+        };
+    }
+
+    private ChannelInfo Describe(ConsoleChannel channel)
+    {
+        (int state, long? port) = Connection(channel.Address, "port");
+        return new ChannelInfo
+        {
+            DeviceId = (int)channel.Options.Id,
+            Name = channel.Options.Name,
+            State = state,
+            EventChannel = port,
+            RingReference = Number(Store.Read($"{channel.Address.FrontEnd}/ring-ref")),
+            BackendPath = channel.Address.BackEnd,
+            Connection = channel.Options.SocketPath is null ? "pty" : "socket",
+            Path = channel.Options.SocketPath ?? channel.Terminal,
         };
     }
 

@@ -14,9 +14,11 @@ public sealed partial class ManagedDomain
     /// <param name="path">The file; one that is there is replaced when all is written.</param>
     /// <param name="keep">The domain goes on afterwards, or stays paused; otherwise it is left suspended, to be destroyed.</param>
     /// <param name="paused">With <paramref name="keep"/>: it stays paused.</param>
+    /// <param name="configuration">What it is to be made from again, for its devices and names; null for what it is made from now.</param>
     /// <param name="progress">Is told how far the writing is.</param>
     /// <param name="cancellation">Gives up: the domain goes on.</param>
-    public Task SaveAsync(string path, bool keep, bool paused, IProgress<PageProgress>? progress, CancellationToken cancellation)
+    public Task SaveAsync(
+        string path, bool keep, bool paused, DomainConfiguration? configuration, IProgress<PageProgress>? progress, CancellationToken cancellation)
         => WithTurnAsync(
             async ending =>
             {
@@ -29,7 +31,8 @@ public sealed partial class ManagedDomain
                     await Task.Run(
                         () =>
                         {
-                            SavedDomainFile.WriteHeader(file.Stream, RetrieveConfiguration());
+                            SavedDomainFile.WriteHeader(
+                                file.Stream, configuration is null ? RetrieveConfiguration() : Complete(configuration) with { Uuid = configuration.Uuid ?? Uuid });
                             Running.Domain.Save(file.Stream, progress, ending);
                         },
                         ending).ConfigureAwait(false);

@@ -1,6 +1,8 @@
 // Kernels that were unpacked before: unpacking one takes longer than all else that is done to make a domain.
 
 using System.Globalization;
+using System.Numerics;
+using System.Runtime.InteropServices;
 using Microsoft.Win32.SafeHandles;
 using Tmds.Linux;
 using XenSharp.Core;
@@ -14,8 +16,9 @@ namespace XenSharp.Toolstack.Management;
 internal sealed record LoadedKernel(KernelImage Image, IDisposable Memory);
 
 /// <summary>
-/// Keeps the ELF images of compressed kernels in a folder, and finds them again by what the file system says of the compressed file: its
-/// device and inode, size, and times of the last change, of which one cannot be set by anybody. Members may be called by any thread.
+/// Keeps the ELF images of compressed kernels in a folder, and finds them again: those of a file by what the file system says of it, its
+/// device and inode, size, and times of the last change, of which one cannot be set by anybody; those out of a guest's disk by the compressed
+/// kernel itself, which is kept with what came of it. Members may be called by any thread.
 /// </summary>
 /// <param name="folder">The folder, for one manager at a time; it is made when there is something to keep.</param>
 /// <param name="log">Is told when nothing can be kept.</param>
@@ -71,6 +74,21 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
         }
     });
 
+    /// <summary>Unpacks a kernel that is in memory, or takes what it was unpacked to before.</summary>
+    /// <param name="packed">The kernel's file; a guest may have written it.</param>
+    /// <exception cref="KernelImageException">It is no kernel that can be loaded.</exception>
+    internal LoadedKernel Load(ReadOnlyMemory<byte> packed)
+    {
+        string name = NameOf(packed.Span);
+        if (TryLoad(Path.Combine(folder, name + Extension), packed.Span) is { } known)
+            return known;
+        ReadOnlyMemory<byte> elf = KernelImage.Unpack(packed);
+        var kernel = new LoadedKernel(KernelImage.Parse(elf), NoMemory.Instance);
+        if (!elf.Span.Overlaps(packed.Span))
+            Keep(name, elf.Span, packed.Span);
+        return kernel;
+    }
+
     /// <summary>Waits until what is kept is on its disk.</summary>
     public async ValueTask DisposeAsync()
     {
@@ -96,8 +114,23 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
 
     private static long Nanoseconds(timespec time) => unchecked(((long)time.tv_sec * 1_000_000_000) + (long)time.tv_nsec);
 
+    /// <summary>
+    /// What the image of a kernel from a guest's disk is kept as: its length and a hash. Others can be made to have the same, so it only says where
+    /// to look; that it is this kernel, and no other guest's, is found by comparing all of it.
+    /// </summary>
+    private static string NameOf(ReadOnlySpan<byte> packed)
+    {
+        const ulong offset = 0xcbf29ce484222325, prime = 0x100000001b3;
+        ulong hash = offset;
+        foreach (ulong word in MemoryMarshal.Cast<byte, ulong>(packed))
+            hash = BitOperations.RotateLeft((hash ^ word) * prime, 23);
+        return string.Create(CultureInfo.InvariantCulture, $"content-{packed.Length:x}-{hash:x16}");
+    }
+
     /// <summary>What is kept under a name; null where nothing is, or it cannot be used.</summary>
-    private static LoadedKernel? TryLoad(string path)
+    /// <param name="path">The file.</param>
+    /// <param name="packed">What stands behind the image and has to be the same; empty for nothing.</param>
+    private static LoadedKernel? TryLoad(string path, ReadOnlySpan<byte> packed = default)
     {
         HostBuffer? content = null;
         try
@@ -107,13 +140,23 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
             using (SafeFileHandle file = File.OpenHandle(path))
             {
                 long length = RandomAccess.GetLength(file);
-                if (length is <= 0 or > KernelImage.LargestUnpackedSize)
+                if (length <= packed.Length || length > Math.Min((long)KernelImage.LargestUnpackedSize + packed.Length, int.MaxValue))
                     return null;
                 content = HostBuffer.Map(file, (int)length);
             }
 
-            var kernel = new LoadedKernel(KernelImage.Parse(content.Memory), content);
-            File.SetLastWriteTimeUtc(path, DateTime.UtcNow);
+            ReadOnlyMemory<byte> all = content.Memory;
+            LoadedKernel? kernel = null;
+            if (all.Span[^packed.Length..].SequenceEqual(packed))
+            {
+                kernel = new LoadedKernel(KernelImage.Parse(all[..^packed.Length]), content);
+                File.SetLastWriteTimeUtc(path, DateTime.UtcNow);
+            }
+            else
+            {
+                ((IDisposable)content).Dispose();
+            }
+
             return kernel;
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or KernelImageException)
@@ -125,7 +168,7 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
     }
 
     /// <summary>Writes an image, without its blocks of zeroes; it is found once all of it is on the disk, which is not waited for.</summary>
-    private void Keep(string identity, ReadOnlySpan<byte> elf)
+    private void Keep(string identity, ReadOnlySpan<byte> elf, ReadOnlySpan<byte> packed = default)
     {
         string path = Path.Combine(folder, identity + Extension);
         string unfinished = $"{path}.{Guid.NewGuid():N}{UnfinishedExtension}";
@@ -135,6 +178,7 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
             _ = Directory.CreateDirectory(folder, Private);
             file = File.OpenHandle(unfinished, FileMode.CreateNew, FileAccess.Write);
             WriteSparse(file, elf);
+            RandomAccess.Write(file, packed, elf.Length);
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
         {

@@ -81,8 +81,95 @@ public sealed class ManagementCommandTests
     public async Task ListVerboseHasUuidsAndReasons()
     {
         string[] lines = (await RunAsync("list -v")).Output.Split('\n');
-        Assert.That(lines[1], Does.EndWith("12.3 550e8400-e29b-41d4-a716-446655440000        -"));
-        Assert.That(lines[2], Does.EndWith("12.3 550e8400-e29b-41d4-a716-446655440000        1"));
+        Assert.That(lines[0], Does.EndWith("   UUID                            Reason-Code\tSecurity Label"));
+        Assert.That(lines[1], Does.EndWith("12.3 550e8400-e29b-41d4-a716-446655440000        -                -"));
+        Assert.That(lines[2], Does.EndWith("12.3 550e8400-e29b-41d4-a716-446655440000        1                -"));
+    }
+
+    [Test]
+    public async Task ListHasXlsFurtherColumns()
+    {
+        string[] lines = (await RunAsync("list -Z -c -n")).Output.Split('\n');
+        Assert.That(lines[0], Does.EndWith("Time(s)   Security Label         Cpupool NODE Affinity"));
+        Assert.That(lines[1], Does.EndWith("12.3                -          Pool-0 all"));
+    }
+
+    [Test]
+    public async Task VmListHasXlsColumns() => Assert.That(await RunAsync("vm-list"), Is.EqualTo(new CommandEnd(0, $"""
+        UUID                                  ID    name
+        550e8400-e29b-41d4-a716-446655440000  3    {"web",-30}
+        550e8400-e29b-41d4-a716-446655440000  12    {"old guest",-30}
+
+        """, "")));
+
+    [Test]
+    public async Task ChannelListHasXlsColumns()
+    {
+        _daemon.On("GET /v1/domains/web/channels", JsonSerializer.Serialize(
+            [
+                new ChannelInfo { DeviceId = 1, Name = "org.example.agent", Connection = "pty", Path = "/dev/pts/4", State = 4, EventChannel = 9, RingReference = 77 },
+                new ChannelInfo { DeviceId = 2, Name = "other", Connection = "socket", Path = "/run/s" },
+            ],
+            ApiJson.Default.IReadOnlyListChannelInfo));
+        string[] lines = (await RunAsync("channel-list web")).Output.Split('\n');
+        Assert.That(lines.Select(static line => line.TrimEnd()), Is.EqualTo(new[]
+        {
+            "Idx BE state evt-ch ring-ref connection",
+            "0   0  4     9      77       pty        /dev/pts/4",
+            "1   0  0     -1     -1       socket     /run/s",
+            "",
+        }));
+    }
+
+    [TestCase("li -v")]
+    [TestCase("-v list -v")]
+    [TestCase("-vvf -tT lis -v")]
+    public async Task NamesMayBeCutShortAndHaveXlsGlobalOptionsBefore(string command)
+        => Assert.That(await RunAsync(command), Is.EqualTo(await RunAsync("list -v")));
+
+    [Test]
+    public async Task ADryRunPrintsTheDeviceAndAsksForNothing()
+    {
+        CommandEnd end = await RunAsync("-N block-attach web /a,raw,xvdb,r");
+        Assert.That(end.Output, Does.StartWith("disk: {"));
+        using JsonDocument disk = JsonDocument.Parse(end.Output[6..]);
+        Assert.That((disk.RootElement.GetProperty("vdev").GetString(), disk.RootElement.GetProperty("readwrite").GetInt32()), Is.EqualTo(("xvdb", 0)));
+        end = await RunAsync("-N network-att web bridge=lan");
+        using JsonDocument vif = JsonDocument.Parse(end.Output[5..]);
+        Assert.That(vif.RootElement.GetProperty("bridge").GetString(), Is.EqualTo("lan"));
+        end = await RunAsync("-N", "create", "--name", "x", "--kernel", "/k");
+        Assert.That(end.Output, Does.Contain("\"domid\": null"));
+        Assert.That(_daemon.Requests, Is.Empty);
+    }
+
+    /// <summary>The one who asked gives up while the daemon is at it: the domain goes by the UUID that it was to have, whatever became of it.</summary>
+    [TestCase(404, "xensharp: The domain web was not made, as a signal asked to end.\n")]
+    [TestCase(204, "xensharp: The domain web was not made, as a signal asked to end.\n")]
+    [TestCase(500, "xensharp: The domain web may have been made all the same; xensharp list shows whether it was.\n")]
+    public async Task ASignalTakesBackWhatCreateHasBegun(int status, string said)
+    {
+        var asked = new TaskCompletionSource<Guid>(TaskCreationOptions.RunContinuationsAsynchronously);
+        _daemon.OnStream("POST /v1/domains", async (request, stream) =>
+        {
+            Guid uuid = JsonSerializer.Deserialize(request.Body, ApiJson.Default.CreateDomainRequest)!.Uuid!.Value;
+            string line = $"DELETE /v1/domains/{uuid}";
+            _ = status switch
+            {
+                204 => _daemon.On(line, null),
+                404 => _daemon.OnProblem(line, 404, ProblemKind.NoSuchDomain, "There is no such domain."),
+                _ => _daemon.OnProblem(line, status, ProblemKind.Failed, "It hangs."),
+            };
+            asked.SetResult(uuid);
+
+            // No answer comes before the client has gone.
+            _ = await stream.ReadAsync(new byte[1]);
+        });
+        using CommandProcess process = CommandProcess.Start("create", "--daemon", _daemon.Path, "--name", "web", "--kernel", "/k");
+        Guid asking = await asked.Task;
+        process.Send(2);
+        CommandEnd end = await process.FinishAsync();
+        Assert.That((end.Status, end.Error), Is.EqualTo((130, said)));
+        Assert.That(_daemon.Requests.Select(static request => request.Line), Is.EqualTo(new[] { "POST /v1/domains", $"DELETE /v1/domains/{asking}" }));
     }
 
     [Test]
@@ -133,6 +220,7 @@ public sealed class ManagementCommandTests
     [TestCase("vcpu-set -i web 64", "PUT /v1/domains/web/vcpus", """{"online":64}""")]
     [TestCase("mem-set web 256", "PUT /v1/domains/web/memory/target", """{"memoryKiB":262144}""")]
     [TestCase("mem-max web 1g", "PUT /v1/domains/web/memory/max", """{"memoryKiB":1048576}""")]
+    [TestCase("destroy -f web", "DELETE /v1/domains/web", "")]
     [TestCase("block-detach web xvdb", "DELETE /v1/domains/web/block/xvdb", "")]
     [TestCase("block-detach -f web xvdb", "DELETE /v1/domains/web/block/xvdb?force=true", "")]
     [TestCase("network-detach web 00:16:3e:00:00:01", "DELETE /v1/domains/web/network/00%3A16%3A3e%3A00%3A00%3A01", "")]
@@ -196,6 +284,14 @@ public sealed class ManagementCommandTests
         _daemon.On("PUT /v1/domains/web/vcpus/processors", null);
         Assert.That(await RunAsync(command), Is.EqualTo(new CommandEnd(0, "", "")));
         Assert.That(_daemon.Requests[^1].Body, Is.EqualTo(body));
+    }
+
+    [Test]
+    public async Task AnAffinityThatIsToStayIsLeftAlone()
+    {
+        Assert.That(await RunAsync("vcpu-pin web 0 - all"), Is.EqualTo(new CommandEnd(0, "", "")));
+        Assert.That(_daemon.Requests.Select(static request => request.Line), Is.EqualTo(new[] { "GET /v1/domains/web" }));
+        Assert.That((await RunAsync("vcpu-pin none 0 -")).Error, Is.EqualTo("xensharp: There is no domain none.\n"));
     }
 
     [Test]
@@ -360,8 +456,8 @@ public sealed class ManagementCommandTests
             // Only what happens after it was asked is its end; that of another domain is none.
             await asked.Task;
             await WriteEventAsync(stream, DomainEventKind.Destroyed, 12);
-            await WriteEventAsync(stream, DomainEventKind.Shutdown, 3);
             other.SetResult();
+            await WriteEventAsync(stream, DomainEventKind.Shutdown, 3);
             if (kind == DomainEventKind.Destroyed)
                 await WriteEventAsync(stream, kind, 3);
             await Task.Delay(Timeout.Infinite);
@@ -407,6 +503,11 @@ public sealed class ManagementCommandTests
         Assert.That(await RunAsync("save -c web file"), Is.EqualTo(new CommandEnd(0, "", "")));
         SaveDomainRequest save = Body<SaveDomainRequest>();
         Assert.That((save.Path, save.Checkpoint, save.LeavePaused), Is.EqualTo((Path.Combine(Directory.GetCurrentDirectory(), "file"), true, false)));
+        Assert.That(save.Configuration, Is.Null);
+        string file = Path.Combine(_folder, "other.cfg");
+        await File.WriteAllTextAsync(file, "name='other'\nkernel='/k'\n");
+        Assert.That(await RunAsync("save", "web", "file", file), Is.EqualTo(new CommandEnd(0, "", "")));
+        Assert.That(Body<SaveDomainRequest>().Configuration!.Text, Does.StartWith("name='other'"));
         Assert.That(await RunAsync("dump-core web /tmp/core"), Is.EqualTo(new CommandEnd(0, "", "")));
         Assert.That(Body<DumpCoreRequest>().Path, Is.EqualTo("/tmp/core"));
         CommandEnd end = await RunAsync("restore -p --json /tmp/file");
@@ -457,6 +558,8 @@ public sealed class ManagementCommandTests
             Assert.That((await RunPlainAsync("[suggest:15]", "xensharp pause ")).Output.Split('\n'), Does.Contain("web").And.Contain("old guest"));
             Assert.That((await RunPlainAsync("[suggest:16]", "xensharp pause w")).Output.Split('\n'), Does.Contain("web").And.Not.Contain("old guest"));
             Environment.SetEnvironmentVariable(DaemonSocket.EnvironmentVariable, _daemon.Path + ".none");
+            string named = $"xensharp pause --daemon {_daemon.Path} ";
+            Assert.That((await RunPlainAsync($"[suggest:{named.Length}]", named)).Output.Split('\n'), Does.Contain("web"));
             Assert.That((await RunPlainAsync("[suggest:15]", "xensharp pause ")).Output.Split('\n'), Does.Not.Contain("web"));
         }
         finally

@@ -59,7 +59,7 @@ internal sealed unsafe partial class FakeDomain : IEventChannelBackend, IDisposa
         return [.. bytes];
     }
 
-    /// <summary>Takes typed input until there is this much, or 20 seconds are over.</summary>
+    /// <summary>Takes typed input until there is this much, or a minute is over.</summary>
     internal byte[] Read(int count)
     {
         var bytes = new List<byte>();
@@ -69,7 +69,7 @@ internal sealed unsafe partial class FakeDomain : IEventChannelBackend, IDisposa
                 bytes.AddRange(Read());
                 return bytes.Count >= count;
             },
-            TimeSpan.FromSeconds(20));
+            TimeSpan.FromSeconds(60));
         return [.. bytes];
     }
 

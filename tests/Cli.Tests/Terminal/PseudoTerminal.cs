@@ -50,6 +50,19 @@ internal sealed unsafe partial class PseudoTerminal : IDisposable
         }
     }
 
+    /// <summary>Whether as much waits for the terminal emulator to read as the terminal keeps for it.</summary>
+    internal bool IsFull
+    {
+        get
+        {
+            const int most = 4095;
+            const int bytesToRead = 0x541b;
+            int waiting = 0;
+            Assert.That(LibC.ioctl(_master, bytesToRead, &waiting), Is.Zero);
+            return waiting >= most;
+        }
+    }
+
     /// <summary>Gives the window a size.</summary>
     internal void Resize(int columns, int rows)
     {

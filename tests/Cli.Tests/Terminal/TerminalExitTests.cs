@@ -56,7 +56,7 @@ public sealed class TerminalExitTests
     public void Signals(int signal)
     {
         Send(signal);
-        Assert.That(_child.WaitForExit(20_000));
+        Assert.That(_child.WaitForExit(60_000));
         Assert.That(_terminal.Mode, Is.EqualTo(_before));
         Assert.That(_child.ExitCode, Is.EqualTo(128 + signal), "the signal's own effect");
     }
@@ -66,7 +66,7 @@ public sealed class TerminalExitTests
     public void OtherWaysOut(string key, int status)
     {
         _terminal.Type(Encoding.ASCII.GetBytes(key));
-        Assert.That(_child.WaitForExit(20_000));
+        Assert.That(_child.WaitForExit(60_000));
         Assert.That(_terminal.Mode, Is.EqualTo(_before));
         Assert.That(_child.ExitCode, Is.EqualTo(status));
     }
@@ -82,7 +82,7 @@ public sealed class TerminalExitTests
         Thread.Sleep(100); // Whatever else .NET does to its terminal after a SIGCONT.
         Assert.That(_terminal.IsRaw, "raw only for a moment");
         Send(LibC.SIGTERM);
-        Assert.That(_child.WaitForExit(20_000));
+        Assert.That(_child.WaitForExit(60_000));
         Assert.That(_terminal.Mode, Is.EqualTo(_before));
     }
 
@@ -116,5 +116,5 @@ public sealed class TerminalExitTests
 
     private void Send(int signal) => Assert.That(LibC.kill(_child.Id, signal), Is.Zero);
 
-    private static void WaitUntil(Func<bool> condition) => Assert.That(SpinWait.SpinUntil(condition, TimeSpan.FromSeconds(20)));
+    private static void WaitUntil(Func<bool> condition) => Assert.That(SpinWait.SpinUntil(condition, TimeSpan.FromSeconds(60)));
 }

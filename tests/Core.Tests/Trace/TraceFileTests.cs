@@ -123,10 +123,10 @@ public sealed class TraceFileTests
         {
             using var recorder = new TraceRecorder(new FileStream(path, FileMode.Create, FileAccess.Write, FileShare.ReadWrite, bufferSize: 0), Header);
             recorder.Stream(0).Append(TraceRecords.Hypercall(1));
-            Assert.That(SpinWait.SpinUntil(() => Count(path) == 1, 10_000), "it is in the file though its block is not full");
+            Assert.That(SpinWait.SpinUntil(() => Count(path) == 1, 60_000), "it is in the file though its block is not full");
             recorder.Stream(0).Append(TraceRecords.Hypercall(2));
             recorder.Stream(0).Append(TraceRecords.Hypercall(3));
-            Assert.That(SpinWait.SpinUntil(() => Count(path) == 3, 10_000));
+            Assert.That(SpinWait.SpinUntil(() => Count(path) == 3, 60_000));
             using TraceFile file = TraceFile.Open(Reading(path));
             Assert.That(file.Damage, Does.Contain("was killed, or goes on still"));
         }

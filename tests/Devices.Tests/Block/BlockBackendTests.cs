@@ -180,6 +180,9 @@ internal sealed class BlockBackendTests
             disk.Front.Put(ReadOperation, 0, [Page(i)]);
         disk.Front.Push();
         _ = disk.Front.Await(20);
+
+        // It follows the answers.
+        Assert.That(SpinWait.SpinUntil(() => disk.Backend.Statistics.Notifications != 0, Patience), Is.True);
         Assert.That(disk.Backend.Statistics.Notifications, Is.EqualTo(1));
     }
 
@@ -442,6 +445,7 @@ internal sealed class BlockBackendTests
         var image = new FakeImage();
         await using BlockFixture disk = BlockFixture.Connected(image);
         Assert.That(await disk.Backend.RemoveAsync(TimeSpan.FromMilliseconds(50)), Is.False, "the guest still has it");
+        disk.Front.AwaitState(XenbusState.Closing);
         Assert.That((disk.Node("online"), disk.Front.BackState), Is.EqualTo(("0", XenbusState.Closing)));
         Assert.That(disk.Front.Do(ReadOperation, 0, Page(0)), Is.EqualTo(Okay), "and can use it");
         Task<bool> removal = disk.Backend.RemoveAsync(Patience);

@@ -237,7 +237,8 @@ public sealed class ConsoleChannelTests
             Assert.That(Encoding.ASCII.GetString(seen), Is.EqualTo("fro\r\n\u0003"));
         }
         await channel.DisposeAsync();
-        Assert.That(Directory.GetFileSystemEntries("/proc/self/fd"), Has.Length.LessThanOrEqualTo(descriptors));
+        Assert.That(
+            SpinWait.SpinUntil(() => Directory.GetFileSystemEntries("/proc/self/fd").Length <= descriptors, Patience), Is.True, "its descriptors are closed");
     }
 
     private static async Task<string> ReceiveAsync(Socket socket, int count)

@@ -173,6 +173,7 @@ public sealed partial class TapDeviceTests
         }
 
         using var link = new PortLink(taps[0], taps[1]);
+        long early;
         using (server)
         using (client)
         {
@@ -188,6 +189,9 @@ public sealed partial class TapDeviceTests
                 return all[..at];
             });
             client!.Connect(new IPEndPoint(IPAddress.Parse(prefix + "1"), Port));
+
+            // What the kernels said when their devices came up (of groups, for one) may have found no link yet.
+            early = Drops();
             for (int at = 0; at < Length;)
                 at += client.Send(sent.AsSpan(at));
             Assert.That(receiving.Wait(VifFixture.Patience), Is.True);
@@ -195,8 +199,10 @@ public sealed partial class TapDeviceTests
         }
 
         PortStatistics traffic = taps[1].Statistics;
-        Assert.That(traffic.DropsOut + taps[0].Statistics.DropsIn, Is.Zero);
+        Assert.That(Drops(), Is.EqualTo(early));
         Assert.That(traffic.BytesOut, Is.GreaterThan(traffic.FramesOut * 5000));
+
+        long Drops() => taps[1].Statistics.DropsOut + taps[0].Statistics.DropsIn;
     }
 
     [Test]

@@ -351,10 +351,12 @@ internal sealed class StoreFixture : IDisposable
     }
 
     /// <summary>A privileged client on the wire, as a tool on a socket is.</summary>
-    public FakeGuest Tool()
+    /// <param name="position">Where the indexes of its ring begin; nobody may move them once the store looks at them.</param>
+    public FakeGuest Tool(uint position = 0)
     {
         FakeGuest tool = Stranger();
         tool.Ring.Reset();
+        tool.MoveIndexes(position);
         Connections.Add(Server.Accept(tool.Ring));
         return tool;
     }

@@ -136,6 +136,8 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
         public PageTableWriteQueue Writes;
         public fixed ulong Tables[DescriptorWindow.GdtPages + DescriptorWindow.LdtPages];
         public int Kick;
+        public EntryService Service;
+        public EntryReport Report;
     }
 
     public FakeVcpu(FakeMachine machine)
@@ -158,6 +160,15 @@ internal sealed unsafe class FakeVcpu : IVirtualCpu
         => new(new VirtualAddress(0xffff_8201_0000_0000), (nint)_block->Tables, new MachineAddress(0xfee1_0000), default);
 
     public uint LdtEntries { get; set; }
+
+    public EntryService* EntryService => &_block->Service;
+
+    public EntryReport* EntryReport => &_block->Report;
+
+    /// <summary>Where vcpu_info was last shown.</summary>
+    public (Mfn Frame, int Offset) VcpuInfo { get; private set; }
+
+    public void ShowVcpuInfo(Mfn frame, int offset) => VcpuInfo = (frame, offset);
 
     public bool ReadsSelectorsAsNull => false;
 

@@ -23,6 +23,9 @@ public interface IBlockImage : IAsyncDisposable
     /// <summary>What it is, for people: a file's name.</summary>
     string Description { get; }
 
+    /// <summary>Why every operation fails from here on, and what to do, for people; null while that is not so.</summary>
+    string? Failure => null;
+
     /// <summary>
     /// Starts an operation. <see cref="BlockOperation.Complete(int)"/> is called for it exactly once, by any thread, possibly before this
     /// returns. Errors come by that way, nothing is thrown.

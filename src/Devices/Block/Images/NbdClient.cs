@@ -41,6 +41,16 @@ internal sealed unsafe class NbdClient : IDisposable
 
     internal NbdExport Export { get; }
 
+    /// <summary>Whether the server has gone.</summary>
+    internal bool IsBroken
+    {
+        get
+        {
+            lock (_gate)
+                return _broken;
+        }
+    }
+
     /// <summary>As <see cref="IBlockImage.Submit(BlockOperation)"/>.</summary>
     internal void Submit(BlockOperation operation)
     {

@@ -54,6 +54,11 @@ public sealed class QemuImage : IBlockImage
     /// <inheritdoc/>
     public string Description => _file.Path;
 
+    /// <inheritdoc/>
+    public string? Failure => _client.IsBroken
+        ? $"the qemu-nbd that served it (process {ProcessId}) has ended; the guest gets errors for all it asks of this disk, until the disk is detached and attached again"
+        : null;
+
     /// <summary>The number of the qemu-nbd process.</summary>
     public int ProcessId => _process.Id;
 

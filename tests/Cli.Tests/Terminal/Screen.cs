@@ -1,9 +1,8 @@
 // What a pseudo-terminal has been sent, read as it comes, so that a test waits for a text and not for ever.
 
 using System.Text;
-using XenSharp.Cli.Tests.Terminal;
 
-namespace XenSharp.Boot.Tests;
+namespace XenSharp.Cli.Tests.Terminal;
 
 internal sealed class Screen
 {

@@ -1,0 +1,82 @@
+// What the SYSCALL entry of a vCPU may serve without the manager, and what comes of it.
+using XenSharp.Core;
+
+namespace XenSharp.Domains;
+
+/// <summary>
+/// Lets the entry serve, on hosts where it can, what an idle guest asks for at every tick: the return from its interrupt and the next
+/// timer. The vCPU's own thread only.
+/// </summary>
+/// <remarks>
+/// A timer that was set that way is not known here before something else brings the vCPU back. So the entry only takes one that is not due
+/// before the manager looks anyway; and as a vCPU that was woken mostly sets its timer and sleeps again, a look soon after that is made sure of.
+/// </remarks>
+internal sealed unsafe class InsideCalls
+{
+    /// <summary>Nanoseconds from a wake-up to the look at what was served since.</summary>
+    private const long Soon = 1_000_000;
+
+    private readonly Vcpu _vcpu;
+    private readonly EntryService* _service;
+    private readonly EntryReport* _report;
+    private VcpuInfo* _info;
+
+    private InsideCalls(Vcpu vcpu)
+    {
+        _vcpu = vcpu;
+        _service = vcpu.Cpu.EntryService;
+        _report = vcpu.Cpu.EntryReport;
+    }
+
+    /// <summary>Null where the host's entries serve nothing, or all that a vCPU does is to be recorded.</summary>
+    public static InsideCalls? Of(Vcpu vcpu) => vcpu.Cpu.EntryService == null || vcpu.Trace != null ? null : new InsideCalls(vcpu);
+
+    /// <summary>System time at which the vCPU is to leave the guest for no other reason than a look; <see cref="long.MaxValue"/> for none.</summary>
+    public long LookTime { get; set; } = long.MaxValue;
+
+    public bool IsToBeLookedAt => LookTime != long.MaxValue;
+
+    /// <summary>The vCPU was woken.</summary>
+    public void LookSoon(long now) => LookTime = now + Soon;
+
+    /// <summary>Says what may be served in the entry that follows.</summary>
+    /// <param name="nextLook">System time at which the vCPU is brought back at the latest.</param>
+    public void BeforeEntry(long nextLook)
+    {
+        VcpuState* state = _vcpu.Context->State;
+        bool serves = state->KernelMode != 0 && IsInfoShown();
+
+        // What iret changes besides is left to the manager.
+        _service->Iret = serves && state->NmiMasked == 0 && !_vcpu.Domain.Context->State->Has(VmAssist.ArchitecturalIopl) ? 1 : 0;
+        _service->SingleshotTimer = serves ? 1 : 0;
+        _service->NextLook = (ulong)Math.Max(nextLook, 1);
+    }
+
+    /// <summary>Takes over what was served.</summary>
+    public void AfterExit()
+    {
+        ulong timeout = Volatile.Read(ref _report->SingleshotTimeout);
+        if (timeout != 0)
+        {
+            _report->SingleshotTimeout = 0;
+            _vcpu.Timers.Singleshot = (long)Math.Min(timeout, long.MaxValue);
+        }
+
+        if (IsToBeLookedAt && _vcpu.Domain.Time.SystemTime >= LookTime)
+            LookTime = long.MaxValue;
+    }
+
+    private bool IsInfoShown()
+    {
+        var info = (VcpuInfo*)Volatile.Read(ref *(nint*)&_vcpu.Context->Info);
+        if (info == _info)
+            return true;
+        MachineMemory memory = _vcpu.Domain.Context->Memory;
+        ulong offset = (ulong)((byte*)info - memory.Page(memory.FirstFrame));
+        if (offset >= memory.FrameCount << Paging.PageShift)
+            return false;
+        _vcpu.Cpu.ShowVcpuInfo(memory.FirstFrame + (offset >> Paging.PageShift), (int)(offset & Paging.PageOffsetMask));
+        _info = info;
+        return true;
+    }
+}

@@ -1,0 +1,144 @@
+// What a vCPU's SYSCALL entry is told to serve, and what comes of its report.
+using XenSharp.Core;
+
+namespace XenSharp.Domains.Tests.Runtime;
+
+public sealed class InsideCallsTests : ScriptedGuest
+{
+    private const uint TimerVirq = 0;
+    private const long Millisecond = 1_000_000;
+
+    [Test]
+    public void The_kernel_is_served_and_user_mode_is_not()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+            SetMode(0);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Served(cpu), Is.EqualTo((0, 0)));
+            SetMode(1);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>What iret changes beside the registers and the mask, only the manager knows of.</summary>
+    [Test]
+    public void An_iret_that_does_more_is_the_managers()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            MaskNmi();
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Served(cpu), Is.EqualTo((0, 1)), "after an NMI");
+            cpu.Rsp = Stack;
+            Fake.WriteAll(Stack, 0, 0, 0, 0, Handler, FlatSelectors.KernelCs64, 0, Stack, FlatSelectors.Ring3Data);
+            yield return cpu.Hypercall(HypercallNumber.Iret);
+            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+            yield return cpu.Hypercall(HypercallNumber.VmAssist, 0, 4);
+            Assert.That((cpu.Result, Served(cpu)), Is.EqualTo((0L, (0, 1))), "with a virtual IOPL in RFLAGS");
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    [Test]
+    public void Vcpu_info_is_shown_where_it_lies()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            Assert.That(cpu.VcpuInfo, Is.EqualTo((new Mfn(SharedInfoFrame), 0)));
+            Fake.WriteAll(Data, FrameOf(Data + 0x1000), 0x140);
+            yield return cpu.Hypercall(HypercallNumber.VcpuOp, 10, 0, Data);
+            Assert.That(cpu.Result, Is.Zero);
+            Assert.That(cpu.VcpuInfo, Is.EqualTo((new Mfn(FrameOf(Data + 0x1000)), 0x140)));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    [Test]
+    public void A_timer_that_was_reported_fires()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            yield return BindVirq(cpu, TimerVirq);
+            uint port = Port();
+            SetMask(1);
+            long due = Now + (5 * Millisecond);
+            Report(cpu, (ulong)due);
+            cpu.Rsp = Stack;
+            yield return cpu.Hypercall(HypercallNumber.SchedOp, 1);
+            Assert.That(Now, Is.GreaterThanOrEqualTo(due));
+            Assert.That(IsPending(port), Is.True);
+            Assert.That(cpu.Rip, Is.EqualTo(Handler));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>It is taken over before what the vCPU came back for is served, and only once.</summary>
+    [Test]
+    public void A_report_comes_before_the_hypercall_after_it()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            long late = Now + (3_600_000 * Millisecond);
+            Report(cpu, (ulong)late);
+            Fake.WriteAll(Data, (ulong)late + 1, 0);
+            yield return cpu.Hypercall(HypercallNumber.VcpuOp, 8, 0, Data);
+            Assert.That(Fake.Vcpu.Timers.Singleshot, Is.EqualTo(late + 1));
+            Report(cpu, ulong.MaxValue);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Fake.Vcpu.Timers.Singleshot, Is.EqualTo(long.MaxValue), "whatever a guest writes there");
+            Fake.WriteAll(Data, (ulong)late);
+            yield return cpu.Hypercall(HypercallNumber.VcpuOp, 8, 0, Data);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Fake.Vcpu.Timers.Singleshot, Is.EqualTo(late));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>A vCPU that was woken has a look coming soon, and so may set a timer for any later time; that look takes place once.</summary>
+    [Test]
+    public void A_look_follows_a_wake_up()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            yield return BindVirq(cpu, TimerVirq);
+            SetMask(1);
+            Fake.WriteAll(Data, (ulong)(Now + Millisecond), 0);
+            yield return cpu.Hypercall(HypercallNumber.VcpuOp, 8, 0, Data);
+            cpu.Rsp = Stack;
+            yield return cpu.Hypercall(HypercallNumber.SchedOp, 1);
+            Assert.That(NextLook(cpu), Is.LessThanOrEqualTo(Now + Millisecond));
+            while (Now <= NextLook(cpu))
+                Thread.SpinWait(100);
+
+            // The next is for the correction of the clock, and may be due by the time that it is looked at here.
+            for (int i = 0; i < 100_000 && NextLook(cpu) <= Now; i++)
+                yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(NextLook(cpu), Is.GreaterThan(Now));
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    private static unsafe (int Iret, int SingleshotTimer) Served(FakeVcpu cpu) => (cpu.EntryService->Iret, cpu.EntryService->SingleshotTimer);
+
+    private static unsafe long NextLook(FakeVcpu cpu) => (long)cpu.EntryService->NextLook;
+
+    private static unsafe void Report(FakeVcpu cpu, ulong timeout) => cpu.EntryReport->SingleshotTimeout = timeout;
+
+    private unsafe void SetMode(int mode) => Fake.Context->State->KernelMode = mode;
+
+    private unsafe void MaskNmi() => Fake.Context->State->NmiMasked = 1;
+
+    private unsafe ulong SharedInfoFrame => Fake.Context->Domain->State->SharedInfoFrame;
+
+    private static ulong FrameOf(ulong address) => FakeMachine.FirstFrame + ((address - FakeDomain.Base) >> 12);
+}

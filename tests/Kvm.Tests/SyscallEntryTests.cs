@@ -1,0 +1,411 @@
+// What the SYSCALL entry serves inside the VM, and that whatever comes in between has the manager serve it instead.
+using Iced.Intel;
+using XenSharp.Core;
+using static Iced.Intel.AssemblerRegisters;
+
+namespace XenSharp.Kvm.Tests;
+
+public sealed unsafe class SyscallEntryTests : KvmTest
+{
+    private const int InfoOffset = 0x140;
+    private const ulong Target = ScratchGuest.CodeAddress + 0x100;
+    private const ulong Frame = ScratchGuest.StackTop - 0x200;
+    private const ulong NewStack = ScratchGuest.StackTop - 0x80;
+    private const ulong Look = 1_000_000;
+    private const int SetSingleshotTimer = 8;
+    private const Rflags Always = Rflags.Fixed | Rflags.InterruptEnable;
+
+    private ScratchGuest _guest = null!;
+
+    private KvmVirtualCpu Vcpu => _guest.Vcpu;
+
+    /// <summary>evtchn_upcall_pending.</summary>
+    private ref byte Pending => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset];
+
+    /// <summary>evtchn_upcall_mask.</summary>
+    private ref byte Mask => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset + 1];
+
+    [SetUp]
+    public void MakeGuest()
+    {
+        _guest = NewGuest();
+        if (Vcpu.EntryService == null)
+        {
+            Assert.That(Capabilities.SyscallEntryLevel, Is.Zero, "The entry serves where it runs at CPL 3.");
+            Assert.Pass("This host enters SYSCALL at CPL 0, where the entry serves nothing by itself.");
+        }
+
+        Vcpu.ShowVcpuInfo(_guest.SecondDataFrame, InfoOffset);
+        Vcpu.EntryService->Iret = 1;
+        Vcpu.EntryService->SingleshotTimer = 1;
+        Vcpu.EntryService->NextLook = Look;
+    }
+
+    [TearDown]
+    public void DropGuest() => _guest?.Dispose();
+
+    [Test]
+    public void IretGoesWhereItsFrameSays([Values] bool unmasks)
+    {
+        Mask = 7;
+        LoadIret(unmasks ? Rflags.InterruptEnable | Rflags.Carry | Rflags.Direction : Rflags.Zero);
+        AssertSyscall(RunWatched(_guest));
+        AssertReturned(unmasks ? Rflags.Carry | Rflags.Direction : Rflags.Zero);
+        Assert.That(Mask, Is.EqualTo(unmasks ? 0 : 1));
+        Assert.That(Pending, Is.Zero);
+        Assert.That((_guest.Vcpu.Segments->Cs, _guest.Vcpu.Segments->Ss), Is.EqualTo((FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data)));
+    }
+
+    /// <summary>The bytes around the two flags of vcpu_info are somebody else's.</summary>
+    [Test]
+    public void IretWritesTheMaskAlone()
+    {
+        var page = new Span<byte>(_guest.Machine.Memory.Page(_guest.SecondDataFrame), (int)Paging.PageSize);
+        page.Fill(0xa5);
+        LoadIret(Rflags.Fixed);
+        AssertSyscall(RunWatched(_guest));
+        AssertReturned(Rflags.Fixed);
+        Assert.That(Mask, Is.EqualTo(1));
+        page[InfoOffset + 1] = 0xa5;
+        Assert.That(page.IndexOfAnyExcept((byte)0xa5), Is.Negative);
+    }
+
+    /// <summary>With an upcall pending only a return that leaves events masked is one.</summary>
+    [Test]
+    public void AnUpcallIsTheManagersToDeliver()
+    {
+        Pending = 1;
+        LoadIret(Rflags.InterruptEnable);
+        AssertIsLeft(HypercallNumber.Iret);
+        LoadIret(Rflags.Fixed);
+        AssertSyscall(RunWatched(_guest));
+        AssertReturned(Rflags.Fixed);
+    }
+
+    [Test]
+    public void WhatTheEntryIsNotToServeItDoesNot()
+    {
+        Vcpu.EntryService->Iret = 0;
+        Vcpu.EntryService->SingleshotTimer = 0;
+        LoadIret(Rflags.InterruptEnable);
+        AssertIsLeft(HypercallNumber.Iret);
+        LoadTimer(Look);
+        AssertIsLeft(HypercallNumber.VcpuOp);
+        Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.Zero);
+    }
+
+    [TestCase(40, 0xe033UL, TestName = "IretIsLeft(user mode)")]
+    [TestCase(40, 0x33UL, TestName = "IretIsLeft(the host's selector)")]
+    [TestCase(40, 0xe023UL, TestName = "IretIsLeft(32-bit code)")]
+    [TestCase(40, 0x0UL, TestName = "IretIsLeft(null CS)")]
+    [TestCase(64, 0x0UL, TestName = "IretIsLeft(null SS)")]
+    [TestCase(64, 0xe023UL, TestName = "IretIsLeft(SS of code)")]
+    [TestCase(24, 0x100UL, TestName = "IretIsLeft(VGCF_in_syscall)")]
+    [TestCase(32, 0x8000_0000_0000_0000UL, TestName = "IretIsLeft(RIP not canonical)")]
+    public void IretOfAnotherKindIsLeft(int field, ulong value)
+    {
+        LoadIret(Rflags.InterruptEnable);
+        *(ulong*)HostAddress(_guest, Frame + (ulong)field) = value;
+        AssertIsLeft(HypercallNumber.Iret);
+    }
+
+    /// <summary>Where the stack is not, where the monitor is, and at the edges of both.</summary>
+    [Test]
+    public void IretWithAStackThatIsNotTheGuests()
+    {
+        ulong[] stacks =
+        [
+            0, 8, 0x7fff_ffff_fff8, 0x8000_0000_0000, Paging.HypervisorVirtualStart - 8, Paging.HypervisorVirtualStart, MonitorLayout.MonitorStart,
+            Vcpu.Entry.Of32BitCode, MonitorLayout.KernelWindowStart + 64, MonitorLayout.KernelWindowStart + Paging.PageSize + 0x200,
+            Paging.HypervisorVirtualEnd - 8, Paging.HypervisorVirtualEnd, ulong.MaxValue - 7, ScratchGuest.StackTop - 8, ScratchGuest.StackTop,
+        ];
+        foreach (ulong stack in stacks)
+        {
+            LoadIret(Rflags.InterruptEnable);
+            Vcpu.Registers->Rsp = stack;
+            CpuRegisters before = *Vcpu.Registers;
+            VcpuExit exit = RunWatched(_guest);
+            Assert.That(exit.Kind, Is.EqualTo(VcpuExitKind.Syscall), $"stack {stack:x}: {exit.Vector} {exit.Failure}");
+            AssertUnchanged(before, HypercallNumber.Iret);
+        }
+    }
+
+    [Test]
+    public void TimersAreReported([Values(Look, Look + 1, (ulong)long.MaxValue, ulong.MaxValue)] ulong timeout)
+    {
+        foreach (Rflags flags in (Rflags[])[Always, Always | Rflags.Carry | Rflags.Direction | Rflags.Zero | Rflags.Overflow])
+        {
+            LoadTimer(timeout);
+            Vcpu.Registers->Rflags = (ulong)flags;
+            CpuRegisters before = *Vcpu.Registers;
+            AssertSyscall(RunWatched(_guest));
+            Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.EqualTo(timeout));
+            Assert.That(Vcpu.Registers->R12, Is.Zero, "RAX after it: success");
+            Assert.That((Rflags)Vcpu.Registers->R11 & ~Rflags.Resume, Is.EqualTo(flags), "the flags, as the next SYSCALL saw them");
+            Assert.That((Vcpu.Registers->Rsp, Vcpu.Registers->Rdx), Is.EqualTo((before.Rsp, before.Rdx)));
+            Vcpu.EntryReport->SingleshotTimeout = 0;
+        }
+    }
+
+    [Test]
+    public void ATimerThatMayBeDueBeforeTheNextLookIsLeft([Values(0UL, 1UL, Look - 1)] ulong timeout)
+    {
+        LoadTimer(timeout);
+        AssertIsLeft(HypercallNumber.VcpuOp);
+        Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.Zero);
+    }
+
+    [Test]
+    public void OtherCommandsAndPointersAreLeft()
+    {
+        (ulong Command, ulong Vcpu, ulong Argument)[] calls =
+        [
+            (SetSingleshotTimer + 1, 0, ScratchGuest.DataAddress), (SetSingleshotTimer, 1, ScratchGuest.DataAddress), (SetSingleshotTimer, 0, 0),
+            (SetSingleshotTimer, 0, 0x8000_0000_0000_0000), (SetSingleshotTimer, 0, _guest.Machine.MachineToPhysStart.Value),
+            (SetSingleshotTimer, 0, Vcpu.Entry.Of32BitCode), (SetSingleshotTimer, 0, MonitorLayout.KernelWindowStart),
+            (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd - 8), (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd),
+        ];
+        foreach ((ulong command, ulong vcpu, ulong argument) in calls)
+        {
+            LoadTimer(Look);
+            (Vcpu.Registers->Rdi, Vcpu.Registers->Rsi, Vcpu.Registers->Rdx) = (command, vcpu, argument);
+            AssertIsLeft(HypercallNumber.VcpuOp);
+            Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.Zero);
+        }
+
+        // Both are of 32 bits (do_vcpu_op).
+        LoadTimer(Look);
+        (Vcpu.Registers->Rdi, Vcpu.Registers->Rsi) = (SetSingleshotTimer | (1UL << 32), 1UL << 40);
+        AssertSyscall(RunWatched(_guest));
+        Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.EqualTo(Look));
+    }
+
+    /// <summary>A single step over the hypercall ends behind the instruction that follows it, as over every other.</summary>
+    [Test]
+    public void ATimerThatIsSteppedOverIsLeft()
+    {
+        LoadTimer(Look);
+        Vcpu.Registers->Rflags |= (ulong)Rflags.Trap;
+        AssertIsLeft(HypercallNumber.VcpuOp);
+    }
+
+    /// <summary>An interruption before any of the entry's instructions: the hypercall is made, with the registers that it had.</summary>
+    [Test]
+    public void AnInterruptionAnywhereLeavesTheHypercallToTheManager([Values] bool timer)
+    {
+        const byte undefinedInstruction = 0x06;
+        SyscallEntry entry = Vcpu.Entry;
+        int interrupted = 0;
+        foreach (ulong address in InstructionsOf(entry))
+        {
+            if (timer)
+                LoadTimer(Look);
+            else
+                LoadIret(Rflags.InterruptEnable);
+            CpuRegisters before = *Vcpu.Registers;
+            ref byte code = ref entry.Code[(int)(address - entry.Of32BitCode)];
+            byte kept = code;
+            code = undefinedInstruction;
+            AssertSyscall(RunWatched(_guest));
+            code = kept;
+            bool isServed = Vcpu.Registers->Rip != ScratchGuest.CodeAddress + 2;
+            if (isServed)
+                continue;
+            interrupted++;
+            AssertUnchanged(before, timer ? HypercallNumber.VcpuOp : HypercallNumber.Iret);
+        }
+
+        Assert.That(interrupted, Is.GreaterThan(timer ? 20 : 30), "Those of the way were met.");
+    }
+
+    /// <summary>Kicks at any moment: each is taken note of, and nothing is lost or done by halves.</summary>
+    [Test]
+    public void KicksAtAnyMoment()
+    {
+        const ulong round = 0x1111_1111_1111_1111;
+        _guest.Load(code =>
+        {
+            Label again = code.CreateLabel();
+            Label failed = code.CreateLabel();
+            code.Label(ref again);
+            code.inc(r15);
+            code.mov(eax, (int)HypercallNumber.VcpuOp);
+            code.mov(edi, SetSingleshotTimer);
+            code.xor(esi, esi);
+            code.syscall();
+            code.test(rax, rax);
+            code.jne(failed);
+            code.mov(eax, (int)HypercallNumber.Iret);
+            code.syscall();
+            code.Label(ref failed);
+            code.ud2();
+        });
+        ulong* frame = (ulong*)HostAddress(_guest, Frame);
+        WriteFrame(frame, ScratchGuest.CodeAddress, Frame, Rflags.InterruptEnable);
+        frame[0] = frame[1] = frame[2] = round;
+        *(ulong*)HostAddress(_guest, ScratchGuest.DataAddress) = Look;
+        Vcpu.Registers->Rsp = Frame;
+        Vcpu.Registers->Rdx = ScratchGuest.DataAddress;
+        Vcpu.WaitForKick(0);
+        using var kicker = new Background(stop =>
+        {
+            var random = new Random(2);
+            for (int i = 0; i < 2000; i++)
+            {
+                while (Volatile.Read(ref *Vcpu.KickPending) != 0 && !stop.IsCancellationRequested)
+                    Thread.SpinWait(10);
+                Thread.SpinWait(random.Next(300));
+                Vcpu.Kick();
+            }
+        });
+        int left = 0;
+        while (!kicker.IsDone)
+        {
+            VcpuExit exit = Vcpu.Run();
+            if (exit.Kind == VcpuExitKind.Kicked)
+                continue;
+            AssertSyscall(exit);
+            left++;
+            CpuRegisters* registers = Vcpu.Registers;
+            Assert.That(registers->Rsp, Is.EqualTo(Frame));
+            if (registers->Rax == (ulong)HypercallNumber.VcpuOp)
+            {
+                Assert.That((registers->Rdi, registers->Rsi, registers->Rdx), Is.EqualTo(((ulong)SetSingleshotTimer, 0UL, ScratchGuest.DataAddress)));
+                registers->Rax = 0;
+                continue;
+            }
+
+            Assert.That(registers->Rax, Is.EqualTo((ulong)HypercallNumber.Iret));
+            registers->Rip = ScratchGuest.CodeAddress;
+            registers->Rcx = registers->R11 = registers->Rax = round;
+        }
+
+        Assert.That(Vcpu.Registers->R15, Is.GreaterThan((ulong)left));
+        TestContext.Out.WriteLine($"{Vcpu.Registers->R15} rounds, {left} hypercalls left to the manager");
+    }
+
+    /// <summary>Wherever in the page a guest jumps to: it gets no more than it could do by itself, and the manager stays in charge.</summary>
+    [Test]
+    public void JumpsAnywhereIntoThePage()
+    {
+        for (ulong offset = 0; offset < Paging.PageSize; offset += offset < 0x240 ? 1UL : 0x3fUL)
+        {
+            VcpuExit exit = default;
+            foreach (ulong value in (ulong[])[0, Frame, ulong.MaxValue])
+            {
+                _guest.Load(code => code.jmp(r8));
+                CpuRegisters* registers = Vcpu.Registers;
+                *registers = new CpuRegisters
+                {
+                    Rax = value, Rbx = value, Rcx = value, Rdx = value, Rsi = value, Rdi = value, R11 = value, Rsp = Frame, Rip = registers->Rip,
+                    Rflags = registers->Rflags, R8 = Vcpu.Entry.Of32BitCode + offset,
+                };
+                Vcpu.SetWakeTimer(Libc.MonotonicNow() + 20_000_000);
+                exit = Vcpu.Run();
+                Vcpu.SetWakeTimer(long.MaxValue);
+                Assert.That(exit.Kind, Is.Not.EqualTo(VcpuExitKind.Failed), () => $"offset {offset:x}: {exit.Failure}");
+                Assert.That(Vcpu.Registers->Rflags & (ulong)(Rflags.Iopl | Rflags.Virtual8086), Is.Zero);
+            }
+        }
+    }
+
+    /// <summary>vcpu_info moves: the entry follows at the next entry.</summary>
+    [Test]
+    public void VcpuInfoMayMove()
+    {
+        LoadIret(Rflags.Fixed);
+        AssertSyscall(RunWatched(_guest));
+        Assert.That(Mask, Is.EqualTo(1));
+        Mask = 0;
+        Vcpu.ShowVcpuInfo(_guest.FirstDataFrame, 8);
+        LoadIret(Rflags.Fixed);
+        AssertSyscall(RunWatched(_guest));
+        AssertReturned(Rflags.Fixed);
+        Assert.That(Mask, Is.Zero);
+        Assert.That(_guest.Machine.Memory.Page(_guest.FirstDataFrame)[9], Is.EqualTo(1));
+    }
+
+    private static List<ulong> InstructionsOf(SyscallEntry entry)
+    {
+        byte[] bytes = entry.Code[..(int)(entry.End - entry.Of32BitCode)].ToArray();
+        var decoder = Decoder.Create(64, bytes, entry.Of32BitCode);
+        List<ulong> found = [];
+        while (decoder.IP < entry.End)
+        {
+            Instruction instruction = decoder.Decode();
+            if (instruction.IP >= entry.Of64BitCode && instruction.Mnemonic is not (Mnemonic.Out or Mnemonic.Ud2))
+                found.Add(instruction.IP);
+        }
+
+        return found;
+    }
+
+    /// <summary>iret with its frame, and at its target a SYSCALL that is not served.</summary>
+    private void LoadIret(Rflags flags)
+    {
+        _guest.Load(code =>
+        {
+            code.syscall();
+            while (code.Instructions.Count < (int)(Target - ScratchGuest.CodeAddress) - 1)
+                code.nop();
+            code.syscall();
+        });
+        WriteFrame((ulong*)HostAddress(_guest, Frame), Target, NewStack, flags);
+        Vcpu.Registers->Rsp = Frame;
+        Vcpu.Registers->Rax = (ulong)HypercallNumber.Iret;
+    }
+
+    private static void WriteFrame(ulong* frame, ulong rip, ulong stack, Rflags flags)
+    {
+        ReadOnlySpan<ulong> values = [0x5a5a, 0x1b1b, 0xc1c1, 0, rip, FlatSelectors.KernelCs64 | (1UL << 32), (ulong)flags, stack, FlatSelectors.Ring3Data];
+        values.CopyTo(new Span<ulong>(frame, values.Length));
+    }
+
+    /// <summary>The SYSCALL behind it saw what the frame says; it has changed RCX and R11 since.</summary>
+    private void AssertReturned(Rflags flags)
+    {
+        CpuRegisters* registers = Vcpu.Registers;
+        Assert.That(registers->Rip, Is.EqualTo(Target + 2));
+        Assert.That((registers->Rax, registers->Rsp), Is.EqualTo((0x5a5aUL, NewStack)));
+        Assert.That((Rflags)registers->R11 & ~Rflags.Resume, Is.EqualTo(flags | Always));
+    }
+
+    private void LoadTimer(ulong timeout)
+    {
+        _guest.Load(code =>
+        {
+            code.syscall();
+            code.mov(r12, rax);
+            code.mov(eax, (int)HypercallNumber.XenVersion);
+            code.syscall();
+        });
+        *(ulong*)HostAddress(_guest, ScratchGuest.DataAddress) = timeout;
+        Vcpu.Registers->Rax = (ulong)HypercallNumber.VcpuOp;
+        Vcpu.Registers->Rdi = SetSingleshotTimer;
+        Vcpu.Registers->Rsi = 0;
+        Vcpu.Registers->Rdx = ScratchGuest.DataAddress;
+        Vcpu.Registers->Rsp = Frame;
+    }
+
+    private void AssertIsLeft(HypercallNumber number)
+    {
+        CpuRegisters before = *Vcpu.Registers;
+        AssertSyscall(RunWatched(_guest));
+        AssertUnchanged(before, number);
+    }
+
+    private void AssertUnchanged(CpuRegisters before, HypercallNumber number)
+    {
+        before.Rax = (ulong)number;
+        before.Rip = ScratchGuest.CodeAddress + 2;
+        CpuRegisters found = *Vcpu.Registers;
+
+        // Those that SYSCALL itself takes; iret finds them in its frame.
+        before.Rcx = found.Rcx;
+        before.R11 = found.R11;
+        if (number == HypercallNumber.Iret)
+            found.Rip = before.Rip;
+        before.Rflags = found.Rflags = 0;
+        Assert.That(found, Is.EqualTo(before));
+    }
+}

@@ -125,6 +125,7 @@ internal static class DaemonCommand
         {
             log.Write($"{Tool.Name} {Tool.Version} answers at {options.Socket}.");
             ServiceNotification.Send(ServiceNotification.Ready);
+            ProgramPages.GiveBack();
             await WaitForEndAsync(server.Toolstack, idle, signals.Token).ConfigureAwait(false);
             ServiceNotification.Send(ServiceNotification.Stopping);
             log.Write(signals.Received == 0

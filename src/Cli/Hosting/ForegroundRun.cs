@@ -89,6 +89,7 @@ internal sealed class ForegroundRun(KvmHost host)
         {
             RunningDomain domain = first.Domain;
             domain.Start();
+            ProgramPages.GiveBack();
             SessionEnd end = await terminal.ServeAsync(domain.Console, domain.Stopped, log, cancellation).ConfigureAwait(false);
             if (end.Reason != SessionEndReason.DomainEnded)
                 return new Outcome(end, null);

@@ -202,7 +202,10 @@ public static unsafe class MmuextOp
                 return error;
             if (vcpu->Domain->State->Has(VmAssist.M2PStrict))
                 PageTables.ShowMachineToPhys(vcpu, frame, shown: false);
-            PageTables.ShowKernelSlot(vcpu, frame, shown: false);
+
+            // User mode that runs on the kernel's own tables reaches all that the kernel does, whatever is hidden here.
+            if (frame.Value != vcpu->State->KernelRoot)
+                PageTables.ShowKernelSlot(vcpu, frame, shown: false);
         }
 
         vcpu->State->UserRoot = frame.Value;

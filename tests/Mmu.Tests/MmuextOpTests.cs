@@ -162,6 +162,8 @@ public sealed unsafe class MmuextOpTests
         Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel");
         Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(0)), Is.EqualTo(Errno.None));
         Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel once");
+        Assert.That(machine.Extended(15, F(0)), Is.Zero);
+        Assert.That(machine.Entry(0, TestMachine.KernelSlot)->Value, Is.EqualTo(shown), "of both at the same time");
         *entry = new PageTableEntry(shown | (ulong)PageFlags.Accessed);
         Assert.That(machine.Extended(15, 0), Is.Zero);
         machine.Queue->Clear();

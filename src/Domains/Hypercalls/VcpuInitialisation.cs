@@ -255,7 +255,8 @@ internal static unsafe class VcpuInitialisation
         {
             if (strict)
                 PageTables.ShowMachineToPhys(caller, user, shown: false);
-            PageTables.ShowKernelSlot(caller, user, shown: false);
+            if (user != kernel)
+                PageTables.ShowKernelSlot(caller, user, shown: false);
             target->State->UserRoot = user.Value;
         }
         else if (error != Errno.ERESTART)

@@ -45,7 +45,10 @@ public sealed class PvAssembler
 
     readonly HypercallStyle style;
     readonly ulong hypercallPage;
+
+    /// <summary>The data as far as something is defined: megabytes may be reserved behind it, in each of many guests.</summary>
     readonly List<byte> data = [];
+    int length;
 
     public PvAssembler(HypercallStyle style = HypercallStyle.Syscall)
     {
@@ -66,10 +69,9 @@ public sealed class PvAssembler
         ArgumentOutOfRangeException.ThrowIfNegative(bytes);
         if (alignment is < 1 or > PageSize || !int.IsPow2(alignment))
             throw new ArgumentOutOfRangeException(nameof(alignment), alignment, "The alignment must be a power of two from 1 to 4096.");
-        Extend((data.Count + alignment - 1) & -alignment);
-        ulong address = ImageBase + (ulong)data.Count;
-        Extend(data.Count + bytes);
-        return address;
+        int start = (length + alignment - 1) & -alignment;
+        length = start + bytes;
+        return ImageBase + (ulong)start;
     }
 
     /// <summary>Puts bytes into the writable data segment.</summary>
@@ -77,9 +79,8 @@ public sealed class PvAssembler
     public ulong Define(ReadOnlySpan<byte> bytes, int alignment = 8)
     {
         ulong address = Reserve(bytes.Length, alignment);
-        int start = (int)(address - ImageBase);
-        for (int i = 0; i < bytes.Length; i++)
-            data[start + i] = bytes[i];
+        data.AddRange(Enumerable.Repeat((byte)0, (int)(address - ImageBase) - data.Count));
+        data.AddRange(bytes);
         return address;
     }
 
@@ -87,10 +88,10 @@ public sealed class PvAssembler
     /// <exception cref="InvalidOperationException">What was reserved before goes beyond <paramref name="start"/>.</exception>
     public void ReserveRange(ulong start, ulong end)
     {
-        ulong used = ImageBase + (ulong)data.Count;
+        ulong used = ImageBase + (ulong)length;
         if (used > start)
             throw new InvalidOperationException($"The guest's data is {used - start} bytes too long.");
-        Extend((int)(end - ImageBase));
+        length = (int)(end - ImageBase);
     }
 
     /// <summary>Emits the hypercall; the arguments are already in RDI, RSI, RDX, R10 and R8, the result comes in RAX.</summary>
@@ -122,7 +123,7 @@ public sealed class PvAssembler
     public byte[] Build(GuestIdentity identity)
     {
         ArgumentNullException.ThrowIfNull(identity);
-        ulong codeBase = (ImageBase + (ulong)data.Count + PageSize - 1) & ~(ulong)(PageSize - 1);
+        ulong codeBase = (ImageBase + (ulong)length + PageSize - 1) & ~(ulong)(PageSize - 1);
         MemoryStream code = new();
         try
         {
@@ -135,7 +136,7 @@ public sealed class PvAssembler
         }
 
         ElfWriter elf = new() { EntryPoint = codeBase };
-        if (data.Count != 0)
+        if (length != 0)
         {
             byte[] contents = [.. data];
             elf.AddSegment(new ElfSegment(ImageBase, ImageBase - VirtBase, ElfSegmentFlags.Read | ElfSegmentFlags.Write,
@@ -176,11 +177,5 @@ public sealed class PvAssembler
         Number(XenElfNote.Entry, entry);
         if (style == HypercallStyle.Page)
             Number(XenElfNote.HypercallPage, hypercallPage);
-    }
-
-    void Extend(int length)
-    {
-        while (data.Count < length)
-            data.Add(0);
     }
 }

@@ -19,15 +19,9 @@ public sealed record AttachDeviceRequest
     public string? Folder { get; init; }
 }
 
-/// <summary>One block device: a row of xl block-list.</summary>
-public sealed record BlockDeviceInfo
+/// <summary>What every device says of its front end and its back end.</summary>
+public abstract record FrontEndInfo
 {
-    /// <summary>Its number (51712 for xvda).</summary>
-    public required int VirtualDevice { get; init; }
-
-    /// <summary>Its name in the guest ("xvda").</summary>
-    public required string Name { get; init; }
-
     /// <summary>The domain of the back end: 0, the host.</summary>
     public int BackendId { get; init; }
 
@@ -37,11 +31,21 @@ public sealed record BlockDeviceInfo
     /// <summary>The guest's event channel port; null while it is not connected.</summary>
     public long? EventChannel { get; init; }
 
-    /// <summary>The grant of its ring's first page; null while it is not connected.</summary>
-    public long? RingReference { get; init; }
-
     /// <summary>Its folder in xenstore.</summary>
     public string BackendPath { get; init; } = string.Empty;
+}
+
+/// <summary>One block device: a row of xl block-list.</summary>
+public sealed record BlockDeviceInfo : FrontEndInfo
+{
+    /// <summary>Its number (51712 for xvda).</summary>
+    public required int VirtualDevice { get; init; }
+
+    /// <summary>Its name in the guest ("xvda").</summary>
+    public required string Name { get; init; }
+
+    /// <summary>The grant of its ring's first page; null while it is not connected.</summary>
+    public long? RingReference { get; init; }
 
     /// <summary>The image's file or device; empty for a drive without a medium.</summary>
     public string Target { get; init; } = string.Empty;
@@ -73,7 +77,7 @@ public sealed record BlockDeviceInfo
 }
 
 /// <summary>One channel, a further console with a name: a row of xl channel-list.</summary>
-public sealed record ChannelInfo
+public sealed record ChannelInfo : FrontEndInfo
 {
     /// <summary>Its number among the guest's consoles, from 1 on; channel-list's index is one less.</summary>
     public required int DeviceId { get; init; }
@@ -81,20 +85,8 @@ public sealed record ChannelInfo
     /// <summary>What the guest finds it by.</summary>
     public required string Name { get; init; }
 
-    /// <summary>The domain of the back end: 0, the host.</summary>
-    public int BackendId { get; init; }
-
-    /// <summary>The front end's state (XenbusState of xen/include/public/io/xenbus.h: 4 is connected); 0 where it says none.</summary>
-    public int State { get; init; }
-
-    /// <summary>The guest's event channel port; null while it is not connected.</summary>
-    public long? EventChannel { get; init; }
-
     /// <summary>The grant of its ring's page; null while it is not connected.</summary>
     public long? RingReference { get; init; }
-
-    /// <summary>Its folder in xenstore.</summary>
-    public string BackendPath { get; init; } = string.Empty;
 
     /// <summary>What it leads to on the host: "pty" or "socket".</summary>
     public required string Connection { get; init; }
@@ -104,7 +96,7 @@ public sealed record ChannelInfo
 }
 
 /// <summary>One network interface: a row of xl network-list.</summary>
-public sealed record NetworkDeviceInfo
+public sealed record NetworkDeviceInfo : FrontEndInfo
 {
     /// <summary>Its index, from 0 on.</summary>
     public required int DeviceId { get; init; }
@@ -112,23 +104,11 @@ public sealed record NetworkDeviceInfo
     /// <summary>The guest's address ("00:16:3e:00:00:01").</summary>
     public required string Mac { get; init; }
 
-    /// <summary>The domain of the back end: 0, the host.</summary>
-    public int BackendId { get; init; }
-
-    /// <summary>The front end's state (XenbusState of xen/include/public/io/xenbus.h: 4 is connected); 0 where it says none.</summary>
-    public int State { get; init; }
-
-    /// <summary>The guest's event channel port; null while it is not connected.</summary>
-    public long? EventChannel { get; init; }
-
     /// <summary>The grant of the ring that the guest sends with; null while it is not connected.</summary>
     public long? TransmitRingReference { get; init; }
 
     /// <summary>The grant of the ring that the guest receives with; null while it is not connected.</summary>
     public long? ReceiveRingReference { get; init; }
-
-    /// <summary>Its folder in xenstore.</summary>
-    public string BackendPath { get; init; } = string.Empty;
 
     /// <summary>The switch or the host's bridge that it is on.</summary>
     public string Bridge { get; init; } = string.Empty;

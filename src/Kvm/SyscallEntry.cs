@@ -200,9 +200,7 @@ internal sealed unsafe class SyscallEntry
         code.mov(__byte_ptr[rax + UpcallMask], 1);
         code.jmp(build);
 
-        code.Label(ref give);
-        code.mov(eax, (int)HypercallNumber.Iret);
-        code.jmp(exit);
+        EmitGive(code, ref give, HypercallNumber.Iret, exit);
         return last;
     }
 
@@ -231,10 +229,16 @@ internal sealed unsafe class SyscallEntry
         code.popfq();
         code.jmp(rcx);
 
-        code.Label(ref give);
-        code.mov(eax, (int)HypercallNumber.VcpuOp);
-        code.jmp(exit);
+        EmitGive(code, ref give, HypercallNumber.VcpuOp, exit);
         return last;
+    }
+
+    /// <summary>Where a hypercall is left to the manager: RAX is its number again.</summary>
+    private static void EmitGive(Assembler code, ref Label give, HypercallNumber number, Label exit)
+    {
+        code.Label(ref give);
+        code.mov(eax, (int)number);
+        code.jmp(exit);
     }
 
     /// <summary>

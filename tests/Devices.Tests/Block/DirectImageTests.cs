@@ -8,24 +8,15 @@ namespace XenSharp.Devices.Tests.Block;
 
 [TestFixture(true)]
 [TestFixture(false)]
-internal sealed class DirectImageTests(bool asynchronous)
+internal sealed class DirectImageTests(bool asynchronous) : ImageFixture
 {
-    private const int MiB = 1 << 20;
     private const int Okay = 0;
-
-    private string _folder = null!;
-
-    [SetUp]
-    public void MakeFolder() => _folder = Directory.CreateTempSubdirectory("xensharp-direct-test-").FullName;
-
-    [TearDown]
-    public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
 
     [Test]
     public async Task A_raw_file_is_used_past_the_page_cache()
     {
         // A hole, whose blocks the kernel cannot make without waiting.
-        await using RawImage image = Open(MakeHole(2 * MiB));
+        await using RawImage image = Open(MakeFile(2 * MiB));
         Assert.That(image.SectorSize, Is.InRange(512u, 4096u));
         byte[] data = Data(16 * 4096, seed: 5);
         byte[] read = new byte[data.Length];
@@ -51,7 +42,7 @@ internal sealed class DirectImageTests(bool asynchronous)
     {
         const int Length = 8192;
         byte[] data = Data(6 * MiB, seed: 6);
-        string path = Path.Combine(_folder, "disk");
+        string path = Path.Combine(Folder, "disk");
         await File.WriteAllBytesAsync(path, new byte[data.Length]);
         RawImage image = Open(path);
 
@@ -79,7 +70,7 @@ internal sealed class DirectImageTests(bool asynchronous)
     [Test]
     public async Task A_file_that_is_cut_short_comes_to_errors_behind_its_end()
     {
-        string path = MakeHole(2 * MiB);
+        string path = MakeFile(2 * MiB);
         await using RawImage image = Open(path);
         using (Process truncate = Process.Start("truncate", [$"--size={MiB}", path]))
             await truncate.WaitForExitAsync();
@@ -92,7 +83,7 @@ internal sealed class DirectImageTests(bool asynchronous)
     [Test]
     public async Task A_read_only_file_is_not_written()
     {
-        await using RawImage image = Open(MakeHole(MiB), readOnly: true);
+        await using RawImage image = Open(MakeFile(MiB), readOnly: true);
         Assert.That(TestOperation.Write(image, 0, new byte[4096]), Is.EqualTo(LibC.EROFS));
         Assert.That(TestOperation.Discard(image, 0, 4096), Is.EqualTo(LibC.EROFS));
         Assert.That(TestOperation.Flush(image), Is.Zero);
@@ -102,7 +93,7 @@ internal sealed class DirectImageTests(bool asynchronous)
     [Test]
     public async Task A_front_end_gets_what_it_has_written()
     {
-        string path = MakeHole(MiB);
+        string path = MakeFile(MiB);
         byte[] expected = new byte[MiB];
         await using (BlockFixture disk = BlockFixture.Connected(Open(path), new FrontEndOptions { RingPageOrder = 1 }))
         {
@@ -143,7 +134,7 @@ internal sealed class DirectImageTests(bool asynchronous)
     [Test]
     public async Task A_domain_that_ends_in_mid_request_lets_go_of_everything()
     {
-        await using BlockFixture disk = BlockFixture.Connected(Open(MakeHole(MiB)));
+        await using BlockFixture disk = BlockFixture.Connected(Open(MakeFile(MiB)));
         for (int i = 0; i < 32; i++)
             disk.Front.Put(i % 2, (ulong)(i * 8), [Page(i)]);
         disk.Front.Push();
@@ -155,13 +146,6 @@ internal sealed class DirectImageTests(bool asynchronous)
     {
         foreach (BlockOperation operation in operations)
             ((TestOperation)operation).Dispose();
-    }
-
-    private static byte[] Data(int length, int seed)
-    {
-        byte[] data = new byte[length];
-        new Random(seed).NextBytes(data);
-        return data;
     }
 
     private RawImage Open(string path, bool readOnly = false)
@@ -176,13 +160,5 @@ internal sealed class DirectImageTests(bool asynchronous)
             Assert.Ignore("The file system of the folder for temporary files has no direct I/O.");
             throw;
         }
-    }
-
-    private string MakeHole(int length)
-    {
-        string path = Path.Combine(_folder, "disk");
-        using FileStream file = File.Create(path);
-        file.SetLength(length);
-        return path;
     }
 }

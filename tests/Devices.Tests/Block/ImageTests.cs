@@ -6,18 +6,8 @@ using XenSharp.Guests.Fetching;
 
 namespace XenSharp.Devices.Tests.Block;
 
-internal sealed class ImageTests
+internal sealed class ImageTests : ImageFixture
 {
-    private const int MiB = 1 << 20;
-
-    private string _folder = null!;
-
-    [SetUp]
-    public void MakeFolder() => _folder = Directory.CreateTempSubdirectory("xensharp-image-test-").FullName;
-
-    [TearDown]
-    public void RemoveFolder() => Directory.Delete(_folder, recursive: true);
-
     [Test]
     public async Task A_raw_file_is_read_and_written_in_pieces()
     {
@@ -121,7 +111,7 @@ internal sealed class ImageTests
     [TestCase("empty", "truncate")]
     public void What_is_no_image_is_refused_with_a_sentence(string what, string expected)
     {
-        string path = Path.Combine(_folder, "x");
+        string path = Path.Combine(Folder, "x");
         switch (what)
         {
             case "folder":
@@ -192,7 +182,7 @@ internal sealed class ImageTests
     public async Task What_qemu_serves_is_read_and_written(string format, BlockImageFormat parsed)
     {
         (QemuUtils qemu, QemuNbdProgram program) = await GetQemuAsync();
-        string path = Path.Combine(_folder, "image");
+        string path = Path.Combine(Folder, "image");
         await qemu.CreateAsync(path, format, "16M");
         byte[] data = Data(MiB, seed: 3);
         await using (QemuImage image = await QemuImage.OpenAsync(path, parsed, readOnly: false, program))
@@ -230,7 +220,7 @@ internal sealed class ImageTests
     public async Task A_qemu_that_dies_comes_to_errors()
     {
         (QemuUtils qemu, QemuNbdProgram program) = await GetQemuAsync();
-        string path = Path.Combine(_folder, "image");
+        string path = Path.Combine(Folder, "image");
         await qemu.CreateAsync(path, "qcow2", "16M");
         QemuImage image = await QemuImage.OpenAsync(path, BlockImageFormat.Qcow2, readOnly: false, program);
         TestOperation[] operations = [.. Enumerable.Range(0, 200).Select(i => TestOperation.Writing((ulong)i * 65536, new byte[65536], 16))];
@@ -271,7 +261,7 @@ internal sealed class ImageTests
             async () => await QemuImage.OpenAsync(path, BlockImageFormat.Qcow2, readOnly: false, new QemuNbdProgram("/nowhere/qemu-nbd")),
             Throws.TypeOf<BlockImageException>().With.Message.Contains("/nowhere/qemu-nbd"));
         string? before = Environment.GetEnvironmentVariable("PATH");
-        Environment.SetEnvironmentVariable("PATH", _folder);
+        Environment.SetEnvironmentVariable("PATH", Folder);
         try
         {
             Assert.That(
@@ -300,13 +290,6 @@ internal sealed class ImageTests
         }
     }
 
-    private static byte[] Data(int length, int seed)
-    {
-        byte[] data = new byte[length];
-        new Random(seed).NextBytes(data);
-        return data;
-    }
-
     private static async Task<(QemuUtils Utils, QemuNbdProgram Program)> GetQemuAsync()
     {
         try
@@ -320,13 +303,5 @@ internal sealed class ImageTests
             Assert.Ignore(missing.Message);
             throw;
         }
-    }
-
-    private string MakeFile(int length)
-    {
-        string path = Path.Combine(_folder, "disk");
-        using FileStream file = File.Create(path);
-        file.SetLength(length);
-        return path;
     }
 }

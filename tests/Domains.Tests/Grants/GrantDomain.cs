@@ -100,6 +100,37 @@ internal sealed unsafe class GrantDomain : IDisposable
 
     public uint References(ulong frame) => FrameTable.Of(Context->Domain)->Find(new Mfn(frame))->ReferenceCount;
 
+    /// <summary>Has back ends use eight grants of domains that go meanwhile, each until it hears so; what they had mapped goes with them.</summary>
+    /// <param name="first">The first of the eight references.</param>
+    /// <param name="prepare">Makes what one back end does again and again, with a source of randomness.</param>
+    public static void UseWhileItGoes(uint first, Func<BackendGrants, Func<Random, GrantStatus>> prepare)
+    {
+        const int rounds = 20, grants = 8, backends = 3;
+        for (int round = 0; round < rounds; round++)
+        {
+            var manager = new DomainManager();
+            var guest = new GrantDomain(manager: manager);
+            for (uint i = 0; i < grants; i++)
+                guest.PutEntry(first + i, GrantFlags.PermitAccess, FrameOf(i), domain: 0);
+            BackendGrants granted = guest.Fake.Domain.Granted;
+            Task[] users = [.. Enumerable.Range(0, backends).Select(number => Task.Run(() =>
+            {
+                var random = new Random(number);
+                Func<Random, GrantStatus> use = prepare(granted);
+                GrantStatus status;
+                while ((status = use(random)) == GrantStatus.Okay)
+                {
+                }
+
+                Assert.That(status, Is.EqualTo(GrantStatus.BadDomain));
+            }))];
+            Thread.Sleep(2);
+            guest.Dispose();
+            Assert.That(Task.WaitAll(users, TimeSpan.FromSeconds(60)), Is.True);
+            Assert.That(manager.Domains, Is.Empty);
+        }
+    }
+
     public void Audit() => Assert.That(Fake.Domain.AuditFrames(), Is.Null);
 
     public void Dispose() => Fake.Dispose();

@@ -20,6 +20,9 @@ public struct EntryService
     /// <summary>1 to serve VCPUOP_set_singleshot_timer, for a time that is not before <see cref="NextLook"/>.</summary>
     public int SingleshotTimer;
 
+    /// <summary>1 to serve what a kernel asks for with every task that it switches to: stack_switch, and set_segment_base of user mode's GS.</summary>
+    public int TaskSwitch;
+
     /// <summary>
     /// System time at which the manager looks at <see cref="EntryReport"/> at the latest, without being asked.
     /// </summary>
@@ -32,4 +35,16 @@ public struct EntryReport
 {
     /// <summary>What the one-shot timer was last set to, in system time; 0 for nothing.</summary>
     public ulong SingleshotTimeout;
+
+    /// <summary>1 when <see cref="KernelSs"/> and <see cref="KernelSp"/> were set, as by stack_switch.</summary>
+    public ulong StackSwitched;
+
+    public ulong KernelSs;
+
+    public ulong KernelSp;
+
+    /// <summary>1 when <see cref="UserGsBase"/> was set, as by set_segment_base.</summary>
+    public ulong UserGsBaseSet;
+
+    public ulong UserGsBase;
 }

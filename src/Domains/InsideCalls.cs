@@ -1,11 +1,12 @@
 // What the SYSCALL entry of a vCPU may serve without the manager, and what comes of it.
 using XenSharp.Core;
+using XenSharp.Domains.Hypercalls;
 
 namespace XenSharp.Domains;
 
 /// <summary>
-/// Lets the entry serve, on hosts where it can, what an idle guest asks for at every tick: the return from its interrupt and the next
-/// timer. The vCPU's own thread only.
+/// Lets the entry serve, on hosts where it can, what an idle guest asks for at every tick, the return from its interrupt and the next
+/// timer, and what a busy one asks for at every switch to another task. The vCPU's own thread only.
 /// </summary>
 /// <remarks>
 /// A timer that was set that way is not known here before something else brings the vCPU back. So the entry only takes one that is not due
@@ -20,6 +21,7 @@ internal sealed unsafe class InsideCalls
     private readonly EntryService* _service;
     private readonly EntryReport* _report;
     private VcpuInfo* _info;
+    private bool _serves;
 
     private InsideCalls(Vcpu vcpu)
     {
@@ -44,16 +46,25 @@ internal sealed unsafe class InsideCalls
     public void BeforeEntry(long nextLook)
     {
         VcpuState* state = _vcpu.Context->State;
-        bool serves = state->KernelMode != 0 && IsInfoShown();
+        _serves = state->KernelMode != 0 && IsInfoShown();
 
         // What iret changes besides is left to the manager.
-        _service->Iret = serves && state->NmiMasked == 0 && !_vcpu.Domain.Context->State->Has(VmAssist.ArchitecturalIopl) ? 1 : 0;
-        _service->SingleshotTimer = serves ? 1 : 0;
+        _service->Iret = _serves && state->NmiMasked == 0 && !_vcpu.Domain.Context->State->Has(VmAssist.ArchitecturalIopl) ? 1 : 0;
+        _service->SingleshotTimer = _service->TaskSwitch = _serves ? 1 : 0;
         _service->NextLook = (ulong)Math.Max(nextLook, 1);
     }
 
     /// <summary>Takes over what was served.</summary>
     public void AfterExit()
+    {
+        // In user mode nothing was; what stands there then is another vCPU's doing.
+        if (_serves)
+            TakeReport();
+        if (IsToBeLookedAt && _vcpu.Domain.Time.SystemTime >= LookTime)
+            LookTime = long.MaxValue;
+    }
+
+    private void TakeReport()
     {
         ulong timeout = Volatile.Read(ref _report->SingleshotTimeout);
         if (timeout != 0)
@@ -62,8 +73,19 @@ internal sealed unsafe class InsideCalls
             _vcpu.Timers.Singleshot = (long)Math.Min(timeout, long.MaxValue);
         }
 
-        if (IsToBeLookedAt && _vcpu.Domain.Time.SystemTime >= LookTime)
-            LookTime = long.MaxValue;
+        if (_report->StackSwitched != 0)
+        {
+            _report->StackSwitched = 0;
+            TaskSwitch.SetKernelStack(_vcpu.Context, _report->KernelSs, _report->KernelSp);
+        }
+
+        if (_report->UserGsBaseSet != 0)
+        {
+            _report->UserGsBaseSet = 0;
+            var address = new VirtualAddress(Volatile.Read(ref _report->UserGsBase));
+            if (address.IsCanonical)
+                _vcpu.Context->State->InactiveGsBase = address.Value;
+        }
     }
 
     private bool IsInfoShown()

@@ -34,17 +34,22 @@ internal sealed unsafe class SyscallEntry
     /// <summary>evtchn_upcall_mask in vcpu_info, which begins with evtchn_upcall_pending.</summary>
     private const int UpcallMask = 1;
     private const uint SetSingleshotTimer = 8;
+    private const uint SegmentBaseGsUser = 1;
     private const int InSyscall = 1 << 8;
 
     /// <summary>Bytes of an IRETQ frame.</summary>
     private const int FrameSize = 5 * sizeof(ulong);
 
     private readonly ulong _exit;
-    private readonly ulong _iret;
-    private readonly ulong _iretLast;
-    private readonly ulong _timer;
-    private readonly ulong _timerLast;
+    private readonly Served[] _served;
     private readonly Page* _page;
+
+    /// <summary>A hypercall that the entry serves.</summary>
+    /// <param name="Number">Its number.</param>
+    /// <param name="Start">Where that begins.</param>
+    /// <param name="Last">The instruction that takes what was put on the guest kernel's stack.</param>
+    /// <param name="OnStack">How many bytes that are.</param>
+    private readonly record struct Served(HypercallNumber Number, ulong Start, ulong Last, int OnStack);
 
     /// <summary>What the entry reads, at <see cref="ServiceOffset"/>.</summary>
     private struct Page
@@ -77,37 +82,38 @@ internal sealed unsafe class SyscallEntry
         code.@out(MonitorLayout.SyscallPort, al);
         code.ud2();
         Label exit = code.CreateLabel();
-        Label iret = code.CreateLabel();
-        Label timer = code.CreateLabel();
-        if (kind.Serves)
+        HypercallNumber[] numbers = kind.Serves
+            ? [HypercallNumber.Iret, HypercallNumber.VcpuOp, HypercallNumber.StackSwitch, HypercallNumber.SetSegmentBase]
+            : [];
+        Label[] starts = [.. numbers.Select(_ => code.CreateLabel())];
+        for (int i = 0; i < numbers.Length; i++)
         {
-            code.cmp(rax, (int)HypercallNumber.Iret);
-            code.je(iret);
-            code.cmp(rax, (int)HypercallNumber.VcpuOp);
-            code.je(timer);
+            code.cmp(rax, (int)numbers[i]);
+            code.je(starts[i]);
         }
 
         code.Label(ref exit);
         code.@out(MonitorLayout.SyscallPort, al);
         code.ud2();
-        Label iretLast = default;
-        Label timerLast = default;
-        if (kind.Serves)
+        var lasts = new Label[numbers.Length];
+        for (int i = 0; i < numbers.Length; i++)
         {
-            code.Label(ref iret);
-            iretLast = EmitIret(code, kind, exit);
-            code.Label(ref timer);
-            timerLast = EmitTimer(code, report, exit);
+            code.Label(ref starts[i]);
+            lasts[i] = numbers[i] switch
+            {
+                HypercallNumber.Iret => EmitIret(code, kind, exit),
+                HypercallNumber.VcpuOp => EmitTimer(code, report, exit),
+                HypercallNumber.StackSwitch => EmitStackSwitch(code, report, exit),
+                _ => EmitUserGsBase(code, report, exit),
+            };
         }
 
         byte[] bytes = MonitorCode.Emit(code, address, out AssemblerResult result);
         bytes.CopyTo(new Span<byte>(page, ServiceOffset));
         _exit = result.GetLabelRIP(exit);
         End = address + (ulong)bytes.Length;
-        _iret = kind.Serves ? result.GetLabelRIP(iret) : End;
-        _iretLast = kind.Serves ? result.GetLabelRIP(iretLast) : End;
-        _timer = kind.Serves ? result.GetLabelRIP(timer) : End;
-        _timerLast = kind.Serves ? result.GetLabelRIP(timerLast) : End;
+        _served = [.. numbers.Select((number, i) => new Served(
+            number, result.GetLabelRIP(starts[i]), result.GetLabelRIP(lasts[i]), number == HypercallNumber.Iret ? FrameSize : sizeof(ulong)))];
         Service = kind.Serves ? &_page->Service : null;
     }
 
@@ -144,14 +150,14 @@ internal sealed unsafe class SyscallEntry
         ulong rip = registers->Rip;
         if (rip - Of64BitCode >= End - Of64BitCode)
             return false;
-        if (rip >= _timer)
-            registers->Rax = (ulong)HypercallNumber.VcpuOp;
-        else if (rip >= _iret)
-            registers->Rax = (ulong)HypercallNumber.Iret;
-        if (rip == _iretLast)
-            registers->Rsp += FrameSize;
-        if (rip == _timerLast)
-            registers->Rsp += sizeof(ulong);
+        foreach (ref readonly Served served in _served.AsSpan())
+        {
+            if (rip >= served.Start)
+                registers->Rax = (ulong)served.Number;
+            if (rip == served.Last)
+                registers->Rsp += (ulong)served.OnStack;
+        }
+
         return true;
     }
 
@@ -207,29 +213,72 @@ internal sealed unsafe class SyscallEntry
     /// <summary>VCPUOP_set_singleshot_timer: EDI is the command, ESI the vCPU, RDX on { timeout, flags }.</summary>
     private Label EmitTimer(Assembler code, ulong report, Label exit)
     {
+        EntryReport layout;
         Label give = code.CreateLabel();
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_rm32_imm8, At(&_page->Service.SingleshotTimer), 0));
-        code.je(exit);
+        LeaveUnless(code, &_page->Service.SingleshotTimer, exit);
         code.cmp(edi, SetSingleshotTimer);
         code.jne(exit);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_r32_rm32, Register.ESI, At(&_page->Vcpu)));
-        code.jne(exit);
-
-        // POPFQ would have a single step end an instruction too early.
-        code.test(r11d, (int)Rflags.Trap);
         code.jne(exit);
         RefuseForeign(code, rdx, give);
         code.mov(rax, __qword_ptr[rdx]);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_r64_rm64, Register.RAX, At(&_page->Service.NextLook)));
         code.jb(give);
-        code.mov(__qword_ptr[report], rax);
+        code.mov(__qword_ptr[report + (ulong)Offset(&layout, &layout.SingleshotTimeout)], rax);
+        return EmitSuccess(code, ref give, HypercallNumber.VcpuOp, exit);
+    }
+
+    /// <summary>stack_switch: RDI is SS, RSI the stack.</summary>
+    private Label EmitStackSwitch(Assembler code, ulong report, Label exit)
+    {
+        EntryReport layout;
+        Label give = code.CreateLabel();
+        LeaveUnless(code, &_page->Service.TaskSwitch, exit);
+        code.mov(rax, report);
+        code.mov(__qword_ptr[rax + Offset(&layout, &layout.KernelSs)], rdi);
+        code.mov(__qword_ptr[rax + Offset(&layout, &layout.KernelSp)], rsi);
+        code.mov(__qword_ptr[rax + Offset(&layout, &layout.StackSwitched)], 1);
+        return EmitSuccess(code, ref give, HypercallNumber.StackSwitch, exit);
+    }
+
+    /// <summary>set_segment_base(SEGBASE_GS_USER): EDI is the command, RSI the address.</summary>
+    private Label EmitUserGsBase(Assembler code, ulong report, Label exit)
+    {
+        EntryReport layout;
+        Label give = code.CreateLabel();
+        LeaveUnless(code, &_page->Service.TaskSwitch, exit);
+        code.cmp(edi, SegmentBaseGsUser);
+        code.jne(exit);
+        EmitCanonicalCheck(code, rsi, give);
+        code.mov(rax, report);
+        code.mov(__qword_ptr[rax + Offset(&layout, &layout.UserGsBase)], rsi);
+        code.mov(__qword_ptr[rax + Offset(&layout, &layout.UserGsBaseSet)], 1);
+        return EmitSuccess(code, ref give, HypercallNumber.SetSegmentBase, exit);
+    }
+
+    private static int Offset(EntryReport* report, ulong* field) => (int)((byte*)field - (byte*)report);
+
+    /// <summary>Leaves a hypercall to the manager that is not to be served, or not now.</summary>
+    private void LeaveUnless(Assembler code, int* served, Label exit)
+    {
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_rm32_imm8, At(served), 0));
+        code.je(exit);
+
+        // POPFQ would have a single step end an instruction too early.
+        code.test(r11d, (int)Rflags.Trap);
+        code.jne(exit);
+    }
+
+    /// <summary>Returns 0 from a hypercall; and leaves others to the manager at a label, which has no use where there are none.</summary>
+    /// <returns>The instruction that takes the flags from the stack.</returns>
+    private static Label EmitSuccess(Assembler code, ref Label give, HypercallNumber number, Label exit)
+    {
         code.xor(eax, eax);
         code.push(r11);
         Label last = MonitorCode.Here(code);
         code.popfq();
         code.jmp(rcx);
-
-        EmitGive(code, ref give, HypercallNumber.VcpuOp, exit);
+        EmitGive(code, ref give, number, exit);
         return last;
     }
 
@@ -247,15 +296,21 @@ internal sealed unsafe class SyscallEntry
     /// </summary>
     private void RefuseForeign(Assembler code, AssemblerRegister64 pointer, Label refusal)
     {
+        EmitCanonicalCheck(code, pointer, refusal);
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Sub_r64_rm64, Register.RAX, At(&_page->ReservedStart)));
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_r64_rm64, Register.RAX, At(&_page->ReservedSize)));
+        code.jb(refusal);
+    }
+
+    /// <summary>Makes RAX the address, and goes elsewhere if it is not canonical.</summary>
+    private static void EmitCanonicalCheck(Assembler code, AssemblerRegister64 pointer, Label refusal)
+    {
         const byte notTranslated = 16;
         code.mov(rax, pointer);
         code.shl(rax, notTranslated);
         code.sar(rax, notTranslated);
         code.cmp(rax, pointer);
         code.jne(refusal);
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Sub_r64_rm64, Register.RAX, At(&_page->ReservedStart)));
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_r64_rm64, Register.RAX, At(&_page->ReservedSize)));
-        code.jb(refusal);
     }
 
     /// <summary>An operand relative to RIP: where the guest has what the host has at an address of the page.</summary>

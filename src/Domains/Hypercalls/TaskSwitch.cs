@@ -18,9 +18,15 @@ internal static unsafe class TaskSwitch
     /// <summary>stack_switch(ss, esp).</summary>
     public static long StackSwitch(VcpuContext* vcpu, in HypercallArguments arguments)
     {
-        vcpu->State->KernelSs = arguments.A0 | 3;
-        vcpu->State->KernelSp = arguments.A1;
+        SetKernelStack(vcpu, arguments.A0, arguments.A1);
         return 0;
+    }
+
+    /// <summary>Sets the stack that the kernel is entered on from user mode.</summary>
+    public static void SetKernelStack(VcpuContext* vcpu, ulong selector, ulong pointer)
+    {
+        vcpu->State->KernelSs = selector | 3;
+        vcpu->State->KernelSp = pointer;
     }
 
     /// <summary>set_segment_base(which, base).</summary>

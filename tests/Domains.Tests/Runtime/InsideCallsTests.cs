@@ -13,13 +13,13 @@ public sealed class InsideCallsTests : ScriptedGuest
     {
         IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
         {
-            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+            Assert.That(Served(cpu), Is.EqualTo((1, 1, 1)));
             SetMode(0);
             yield return new VcpuExit(VcpuExitKind.Kicked);
-            Assert.That(Served(cpu), Is.EqualTo((0, 0)));
+            Assert.That(Served(cpu), Is.EqualTo((0, 0, 0)));
             SetMode(1);
             yield return new VcpuExit(VcpuExitKind.Kicked);
-            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+            Assert.That(Served(cpu), Is.EqualTo((1, 1, 1)));
         }
 
         _ = Fake.Run(Guest);
@@ -33,13 +33,13 @@ public sealed class InsideCallsTests : ScriptedGuest
         {
             MaskNmi();
             yield return new VcpuExit(VcpuExitKind.Kicked);
-            Assert.That(Served(cpu), Is.EqualTo((0, 1)), "after an NMI");
+            Assert.That(Served(cpu), Is.EqualTo((0, 1, 1)), "after an NMI");
             cpu.Rsp = Stack;
             Fake.WriteAll(Stack, 0, 0, 0, 0, Handler, FlatSelectors.KernelCs64, 0, Stack, FlatSelectors.Ring3Data);
             yield return cpu.Hypercall(HypercallNumber.Iret);
-            Assert.That(Served(cpu), Is.EqualTo((1, 1)));
+            Assert.That(Served(cpu), Is.EqualTo((1, 1, 1)));
             yield return cpu.Hypercall(HypercallNumber.VmAssist, 0, 4);
-            Assert.That((cpu.Result, Served(cpu)), Is.EqualTo((0L, (0, 1))), "with a virtual IOPL in RFLAGS");
+            Assert.That((cpu.Result, Served(cpu)), Is.EqualTo((0L, (0, 1, 1))), "with a virtual IOPL in RFLAGS");
         }
 
         _ = Fake.Run(Guest);
@@ -103,6 +103,38 @@ public sealed class InsideCallsTests : ScriptedGuest
         _ = Fake.Run(Guest);
     }
 
+    [Test]
+    public void A_switch_of_tasks_that_was_reported_is_made()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            ReportSwitch(cpu, 0xe028, Stack, 0x7000_1000);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Switched, Is.EqualTo((0xe02bUL, Stack, 0x7000_1000UL)));
+
+            // Once: what the hypercalls set later stays.
+            yield return cpu.Hypercall(HypercallNumber.StackSwitch, 0xe02b, Stack + 16);
+            yield return cpu.Hypercall(HypercallNumber.SetSegmentBase, 1, 0x7000_2000);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Switched, Is.EqualTo((0xe02bUL, Stack + 16, 0x7000_2000UL)));
+
+            // What no hypercall lets a guest set.
+            ReportSwitch(cpu, 0xe02b, Stack, 0x8000_0000_0000);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Switched, Is.EqualTo((0xe02bUL, Stack, 0x7000_2000UL)));
+
+            // While user mode runs it is not the vCPU that reports.
+            SetMode(0);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            ReportSwitch(cpu, 0xe02b, Stack + 32, 0x7000_3000);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Switched, Is.EqualTo((0xe02bUL, Stack, 0x7000_2000UL)));
+            SetMode(1);
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
     /// <summary>A vCPU that was woken has a look coming soon, and so may set a timer for any later time; that look takes place once.</summary>
     [Test]
     public void A_look_follows_a_wake_up()
@@ -133,11 +165,18 @@ public sealed class InsideCallsTests : ScriptedGuest
         _ = Fake.Run(Guest);
     }
 
-    private static unsafe (int Iret, int SingleshotTimer) Served(FakeVcpu cpu) => (cpu.EntryService->Iret, cpu.EntryService->SingleshotTimer);
+    private static unsafe (int Iret, int SingleshotTimer, int TaskSwitch) Served(FakeVcpu cpu)
+        => (cpu.EntryService->Iret, cpu.EntryService->SingleshotTimer, cpu.EntryService->TaskSwitch);
 
     private static unsafe long NextLook(FakeVcpu cpu) => (long)cpu.EntryService->NextLook;
 
     private static unsafe void Report(FakeVcpu cpu, ulong timeout) => cpu.EntryReport->SingleshotTimeout = timeout;
+
+    private static unsafe void ReportSwitch(FakeVcpu cpu, ulong selector, ulong stack, ulong segmentBase)
+        => *cpu.EntryReport = new EntryReport { StackSwitched = 1, KernelSs = selector, KernelSp = stack, UserGsBaseSet = 1, UserGsBase = segmentBase };
+
+    private unsafe (ulong Selector, ulong Stack, ulong GsBase) Switched
+        => (Fake.Context->State->KernelSs, Fake.Context->State->KernelSp, Fake.Context->State->InactiveGsBase);
 
     private unsafe void SetMode(int mode) => Fake.Context->State->KernelMode = mode;
 

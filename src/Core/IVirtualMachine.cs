@@ -125,7 +125,8 @@ public unsafe interface IVirtualCpu : IDisposable
     void Settle();
 
     /// <summary>
-    /// Sleeps until <see cref="Kick"/> is called or <paramref name="deadline"/> passes.
+    /// Sleeps until <see cref="Kick"/> is called or <paramref name="deadline"/> passes, for which it may use the timer of
+    /// <see cref="SetWakeTimer"/>, to be set anew afterwards.
     /// </summary>
     /// <param name="deadline">CLOCK_MONOTONIC nanoseconds; <see cref="long.MaxValue"/> for none.</param>
     void WaitForKick(long deadline);

@@ -34,12 +34,13 @@ internal sealed unsafe class InsideCalls
     public static InsideCalls? Of(Vcpu vcpu) => vcpu.Cpu.EntryService == null || vcpu.Trace != null ? null : new InsideCalls(vcpu);
 
     /// <summary>System time at which the vCPU is to leave the guest for no other reason than a look; <see cref="long.MaxValue"/> for none.</summary>
-    public long LookTime { get; set; } = long.MaxValue;
+    public long LookTime { get; private set; } = long.MaxValue;
 
-    public bool IsToBeLookedAt => LookTime != long.MaxValue;
-
-    /// <summary>The vCPU was woken.</summary>
+    /// <summary>The vCPU was woken: what it does at first is looked at soon.</summary>
     public void LookSoon(long now) => LookTime = now + Soon;
+
+    /// <summary>The vCPU has come back by itself, to sleep.</summary>
+    public void Look() => LookTime = long.MaxValue;
 
     /// <summary>Says what may be served in the entry that follows.</summary>
     /// <param name="nextLook">System time at which the vCPU is brought back at the latest.</param>
@@ -60,7 +61,7 @@ internal sealed unsafe class InsideCalls
         // In user mode nothing was; what stands there then is another vCPU's doing.
         if (_serves)
             TakeReport();
-        if (IsToBeLookedAt && _vcpu.Domain.Time.SystemTime >= LookTime)
+        if (LookTime != long.MaxValue && _vcpu.Domain.Time.SystemTime >= LookTime)
             LookTime = long.MaxValue;
     }
 

@@ -435,12 +435,7 @@ internal sealed unsafe class Vcpu : IDisposable
             Cpu.Settle();
         Runstate.Change(RunstateKind.Blocked);
         Domain.Scrubber.BeforeSleep(Context);
-        if (_insideCalls is { IsToBeLookedAt: true })
-        {
-            _insideCalls.LookTime = long.MaxValue;
-            Cpu.SetWakeTimer(long.MaxValue);
-        }
-
+        _insideCalls?.Look();
         while (!Domain.IsStopping && StillWaiting())
         {
             long now = Domain.Time.SystemTime;

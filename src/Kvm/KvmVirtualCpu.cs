@@ -345,14 +345,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _ = Interlocked.Exchange(ref *_listening, 1);
         while (Volatile.Read(ref *_kicked) == 0)
         {
-            long now = Libc.MonotonicNow();
-            if (deadline <= now)
+            if (deadline <= Libc.MonotonicNow())
                 return;
-            long remaining = deadline == long.MaxValue ? long.MaxValue : deadline - now;
-            var wait = new timespec { tv_sec = remaining / 1_000_000_000, tv_nsec = (long_t)(remaining % 1_000_000_000) };
-            int signal = LibC.sigtimedwait(&set, null, remaining == long.MaxValue ? null : &wait);
-            if (signal < 0 && LibC.errno == LibC.EAGAIN)
-                return;
+
+            // The timer is there anyway, often armed for what is due earlier or later; a wait with a limit would set another.
+            SetWakeTimer(deadline);
+            _ = LibC.sigtimedwait(&set, null, null);
             NoteTimer();
             if (Volatile.Read(ref *_kicked) != 0)
             {

@@ -1068,7 +1068,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_run->DirtyRegs != KvmSyncRegs.None)
             return false;
         ulong rip = _run->Regs.Rip;
-        if (rip == _pages.Entry.Of32BitCode
+        if (_pages.Entry.IsLeaving(rip)
             || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
             return true;
         ref readonly KvmVcpuEvents events = ref _run->Events;

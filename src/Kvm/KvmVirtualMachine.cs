@@ -321,7 +321,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         for (int vcpu = 0; vcpu < MaxVcpus; vcpu++)
         {
             _ = TableEntry(DescriptorWindowStart(vcpu), 1);
-            _ = TableEntry(KernelWindow(vcpu), 1);
+            if (KernelSlot != 0)
+                _ = TableEntry(KernelWindow(vcpu), 1);
         }
     }
 
@@ -409,7 +410,16 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         ulong entry = TakeMapped(1, SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None), out ulong entryPage);
         ulong reportPage = TakePages(1);
-        Map(KernelWindow(number), reportPage, KernelWindowData);
+        ulong vcpuInfo = KernelWindow(number) + Paging.PageSize;
+        ulong vcpuInfoEntry = 0;
+
+        // Where the entry serves nothing it shares nothing with the kernel.
+        if (KernelSlot != 0)
+        {
+            Map(KernelWindow(number), reportPage, KernelWindowData);
+            vcpuInfoEntry = TableEntry(vcpuInfo, 1);
+        }
+
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
         CompatibilityInstruction? instruction = null;
@@ -439,8 +449,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Host<ulong>(window + (ulong)(page * sizeof(ulong))) = frame | (ulong)tableFlags;
         }
 
-        ulong vcpuInfo = KernelWindow(number) + Paging.PageSize;
-        ulong vcpuInfoEntry = TableEntry(vcpuInfo, 1);
         ushort selector = (ushort)(MonitorLayout.FirstTss + (number * 16));
         SetDescriptor(selector, (taskStateLimit & 0xffff) | ((taskState & 0xff_ffff) << 16) | (0x8bUL << 40) | ((taskState & 0xff00_0000) << 32));
         SetDescriptor((ushort)(selector + 8), taskState >> 32);
@@ -459,7 +467,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entry, Host(entryPage), number, KernelWindow(number)),
             EntryReport = (EntryReport*)Host(reportPage),
             VcpuInfoStart = vcpuInfo,
-            VcpuInfoEntry = (PageTableEntry*)Host(vcpuInfoEntry),
+            VcpuInfoEntry = vcpuInfoEntry == 0 ? null : (PageTableEntry*)Host(vcpuInfoEntry),
             VcpuInfoEntryAddress = new MachineAddress(vcpuInfoEntry),
         };
     }

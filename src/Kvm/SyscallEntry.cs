@@ -141,14 +141,17 @@ internal sealed unsafe class SyscallEntry
     /// <summary>Whether an <c>out</c> that RIP is on, or behind, is the 64-bit entry's.</summary>
     public bool IsExitOf64BitCode(ulong rip) => rip - _exit <= 2;
 
+    /// <summary>Whether nothing is left to do at an address but to leave the VM.</summary>
+    public bool IsLeaving(ulong rip) => rip == Of32BitCode || (rip == Of64BitCode && _served.Length == 0);
+
     /// <summary>
     /// Makes of registers that were found within the 64-bit entry, at CPL 3, those that it was entered with, but for the flags.
     /// </summary>
-    /// <returns>False where they were found elsewhere.</returns>
+    /// <returns>False where they were found elsewhere, or the entry serves nothing and is not at CPL 3.</returns>
     public bool TryTakeOver(CpuRegisters* registers)
     {
         ulong rip = registers->Rip;
-        if (rip - Of64BitCode >= End - Of64BitCode)
+        if (_served.Length == 0 || rip - Of64BitCode >= End - Of64BitCode)
             return false;
         foreach (ref readonly Served served in _served.AsSpan())
         {

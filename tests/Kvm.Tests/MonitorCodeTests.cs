@@ -1,5 +1,6 @@
 // The gadgets, read back with Iced's decoder.
 using Iced.Intel;
+using XenSharp.Core;
 
 namespace XenSharp.Kvm.Tests;
 
@@ -9,6 +10,28 @@ public sealed class MonitorCodeTests
     private const ulong Start = MonitorLayout.MonitorStart + 0x2000;
 
     private static readonly MonitorCode Code = MonitorCode.Assemble(Start);
+
+    /// <summary>Who is found on such an entry is on the way out, and must be let go on: it is at CPL 0, with registers that only it has.</summary>
+    [Test]
+    public unsafe void SyscallEntriesThatServeNothingNameThemselvesAndEnd()
+    {
+        byte[] page = new byte[Paging.PageSize];
+        fixed (byte* bytes = page)
+        {
+            var entry = new SyscallEntry(new SyscallEntryKind(Serves: false, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data), Start, bytes, 0, 0);
+            foreach (ulong address in (ulong[])[entry.Of32BitCode, entry.Of64BitCode])
+            {
+                Assert.That(Decode(page, Start, address, 2), Is.EqualTo(new[] { "out 0E0h,al", "ud2" }));
+                Assert.That(entry.IsLeaving(address), Is.True);
+                var registers = new CpuRegisters { Rip = address };
+                Assert.That(entry.TryTakeOver(&registers), Is.False);
+            }
+
+            Assert.That(entry.Service is null, Is.True);
+            Assert.That((entry.IsExitOf32BitCode(entry.Of32BitCode + 2), entry.IsExitOf64BitCode(entry.Of64BitCode + 2)), Is.EqualTo((true, true)));
+            Assert.That((entry.IsExitOf32BitCode(entry.Of64BitCode), entry.IsExitOf64BitCode(entry.Of32BitCode)), Is.EqualTo((false, false)));
+        }
+    }
 
     [Test]
     public void EveryExceptionStubNamesItsVector([Range(0, MonitorLayout.Vectors - 1)] int vector)

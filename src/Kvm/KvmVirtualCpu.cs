@@ -307,10 +307,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         BindThread();
         long start = Libc.MonotonicNow();
-        if (!IsKickedSoon(start, deadline))
-            SleepUntilKicked(deadline);
+        bool isKicked = IsKickedSoon(start, deadline) || SleepUntilKicked(deadline);
         Volatile.Write(ref *_listening, 0);
-        AdaptPoll(Libc.MonotonicNow() - start);
+
+        // The next sleep is looked at as long as would have been enough for this one, if that is not too long. A deadline needs no look.
+        bool wasShort = isKicked && Libc.MonotonicNow() - start < LongestPoll + WakeUp;
+        _poll = wasShort ? Math.Clamp(_poll * 2, ShortestPoll, LongestPoll) : _poll > ShortestPoll ? _poll / 2 : 0;
     }
 
     /// <summary>Looks for a kick for a while.</summary>
@@ -335,18 +337,16 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         return false;
     }
 
-    /// <summary>The next sleep is looked at as long as would have been enough for this one, if that is not too long.</summary>
-    private void AdaptPoll(long slept)
-        => _poll = slept < LongestPoll + WakeUp ? Math.Clamp(_poll * 2, ShortestPoll, LongestPoll) : _poll > ShortestPoll ? _poll / 2 : 0;
-
-    private void SleepUntilKicked(long deadline)
+    /// <summary>Sleeps.</summary>
+    /// <returns>Whether a kick came, of which note was taken.</returns>
+    private bool SleepUntilKicked(long deadline)
     {
         sigset_t set = Libc.KickSet();
         _ = Interlocked.Exchange(ref *_listening, 1);
         while (Volatile.Read(ref *_kicked) == 0)
         {
             if (deadline <= Libc.MonotonicNow())
-                return;
+                return false;
 
             // The timer is there anyway, often armed for what is due earlier or later; a wait with a limit would set another.
             SetWakeTimer(deadline);
@@ -356,11 +356,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             {
                 // The kick's signal was taken; if it was the timer's, the kick's own makes one KVM_RUN return early.
                 _ = Interlocked.Exchange(ref *_kicked, 0);
-                return;
+                return true;
             }
         }
 
         TakeKick();
+        return true;
     }
 
     public VcpuExit Run()
@@ -426,10 +427,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
                 return TakeFailure(error);
             TakeSignal();
             if (!IsLeaving())
-            {
-                _ = Interlocked.Exchange(ref *_kicked, 0);
                 return TakeInterruption();
-            }
 
             // What this Run returns with is not "kicked", so the next one has to.
             _ = Interlocked.Exchange(ref *_kicked, 1);
@@ -1094,27 +1092,33 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         {
             // Not taken over, and the shared page may hold either state: set everything anew.
             _forced = KvmSyncRegs.Sregs;
-            return RestoreIntended();
+            RestoreIntended();
+        }
+        else if (_sregs->Ss.Dpl == 0)
+        {
+            RestoreIntended();
+        }
+        else
+        {
+            EntryDone();
+            TakeSegments();
+            if (_pages.Entry.TryTakeOver(&_run->Regs))
+            {
+                // What this returns with is not "kicked", so the next Run has to; until then no note was taken.
+                _ = Interlocked.Exchange(ref *_kicked, 1);
+                return TakeSyscall(FlatSelectors.Ring3Cs64);
+            }
         }
 
-        if (_sregs->Ss.Dpl == 0)
-            return RestoreIntended();
-        EntryDone();
-        TakeSegments();
-        if (!_pages.Entry.TryTakeOver(&_run->Regs))
-            return new VcpuExit(VcpuExitKind.Kicked);
-
-        // What this returns with is not "kicked", so the next Run has to.
-        _ = Interlocked.Exchange(ref *_kicked, 1);
-        return TakeSyscall(FlatSelectors.Ring3Cs64);
+        _ = Interlocked.Exchange(ref *_kicked, 0);
+        return new VcpuExit(VcpuExitKind.Kicked);
     }
 
     /// <summary>The entry has not been made, or not to its end: what was intended still is. Stores may safely be repeated.</summary>
-    private VcpuExit RestoreIntended()
+    private void RestoreIntended()
     {
         _interruptions++;
         _run->Regs = *_intended;
-        return new VcpuExit(VcpuExitKind.Kicked);
     }
 
     private VcpuExit TakeOtherExit()

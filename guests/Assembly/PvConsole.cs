@@ -122,9 +122,7 @@ public sealed class PvConsole
         code.mov(eax, __dword_ptr[rdx + ConsoleRingOffset.OutProd]);
         code.cmp(eax, __dword_ptr[rdx + ConsoleRingOffset.OutCons]);
         code.je(drained);
-        code.mov(edi, SchedopYield);
-        code.xor(esi, esi);
-        guest.Hypercall(GuestHypercall.SchedOp);
+        EmitYield();
         code.jmp(look);
         code.Label(ref drained);
         // A label names the instruction that follows it, and the caller's next one may carry a label of its own.
@@ -203,9 +201,7 @@ public sealed class PvConsole
         code.Label(ref full);
         code.call(notify);
         code.Label(ref waitForSpace);
-        code.mov(edi, SchedopYield);
-        code.xor(esi, esi);
-        guest.Hypercall(GuestHypercall.SchedOp);
+        EmitYield();
         code.mov(eax, __dword_ptr[r12 + ConsoleRingOffset.OutProd]);
         code.sub(eax, __dword_ptr[r12 + ConsoleRingOffset.OutCons]);
         code.cmp(eax, ConsoleRingOffset.OutSize);
@@ -294,5 +290,12 @@ public sealed class PvConsole
         code.mov(rsi, port);
         guest.Hypercall(GuestHypercall.EventChannelOp);
         code.ret();
+    }
+
+    void EmitYield()
+    {
+        code.mov(edi, SchedopYield);
+        code.xor(esi, esi);
+        guest.Hypercall(GuestHypercall.SchedOp);
     }
 }

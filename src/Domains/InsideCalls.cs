@@ -77,15 +77,14 @@ internal sealed unsafe class InsideCalls
         if (_report->StackSwitched != 0)
         {
             _report->StackSwitched = 0;
-            TaskSwitch.SetKernelStack(_vcpu.Context, _report->KernelSs, _report->KernelSp);
+            _ = TaskSwitch.StackSwitch(_vcpu.Context, new HypercallArguments { A0 = _report->KernelSs, A1 = _report->KernelSp });
         }
 
         if (_report->UserGsBaseSet != 0)
         {
             _report->UserGsBaseSet = 0;
-            var address = new VirtualAddress(Volatile.Read(ref _report->UserGsBase));
-            if (address.IsCanonical)
-                _vcpu.Context->State->InactiveGsBase = address.Value;
+            _ = TaskSwitch.SetSegmentBase(
+                _vcpu.Context, new HypercallArguments { A0 = (ulong)TaskSwitch.SegmentBase.GsUser, A1 = _report->UserGsBase });
         }
     }
 
@@ -95,10 +94,10 @@ internal sealed unsafe class InsideCalls
         if (info == _info)
             return true;
         MachineMemory memory = _vcpu.Domain.Context->Memory;
-        ulong offset = (ulong)((byte*)info - memory.Page(memory.FirstFrame));
-        if (offset >= memory.FrameCount << Paging.PageShift)
+        MachineAddress address = memory.AddressOf(info);
+        if (!memory.Contains(address.Frame))
             return false;
-        _vcpu.Cpu.ShowVcpuInfo(memory.FirstFrame + (offset >> Paging.PageShift), (int)(offset & Paging.PageOffsetMask));
+        _vcpu.Cpu.ShowVcpuInfo(address.Frame, address.Offset);
         _info = info;
         return true;
     }

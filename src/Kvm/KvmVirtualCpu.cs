@@ -159,7 +159,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     public EntryService* EntryService => _pages.Entry.Service;
 
-    public EntryReport* EntryReport => EntryService == null ? null : _pages.EntryReport;
+    public EntryReport* EntryReport => _pages.EntryReport;
 
     public bool ReadsSelectorsAsNull => _machine.Capabilities.HostDescriptorTable;
 

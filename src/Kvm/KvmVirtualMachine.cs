@@ -409,13 +409,15 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         ulong entry = TakeMapped(1, SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None), out ulong entryPage);
-        ulong reportPage = TakePages(1);
         ulong vcpuInfo = KernelWindow(number) + Paging.PageSize;
         ulong vcpuInfoEntry = 0;
+        EntryReport* report = null;
 
         // Where the entry serves nothing it shares nothing with the kernel.
         if (KernelSlot != 0)
         {
+            ulong reportPage = TakePages(1);
+            report = (EntryReport*)Host(reportPage);
             Map(KernelWindow(number), reportPage, KernelWindowData);
             vcpuInfoEntry = TableEntry(vcpuInfo, 1);
         }
@@ -465,7 +467,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
                 new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
             Instruction = instruction,
             Entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entry, Host(entryPage), number, KernelWindow(number)),
-            EntryReport = (EntryReport*)Host(reportPage),
+            EntryReport = report,
             VcpuInfoStart = vcpuInfo,
             VcpuInfoEntry = vcpuInfoEntry == 0 ? null : (PageTableEntry*)Host(vcpuInfoEntry),
             VcpuInfoEntryAddress = new MachineAddress(vcpuInfoEntry),
@@ -503,7 +505,7 @@ internal readonly unsafe struct VcpuPages
     /// <summary>The page that SYSCALL comes to.</summary>
     public SyscallEntry Entry { get; init; }
 
-    /// <summary>Host view of what the entry reports.</summary>
+    /// <summary>Host view of what the entry reports; null where it serves nothing.</summary>
     public EntryReport* EntryReport { get; init; }
 
     /// <summary>Where the page with vcpu_info is shown to the entry, and the page-table entry for it.</summary>

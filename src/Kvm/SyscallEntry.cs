@@ -228,20 +228,21 @@ internal sealed unsafe class SyscallEntry
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Cmp_r64_rm64, Register.RAX, At(&_page->Service.NextLook)));
         code.jb(give);
         code.mov(__qword_ptr[report + (ulong)Offset(&layout, &layout.SingleshotTimeout)], rax);
-        return EmitSuccess(code, ref give, HypercallNumber.VcpuOp, exit);
+        Label last = EmitSuccess(code);
+        EmitGive(code, ref give, HypercallNumber.VcpuOp, exit);
+        return last;
     }
 
     /// <summary>stack_switch: RDI is SS, RSI the stack.</summary>
     private Label EmitStackSwitch(Assembler code, ulong report, Label exit)
     {
         EntryReport layout;
-        Label give = code.CreateLabel();
         LeaveUnless(code, &_page->Service.TaskSwitch, exit);
         code.mov(rax, report);
         code.mov(__qword_ptr[rax + Offset(&layout, &layout.KernelSs)], rdi);
         code.mov(__qword_ptr[rax + Offset(&layout, &layout.KernelSp)], rsi);
         code.mov(__qword_ptr[rax + Offset(&layout, &layout.StackSwitched)], 1);
-        return EmitSuccess(code, ref give, HypercallNumber.StackSwitch, exit);
+        return EmitSuccess(code);
     }
 
     /// <summary>set_segment_base(SEGBASE_GS_USER): EDI is the command, RSI the address.</summary>
@@ -256,7 +257,9 @@ internal sealed unsafe class SyscallEntry
         code.mov(rax, report);
         code.mov(__qword_ptr[rax + Offset(&layout, &layout.UserGsBase)], rsi);
         code.mov(__qword_ptr[rax + Offset(&layout, &layout.UserGsBaseSet)], 1);
-        return EmitSuccess(code, ref give, HypercallNumber.SetSegmentBase, exit);
+        Label last = EmitSuccess(code);
+        EmitGive(code, ref give, HypercallNumber.SetSegmentBase, exit);
+        return last;
     }
 
     private static int Offset(EntryReport* report, ulong* field) => (int)((byte*)field - (byte*)report);
@@ -272,16 +275,15 @@ internal sealed unsafe class SyscallEntry
         code.jne(exit);
     }
 
-    /// <summary>Returns 0 from a hypercall; and leaves others to the manager at a label, which has no use where there are none.</summary>
+    /// <summary>Returns 0 from a hypercall.</summary>
     /// <returns>The instruction that takes the flags from the stack.</returns>
-    private static Label EmitSuccess(Assembler code, ref Label give, HypercallNumber number, Label exit)
+    private static Label EmitSuccess(Assembler code)
     {
         code.xor(eax, eax);
         code.push(r11);
         Label last = MonitorCode.Here(code);
         code.popfq();
         code.jmp(rcx);
-        EmitGive(code, ref give, number, exit);
         return last;
     }
 

@@ -104,9 +104,7 @@ public static unsafe class MmuextOp
         if (error != Errno.None)
             return error;
         DescriptorTables.DropLdt(vcpu);
-        if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
-            PageTables.ShowMachineToPhys(vcpu, frame, shown: true);
-        PageTables.ShowKernelSlot(vcpu, frame, shown: true);
+        PageTables.ShowToKernel(vcpu, frame);
         vcpu->State->KernelRoot = frame.Value;
         return PutRoot(vcpu, old);
     }
@@ -200,12 +198,7 @@ public static unsafe class MmuextOp
             Errno error = PageTables.GetPageAndType(vcpu, frame, PageType.L4PageTable, out _);
             if (error != Errno.None)
                 return error;
-            if (vcpu->Domain->State->Has(VmAssist.M2PStrict))
-                PageTables.ShowMachineToPhys(vcpu, frame, shown: false);
-
-            // User mode that runs on the kernel's own tables reaches all that the kernel does, whatever is hidden here.
-            if (frame.Value != vcpu->State->KernelRoot)
-                PageTables.ShowKernelSlot(vcpu, frame, shown: false);
+            PageTables.HideFromUser(vcpu, frame, new Mfn(vcpu->State->KernelRoot));
         }
 
         vcpu->State->UserRoot = frame.Value;

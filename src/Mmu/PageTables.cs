@@ -274,17 +274,39 @@ public static unsafe class PageTables
         return true;
     }
 
+    /// <summary>Shows in an L4 what kernel mode sees of the hypervisor's slots: it becomes a root of the kernel's.</summary>
+    public static void ShowToKernel(VcpuContext* vcpu, Mfn root)
+    {
+        if (!vcpu->Domain->State->Has(VmAssist.M2PStrict))
+            ShowMachineToPhys(vcpu, root, shown: true);
+        ShowKernelSlot(vcpu, root, shown: true);
+    }
+
+    /// <summary>Hides in an L4 what user mode is not to see of the hypervisor's slots: it becomes a root of user mode.</summary>
+    /// <param name="vcpu">The calling vCPU.</param>
+    /// <param name="root">The L4.</param>
+    /// <param name="kernelRoot">The root of kernel mode on the same vCPU.</param>
+    public static void HideFromUser(VcpuContext* vcpu, Mfn root, Mfn kernelRoot)
+    {
+        if (vcpu->Domain->State->Has(VmAssist.M2PStrict))
+            ShowMachineToPhys(vcpu, root, shown: false);
+
+        // User mode that runs on the kernel's own tables reaches all that the kernel does, whatever is hidden here.
+        if (root != kernelRoot)
+            ShowKernelSlot(vcpu, root, shown: false);
+    }
+
     /// <summary>
     /// Shows or hides the M2P table in an L4: the kernel reads it, user mode does not. A new L4 has it where m2p_strict is on, and
     /// loses it by becoming the root of user mode; else it gets it by becoming the kernel's, and keeps it (fill_ro_mpt, zap_ro_mpt).
     /// </summary>
-    public static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
+    private static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
     {
         ShowSlot(vcpu, root, vcpu->Domain->MachineToPhysStart.TableIndex(4), shown);
     }
 
     /// <summary>Shows or hides in an L4 what only kernel mode may reach: its roots have it, and those of user mode lose it.</summary>
-    public static void ShowKernelSlot(VcpuContext* vcpu, Mfn root, bool shown)
+    private static void ShowKernelSlot(VcpuContext* vcpu, Mfn root, bool shown)
     {
         if (vcpu->Domain->KernelSlot != 0)
             ShowSlot(vcpu, root, vcpu->Domain->KernelSlot, shown);

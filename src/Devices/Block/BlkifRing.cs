@@ -14,7 +14,7 @@ internal sealed unsafe class BlkifRing : IDisposable
     private const int ResponseProducer = 2;
     private const int ResponseEvent = 3;
 
-    private readonly MappedGrant[] _pages;
+    private readonly MappedGrants _pages;
     private readonly BlkifAbi _abi;
     private readonly uint* _indexes;
     private uint _consumed;
@@ -23,11 +23,11 @@ internal sealed unsafe class BlkifRing : IDisposable
 
     /// <param name="pages">The pages in order; the ring's from here on.</param>
     /// <param name="abi">The layout of its entries.</param>
-    internal BlkifRing(MappedGrant[] pages, BlkifAbi abi)
+    internal BlkifRing(MappedGrants pages, BlkifAbi abi)
     {
         (_pages, _abi) = (pages, abi);
-        _indexes = (uint*)pages[0].Address;
-        Size = abi.RingSize(pages.Length);
+        _indexes = (uint*)pages.AddressOf(0);
+        Size = abi.RingSize(pages.Count);
 
         // BACK_RING_ATTACH: a front end that was connected before goes on from where the answers ended.
         _consumed = _produced = _pushed = Volatile.Read(ref _indexes[ResponseProducer]);
@@ -92,8 +92,7 @@ internal sealed unsafe class BlkifRing : IDisposable
 
     public void Dispose()
     {
-        foreach (MappedGrant page in _pages)
-            page.Dispose();
+        _pages.Dispose();
     }
 
     private int OffsetOf(uint index) => BlkifAbi.RingHeaderSize + ((int)(index & (Size - 1)) * _abi.RequestSize);
@@ -104,7 +103,7 @@ internal sealed unsafe class BlkifRing : IDisposable
         while (!bytes.IsEmpty)
         {
             int count = Math.Min(bytes.Length, PageSize - (offset % PageSize));
-            new ReadOnlySpan<byte>(_pages[offset / PageSize].Address + (offset % PageSize), count).CopyTo(bytes);
+            new ReadOnlySpan<byte>(_pages.AddressOf(offset / PageSize) + (offset % PageSize), count).CopyTo(bytes);
             bytes = bytes[count..];
             offset += count;
         }
@@ -115,7 +114,7 @@ internal sealed unsafe class BlkifRing : IDisposable
         while (!bytes.IsEmpty)
         {
             int count = Math.Min(bytes.Length, PageSize - (offset % PageSize));
-            bytes[..count].CopyTo(new Span<byte>(_pages[offset / PageSize].Address + (offset % PageSize), count));
+            bytes[..count].CopyTo(new Span<byte>(_pages.AddressOf(offset / PageSize) + (offset % PageSize), count));
             bytes = bytes[count..];
             offset += count;
         }

@@ -82,11 +82,11 @@ internal sealed class BlockDriver(Domain domain, BlockDeviceOptions options, Blo
             references[i] = pageCount == 1 && nodes.ReadOptional("ring-ref") is { } single ? single : nodes.ReadNumber($"ring-ref{Number((uint)i)}");
         uint port = nodes.ReadNumber("event-channel");
 
-        var mappings = new MappedGrant?[pageCount];
-        GrantStatus status = domain.Granted.TryMap(references, writable: true, mappings);
+        MappedGrants pages = domain.Granted.Prepare();
+        GrantStatus status = pages.TryMap(references, writable: true);
         if (status != GrantStatus.Okay)
             throw new XenbusException(Errno.EINVAL, $"mapping the ring of {nodes.Folder} (ring-ref {string.Join(' ', references)}): {status}");
-        var ring = new BlkifRing([.. mappings.Select(static mapping => mapping!)], abi);
+        var ring = new BlkifRing(pages, abi);
         if (domain.TryConnect(port, out EventChannelBackend? channel))
             return new BlockQueue(settings, domain.Granted, ring, channel, abi, persistent);
         ring.Dispose();

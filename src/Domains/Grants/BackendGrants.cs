@@ -24,38 +24,10 @@ public sealed unsafe class BackendGrants
     /// <returns><see cref="GrantStatus.Okay"/>, or why there is no mapping.</returns>
     public GrantStatus TryMap(uint reference, bool writable, out MappedGrant? mapping)
     {
-        mapping = null;
-        OutsideUse outside = _domain.Outside;
-        if (!outside.TryEnter())
-            return GrantStatus.BadDomain;
-        GrantStatus status = Map(reference, writable, out mapping);
-        outside.Exit();
+        MappedGrants pages = Prepare();
+        GrantStatus status = pages.TryMap(new ReadOnlySpan<uint>(in reference), writable);
+        mapping = status == GrantStatus.Okay ? new MappedGrant(pages, writable) : null;
         return status;
-    }
-
-    /// <summary>Maps pages, all or none.</summary>
-    /// <param name="references">Their grant references; one may come more than once.</param>
-    /// <param name="writable">As <see cref="TryMap(uint, bool, out MappedGrant?)"/>.</param>
-    /// <param name="mappings">Takes a mapping for each, and nothing where one failed; at least as long.</param>
-    /// <returns><see cref="GrantStatus.Okay"/>, or why the first that failed did.</returns>
-    public GrantStatus TryMap(ReadOnlySpan<uint> references, bool writable, Span<MappedGrant?> mappings)
-    {
-        ArgumentOutOfRangeException.ThrowIfLessThan(mappings.Length, references.Length);
-        for (int i = 0; i < references.Length; i++)
-        {
-            GrantStatus status = TryMap(references[i], writable, out mappings[i]);
-            if (status == GrantStatus.Okay)
-                continue;
-            foreach (ref MappedGrant? made in mappings[..i])
-            {
-                made!.Dispose();
-                made = null;
-            }
-
-            return status;
-        }
-
-        return GrantStatus.Okay;
     }
 
     /// <summary>Prepares for mapping several pages in one turn.</summary>
@@ -90,42 +62,6 @@ public sealed unsafe class BackendGrants
         source.CopyTo(new Span<byte>(page.Host + offset, source.Length));
         page.Table.PutWritable(page.Frame);
         End(reference, readOnly: false, page);
-        return GrantStatus.Okay;
-    }
-
-    private GrantStatus Map(uint reference, bool writable, out MappedGrant? mapping)
-    {
-        mapping = null;
-        GrantTable table = _domain.Grants;
-        OutsideUse outside = _domain.Outside;
-        Mfn frame;
-        FrameInfo* info;
-        lock (table.Lock)
-        {
-            GrantStatus status = table.AcquireForMap(reference, DomainZero, MappedGrant.PinOf(writable), !writable, out frame, out info);
-            if (status != GrantStatus.Okay)
-                return status;
-        }
-
-        if (info == null)
-            info = table.GetPage(frame);
-        Errno error = info == null ? Errno.EINVAL : Errno.None;
-        if (info != null)
-        {
-            outside.Hold(frame);
-            while (writable && (error = outside.MakeWritable(frame)) == Errno.ERESTART)
-                _ = Thread.Yield();
-            if (error != Errno.None)
-                outside.LetGo(frame);
-        }
-
-        if (error != Errno.None)
-        {
-            table.Release(reference, MappedGrant.PinOf(writable), !writable);
-            return GrantStatus.GeneralError;
-        }
-
-        mapping = new MappedGrant(_domain, reference, frame, writable);
         return GrantStatus.Okay;
     }
 
@@ -173,20 +109,16 @@ public sealed unsafe class BackendGrants
 /// </summary>
 public sealed unsafe class MappedGrant : IDisposable
 {
-    private readonly Domain _domain;
-    private readonly uint _reference;
-    private readonly Mfn _frame;
-    private readonly IDisposable _memory;
+    private readonly MappedGrants _pages;
     private int _disposed;
 
-    internal MappedGrant(Domain domain, uint reference, Mfn frame, bool writable)
+    /// <param name="pages">The mapping, of one page.</param>
+    /// <param name="writable">Whether it may be written to.</param>
+    internal MappedGrant(MappedGrants pages, bool writable)
     {
-        _domain = domain;
-        _reference = reference;
-        _frame = frame;
+        _pages = pages;
         IsWritable = writable;
-        _memory = domain.Outside.Machine.HoldMemory();
-        Address = domain.Context->Memory.Page(frame);
+        Address = pages.AddressOf(0);
     }
 
     /// <summary>Host address of its 4096 bytes.</summary>
@@ -201,20 +133,7 @@ public sealed unsafe class MappedGrant : IDisposable
     /// <summary>Ends the mapping: nothing may use the memory any more. The guest sees its entry free. Later calls do nothing.</summary>
     public void Dispose()
     {
-        if (Interlocked.Exchange(ref _disposed, 1) != 0)
-            return;
-        OutsideUse outside = _domain.Outside;
-        if (IsWritable)
-            outside.EndWritable(_frame);
-        outside.LetGo(_frame);
-        if (outside.TryEnter())
-        {
-            _domain.Grants.Release(_reference, PinOf(IsWritable), !IsWritable);
-            outside.Exit();
-        }
-
-        _memory.Dispose();
+        if (Interlocked.Exchange(ref _disposed, 1) == 0)
+            _pages.Unmap();
     }
-
-    internal static uint PinOf(bool writable) => writable ? GrantPin.HostWrite : GrantPin.HostRead;
 }

@@ -415,14 +415,7 @@ internal sealed unsafe class GrantTable : IDisposable
     }
 
     /// <summary>Ends a use of an entry.</summary>
-    public void Release(uint reference, uint decrement, bool readOnly)
-    {
-        lock (Lock)
-        {
-            _active[reference].Pin -= decrement;
-            ReduceStatus(reference, readOnly);
-        }
-    }
+    public void Release(uint reference, uint decrement, bool readOnly) => Release(new ReadOnlySpan<uint>(in reference), decrement, readOnly);
 
     /// <summary>Ends uses of entries, all of the same kind.</summary>
     public void Release(ReadOnlySpan<uint> references, uint decrement, bool readOnly)

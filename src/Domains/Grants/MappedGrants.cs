@@ -5,19 +5,17 @@ using XenSharp.Mmu;
 namespace XenSharp.Domains.Grants;
 
 /// <summary>
-/// Several pages that a back end maps as <see cref="BackendGrants.TryMap(uint, bool, out MappedGrant?)"/> does, all or none, with one look at
-/// the grant table and one at the domain's other uses. It can be used again once the pages are unmapped. One thread at a time calls; the
+/// Pages that a back end maps, as GNTTABOP_map_grant_ref does, all or none, with one look at the grant table and one at the domain's other uses. It can be used again once the pages are unmapped. One thread at a time calls; the
 /// domain may go while pages are mapped, and their memory stays.
 /// </summary>
 public sealed unsafe class MappedGrants : IDisposable
 {
     private const ushort DomainZero = 0;
-    private const int FirstCapacity = 16;
 
     private readonly Domain _domain;
-    private uint[] _references = new uint[FirstCapacity];
-    private Mfn[] _frames = new Mfn[FirstCapacity];
-    private nint[] _addresses = new nint[FirstCapacity];
+    private uint[] _references = [];
+    private Mfn[] _frames = [];
+    private nint[] _addresses = [];
     private bool _writable;
     private IDisposable? _memory;
 
@@ -82,7 +80,7 @@ public sealed unsafe class MappedGrants : IDisposable
         if (outside.TryEnter())
         {
             outside.LetGo(frames, _writable);
-            _domain.Grants.Release(_references.AsSpan(0, count), MappedGrant.PinOf(_writable), !_writable);
+            _domain.Grants.Release(_references.AsSpan(0, count), PinOf(_writable), !_writable);
             outside.Exit();
         }
         else
@@ -100,7 +98,7 @@ public sealed unsafe class MappedGrants : IDisposable
     private GrantStatus Map(int count)
     {
         GrantTable table = _domain.Grants;
-        uint pin = MappedGrant.PinOf(_writable);
+        uint pin = PinOf(_writable);
         GrantStatus status = GrantStatus.Okay;
         int acquired = 0;
         int referenced = 0;
@@ -130,4 +128,6 @@ public sealed unsafe class MappedGrants : IDisposable
         table.Release(_references.AsSpan(0, acquired), pin, !_writable);
         return status;
     }
+
+    private static uint PinOf(bool writable) => writable ? GrantPin.HostWrite : GrantPin.HostRead;
 }

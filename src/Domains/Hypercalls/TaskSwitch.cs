@@ -7,7 +7,8 @@ namespace XenSharp.Domains.Hypercalls;
 /// <summary>What a kernel sets anew with every task that it switches to. Static over the vCPU's context: hot code of both places.</summary>
 internal static unsafe class TaskSwitch
 {
-    private enum SegmentBase : uint
+    /// <summary>SEGBASE_* of xen/arch-x86/xen-x86_64.h.</summary>
+    internal enum SegmentBase : uint
     {
         Fs = 0,
         GsUser = 1,
@@ -18,15 +19,9 @@ internal static unsafe class TaskSwitch
     /// <summary>stack_switch(ss, esp).</summary>
     public static long StackSwitch(VcpuContext* vcpu, in HypercallArguments arguments)
     {
-        SetKernelStack(vcpu, arguments.A0, arguments.A1);
+        vcpu->State->KernelSs = arguments.A0 | 3;
+        vcpu->State->KernelSp = arguments.A1;
         return 0;
-    }
-
-    /// <summary>Sets the stack that the kernel is entered on from user mode.</summary>
-    public static void SetKernelStack(VcpuContext* vcpu, ulong selector, ulong pointer)
-    {
-        vcpu->State->KernelSs = selector | 3;
-        vcpu->State->KernelSp = pointer;
     }
 
     /// <summary>set_segment_base(which, base).</summary>

@@ -232,7 +232,6 @@ internal static unsafe class VcpuInitialisation
 
     private static Errno SetRoots(VcpuContext* caller, VcpuContext* target, Mfn kernel, Mfn user)
     {
-        bool strict = caller->Domain->State->Has(VmAssist.M2PStrict);
         Errno error;
         if (kernel.Value == 0)
             return Errno.EINVAL;
@@ -242,9 +241,7 @@ internal static unsafe class VcpuInitialisation
             error = PageTables.GetPageAndType(caller, kernel, PageType.L4PageTable, out _);
             if (error != Errno.None)
                 return error;
-            if (!strict)
-                PageTables.ShowMachineToPhys(caller, kernel, shown: true);
-            PageTables.ShowKernelSlot(caller, kernel, shown: true);
+            PageTables.ShowToKernel(caller, kernel);
             target->State->KernelRoot = kernel.Value;
         }
 
@@ -253,10 +250,7 @@ internal static unsafe class VcpuInitialisation
         error = PageTables.GetPageAndType(caller, user, PageType.L4PageTable, out _);
         if (error == Errno.None)
         {
-            if (strict)
-                PageTables.ShowMachineToPhys(caller, user, shown: false);
-            if (user != kernel)
-                PageTables.ShowKernelSlot(caller, user, shown: false);
+            PageTables.HideFromUser(caller, user, kernel);
             target->State->UserRoot = user.Value;
         }
         else if (error != Errno.ERESTART)

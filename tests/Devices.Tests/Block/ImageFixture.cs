@@ -1,4 +1,7 @@
 // What tests of images start from: a folder, files in it, and something to write.
+using Tmds.Linux;
+using XenSharp.Devices.Block.Images;
+
 namespace XenSharp.Devices.Tests.Block;
 
 internal abstract class ImageFixture
@@ -18,6 +21,16 @@ internal abstract class ImageFixture
         byte[] data = new byte[length];
         new Random(seed).NextBytes(data);
         return data;
+    }
+
+    /// <param name="image">One that was opened to be read.</param>
+    /// <param name="length">Of the transfers.</param>
+    private protected static void AssertIsNotWritten(RawImage image, int length)
+    {
+        Assert.That(TestOperation.Write(image, 0, new byte[length]), Is.EqualTo(LibC.EROFS));
+        Assert.That(TestOperation.Discard(image, 0, 4096), Is.EqualTo(LibC.EROFS));
+        Assert.That(TestOperation.Flush(image), Is.Zero);
+        Assert.That(TestOperation.Read(image, 0, new byte[length]), Is.Zero);
     }
 
     /// <summary>Makes a file that is all hole.</summary>

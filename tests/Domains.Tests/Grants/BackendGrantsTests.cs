@@ -69,14 +69,13 @@ public sealed unsafe class BackendGrantsTests
         }
 
         Grant(Reference + 4, FrameOf(1));
-        var mappings = new MappedGrant?[3];
-        Assert.That(Granted.TryMap([Reference + 4, Reference + 4, Reference], writable: true, mappings), Is.EqualTo(GrantStatus.GeneralError));
-        Assert.That(mappings, Is.All.Null);
+        using MappedGrants mappings = Granted.Prepare();
+        Assert.That(mappings.TryMap([Reference + 4, Reference + 4, Reference], writable: true), Is.EqualTo(GrantStatus.GeneralError));
+        Assert.That(mappings.Count, Is.Zero);
         Assert.That(_guest.Table[Reference + 4].Pin, Is.Zero);
-        Assert.That(Granted.TryMap([Reference + 4, Reference + 4, Reference + 1], writable: false, mappings), Is.EqualTo(GrantStatus.Okay));
+        Assert.That(mappings.TryMap([Reference + 4, Reference + 4, Reference + 1], writable: false), Is.EqualTo(GrantStatus.Okay));
         _guest.Audit();
-        foreach (MappedGrant? mapping in mappings)
-            mapping!.Dispose();
+        mappings.Unmap();
         _guest.Audit();
     }
 

@@ -37,7 +37,7 @@ internal static class HelpCommand
 
             if (names is [var name] && AbsentCommands.Find(name) is { } absent)
             {
-                Console.Out.WriteLine($"There is no {absent.Name} here. {absent.Reason}");
+                Console.Out.WriteLine(absent.Refusal);
                 return ExitStatus.Success;
             }
 

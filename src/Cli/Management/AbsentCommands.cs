@@ -8,7 +8,11 @@ namespace XenSharp.Cli.Management;
 /// <summary>A command of xl 4.17's that is refused.</summary>
 /// <param name="Name">Its name.</param>
 /// <param name="Reason">Why there is none, and what serves in its place: one or two sentences.</param>
-internal sealed record AbsentCommand(string Name, string Reason);
+internal sealed record AbsentCommand(string Name, string Reason)
+{
+    /// <summary>What somebody is told who types it, or asks for help with it.</summary>
+    internal string Refusal => $"There is no {Name} here. {Reason}";
+}
 
 /// <summary>All that xl's table of commands has and this one's has not, so that somebody who types one is told more than that it is unknown.</summary>
 internal static class AbsentCommands
@@ -72,7 +76,7 @@ internal static class AbsentCommands
         command.TreatUnmatchedTokensAsErrors = false;
         command.SetAction(_ =>
         {
-            ManagementCommand.Say($"There is no {absent.Name} here. {absent.Reason}");
+            ManagementCommand.Say(absent.Refusal);
             return ExitStatus.Error;
         });
         return command;

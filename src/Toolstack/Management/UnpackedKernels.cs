@@ -1,8 +1,7 @@
 // Kernels that were unpacked before: unpacking one takes longer than all else that is done to make a domain.
 
 using System.Globalization;
-using System.Numerics;
-using System.Runtime.InteropServices;
+using System.IO.Hashing;
 using Microsoft.Win32.SafeHandles;
 using Tmds.Linux;
 using XenSharp.Core;
@@ -119,13 +118,7 @@ internal sealed class UnpackedKernels(string folder, ManagerLog log) : IAsyncDis
     /// to look; that it is this kernel, and no other guest's, is found by comparing all of it.
     /// </summary>
     private static string NameOf(ReadOnlySpan<byte> packed)
-    {
-        const ulong offset = 0xcbf29ce484222325, prime = 0x100000001b3;
-        ulong hash = offset;
-        foreach (ulong word in MemoryMarshal.Cast<byte, ulong>(packed))
-            hash = BitOperations.RotateLeft((hash ^ word) * prime, 23);
-        return string.Create(CultureInfo.InvariantCulture, $"content-{packed.Length:x}-{hash:x16}");
-    }
+        => string.Create(CultureInfo.InvariantCulture, $"content-{packed.Length:x}-{XxHash3.HashToUInt64(packed):x16}");
 
     /// <summary>What is kept under a name; null where nothing is, or it cannot be used.</summary>
     /// <param name="path">The file.</param>

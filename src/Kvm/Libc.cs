@@ -18,12 +18,14 @@ internal static unsafe class Libc
     private const int SysTimerCreate = 222;
     private const int SysTimerSettime = 223;
     private const int SysTimerDelete = 226;
+    private const int SysClockGettime = 228;
     private const int SysTgkill = 234;
     private const int SysGettid = 186;
     private const int SysSigaction = 13;
     private const int TimerAbsolute = 1;
     private const int SigevThreadId = 4;
     private const int ClockMonotonicId = 1;
+    private const int ClockThreadId = 3;
 
     /// <summary>A real-time signal that neither the .NET runtime (SIGRTMIN) nor the C library (32, 33) uses.</summary>
     public const int KickSignal = 41;
@@ -33,6 +35,15 @@ internal static unsafe class Libc
 
     /// <summary>CLOCK_MONOTONIC in nanoseconds, which on Linux is what Stopwatch counts.</summary>
     public static long MonotonicNow() => Stopwatch.GetTimestamp();
+
+    /// <summary>What the calling thread has had of the processors (CLOCK_THREAD_CPUTIME_ID), in nanoseconds.</summary>
+    public static long ThreadTime()
+    {
+        long* time = stackalloc long[2];
+        return (long)LibC.syscall(SysClockGettime, ClockThreadId, time) == 0
+            ? (time[0] * 1_000_000_000) + time[1]
+            : throw new KvmException("This host does not say what a thread takes of its processors", LibC.errno);
+    }
 
     /// <summary>
     /// Makes a stray kick harmless: one that comes for a thread which has ended, and whose number another thread has by now.

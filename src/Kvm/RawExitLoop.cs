@@ -34,16 +34,30 @@ public sealed unsafe class RawExitLoop : IDisposable
     public double Measure(int exits)
     {
         ArgumentOutOfRangeException.ThrowIfNegativeOrZero(exits);
-        int file = _guest.Vcpu.File;
         long start = Stopwatch.GetTimestamp();
         for (int i = 0; i < exits; i++)
-        {
-            if (LibC.ioctl(file, KvmRequest.Run, (void*)null) != 0)
-                throw new KvmException("KVM_RUN failed in the benchmark's loop", LibC.errno);
-        }
-
+            EnterOnce();
         return Stopwatch.GetElapsedTime(start).TotalNanoseconds / exits;
     }
+
+    /// <summary>One entry and exit.</summary>
+    internal void EnterOnce()
+    {
+        while (LibC.ioctl(_guest.Vcpu.File, KvmRequest.Run, (void*)null) != 0)
+        {
+            if (LibC.errno != LibC.EINTR)
+                throw new KvmException("KVM_RUN failed in the benchmark's loop", LibC.errno);
+
+            // The timer's signal of a sleep that something else had ended already.
+            sigset_t set = Libc.KickSet();
+            timespec none = default;
+            _ = LibC.sigtimedwait(&set, null, &none);
+        }
+    }
+
+    /// <summary>Sleeps as a vCPU does that waits for its timer; on the thread that made the loop.</summary>
+    /// <param name="deadline">CLOCK_MONOTONIC nanoseconds.</param>
+    internal void Sleep(long deadline) => _guest.Vcpu.WaitForKick(deadline);
 
     public void Dispose() => _guest.Dispose();
 }

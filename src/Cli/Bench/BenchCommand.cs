@@ -24,6 +24,7 @@ internal static class BenchCommand
         var hypercalls = new Option<int>("--hypercalls") { Description = "Hypercalls over which allocations are counted.", DefaultValueFactory = static _ => 1_000_000 };
         var noDebian = new Option<bool>("--no-debian") { Description = "Leave the Debian guest out; nothing is downloaded." };
         var disks = new Option<bool>("--disks") { Description = "Only the Debian guest's disks, beside the same transfers by a process of the host." };
+        var idle = new Option<bool>("--idle") { Description = "Only Debian guests that sleep, beside a thread that does, by the processor time that they take." };
         var only = new Option<string[]>("--only")
         {
             Description = "Of the disks' transfers only those whose names have one of these words in them, as in --only \"4 KiB\" O_DIRECT.",
@@ -37,7 +38,7 @@ internal static class BenchCommand
         AtLeast(rounds, 1);
         AtLeast(iterations, 64);
         AtLeast(hypercalls, 1);
-        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, disks, only, nested, json };
+        var command = new Command("bench", "Measures what the Xen ABI costs here, as ratios to a bare KVM exit.") { rounds, iterations, hypercalls, noDebian, disks, idle, only, nested, json };
         command.SetAction(async (parsed, _) =>
         {
             using var signals = new EndingSignals();
@@ -57,7 +58,7 @@ internal static class BenchCommand
 
                 var plan = new BenchmarkPlan(
                     parsed.GetValue(rounds), parsed.GetValue(iterations), parsed.GetValue(hypercalls), !parsed.GetValue(noDebian), parsed.GetValue(disks),
-                    parsed.GetValue(only));
+                    parsed.GetValue(idle), parsed.GetValue(only));
                 var benchmark = new Benchmark(
                     services.GetRequiredService<KvmHost>(), plan, static stage => Console.Error.WriteLine($"{Tool.Name}: {stage}"));
                 BenchResult result = await benchmark.RunAsync(signals.Token).ConfigureAwait(false);
@@ -152,6 +153,7 @@ internal static class BenchCommand
 
         console.Write(times);
         Print(console, result.Disks);
+        Print(console, result.Idle);
         foreach (BenchCount count in result.Counts)
         {
             string limit = count.Required is { } required ? $" (at most {required.ToString(CultureInfo.InvariantCulture)}{(count.IsMet ? string.Empty : ": MISSED")})" : string.Empty;
@@ -179,6 +181,26 @@ internal static class BenchCommand
 
         static string Throughput(DiskFigure figure, double nanoseconds)
             => (figure.BlockSize / (double)(1 << 20) / (nanoseconds / 1e9)).ToString("N0", CultureInfo.InvariantCulture);
+    }
+
+    private static void Print(IAnsiConsole console, IReadOnlyList<IdleFigure> idle)
+    {
+        if (idle.Count == 0)
+            return;
+        var table = new Table { Border = TableBorder.Simple };
+        table.AddColumn("idle Debian, processor time of a wake-up");
+        foreach (string name in (ReadOnlySpan<string>)["a second", "sleep only, µs", "with a bare exit, µs", "guest, µs", "guest / bare exit", "bare exit, % of a core", "guest, % of a core"])
+            table.AddColumn(new TableColumn(name).RightAligned());
+        foreach (IdleFigure figure in idle)
+        {
+            table.AddRow(
+                figure.Name, Ratio(figure.WakeUps), Microseconds(figure.Bare.SleepNanoseconds), Microseconds(figure.Bare.EntryNanoseconds),
+                Microseconds(figure.ProcessorNanoseconds), Ratio(figure.ProcessorNanoseconds / figure.Bare.EntryNanoseconds), Percent(figure.BarePercent), Percent(figure.Percent));
+        }
+
+        console.Write(table);
+
+        static string Percent(double percent) => percent.ToString("N3", CultureInfo.InvariantCulture);
     }
 
     private static string Microseconds(double nanoseconds) => (nanoseconds / 1000).ToString(nanoseconds < 1e7 ? "N2" : "N0", CultureInfo.InvariantCulture);

@@ -32,8 +32,9 @@ public sealed record BenchCount(string Name, double Value, string Unit, double? 
 /// <param name="Figures">Times, as ratios to the floor.</param>
 /// <param name="Counts">The rest.</param>
 /// <param name="Disks">Transfers of a guest's disks, beside the host's.</param>
+/// <param name="Idle">Domains that sleep, beside threads that do.</param>
 public sealed record BenchResult(
-    double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts, IReadOnlyList<DiskFigure> Disks);
+    double FloorNanoseconds, IReadOnlyList<BenchFigure> Figures, IReadOnlyList<BenchCount> Counts, IReadOnlyList<DiskFigure> Disks, IReadOnlyList<IdleFigure> Idle);
 
 /// <summary>One figure of several hypervisors.</summary>
 /// <param name="Name">What was measured.</param>

@@ -18,9 +18,10 @@ namespace XenSharp.Cli.Bench;
 /// <param name="Hypercalls">Hypercalls over which allocations are counted.</param>
 /// <param name="Debian">Whether the Debian guest is measured as well.</param>
 /// <param name="DisksOnly">Whether nothing but the Debian guest's disks is.</param>
+/// <param name="IdleOnly">Whether nothing but Debian guests that sleep is.</param>
 /// <param name="DiskKinds">Words of which the name of a kind of disk transfer has to have one; none for all of them.</param>
 internal sealed record BenchmarkPlan(
-    int Rounds, int Iterations, int Hypercalls, bool Debian, bool DisksOnly = false, IReadOnlyList<string>? DiskKinds = null);
+    int Rounds, int Iterations, int Hypercalls, bool Debian, bool DisksOnly = false, bool IdleOnly = false, IReadOnlyList<string>? DiskKinds = null);
 
 /// <summary>
 /// Measures the ABI and puts every time in proportion to the floor, a bare KVM exit, which is taken before and after each
@@ -31,6 +32,7 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
     private const int FloorExits = 4000;
     private const int GuestMemoryMiB = 64;
     private const int DebianMemoryMiB = 512;
+    private const int IdleSeconds = 8;
     private const int Forks = 200;
     private const string Init = "@init";
     private const string ForkStart = "@fork";
@@ -61,16 +63,20 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
 
     private readonly List<BenchCount> _counts = [];
     private readonly List<DiskFigure> _disks = [];
+    private readonly List<IdleFigure> _idle = [];
 
     /// <summary>Runs everything.</summary>
     public async Task<BenchResult> RunAsync(CancellationToken cancellation)
     {
         using var floor = new RawExitLoop(host.Kvm, host.Capabilities);
         _ = floor.Measure(FloorExits);
-        if (plan.DisksOnly)
+        if (plan.DisksOnly || plan.IdleOnly)
         {
             (DebianKernel kernel, string busybox) = await FetchAsync(cancellation).ConfigureAwait(false);
-            await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
+            if (plan.DisksOnly)
+                await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
+            if (plan.IdleOnly)
+                await MeasureIdleAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
             return Result();
         }
 
@@ -96,7 +102,8 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         Median(_floors),
         [.. _samples.Select(pair => Summarise(pair.Key, pair.Value))],
         _counts,
-        _disks);
+        _disks,
+        _idle);
 
     internal static string NameOf(BenchmarkFigure figure) => figure switch
     {
@@ -282,7 +289,15 @@ internal sealed class Benchmark(KvmHost host, BenchmarkPlan plan, Action<string>
         Add($"create, {DebianKernelName}, never unpacked before: command to first guest instruction", first, (beforeFirst + MeasureFloor(floor)) / 2);
         await create.AwaitUnpackedAsync(cancellation).ConfigureAwait(false);
         await MeasureCreateAsync(floor, create, DebianKernelName, configuration, cancellation).ConfigureAwait(false);
+        await MeasureIdleAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
         await MeasureDiskAsync(floor, kernel, busybox, cancellation).ConfigureAwait(false);
+    }
+
+    private async Task MeasureIdleAsync(RawExitLoop floor, DebianKernel kernel, string busybox, CancellationToken cancellation)
+    {
+        progress("Debian: nothing to do");
+        _ = MeasureFloor(floor);
+        _idle.AddRange(await new IdleBenchmark(host, IdleSeconds, ramdisk => Load(kernel.Image, ramdisk)).RunAsync(busybox, cancellation).ConfigureAwait(false));
     }
 
     private async Task<(DebianKernel Kernel, string Busybox)> FetchAsync(CancellationToken cancellation)

@@ -219,7 +219,10 @@ public unsafe struct VcpuContext
 
     /// <summary>An upcall is due: vcpu_info says pending and not masked.</summary>
     public readonly bool UpcallDue
-        => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => Volatile.Read(ref Info->EvtchnUpcallPending) != 0 && Volatile.Read(ref Info->EvtchnUpcallMask) == 0;
+    }
 
     /// <summary>True where a long operation must stop between two elements (hypercall_preempt_check).</summary>
     public bool PreemptionDue => IsInterrupted || Budget.IsSpent();

@@ -1,4 +1,6 @@
 // The machine concepts that everything else is written in: frame numbers, addresses and page-table entries.
+using System.Runtime.CompilerServices;
+
 namespace XenSharp.Core;
 
 /// <summary>A machine frame number: the guest-physical frame number of the domain's VM. One frame is 4096 bytes.</summary>
@@ -120,7 +122,11 @@ public readonly record struct PageTableEntry(ulong Value)
     {
     }
 
-    public Mfn Frame => new((Value & FrameMask) >> Paging.PageShift);
+    public Mfn Frame
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => new((Value & FrameMask) >> Paging.PageShift);
+    }
 
     public PageFlags Flags => (PageFlags)(Value & ~FrameMask);
 

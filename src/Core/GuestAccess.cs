@@ -26,6 +26,9 @@ public static unsafe class GuestAccess
             return _host != null && offset <= Paging.PageSize - (ulong)size ? _host + offset : null;
         }
 
+        /// <summary>Bytes from an address to the end of its page.</summary>
+        public static uint Rest(ulong address) => (uint)(Paging.PageSize - (address & Paging.PageOffsetMask));
+
         internal void Remember(ulong page, byte* host)
         {
             _page = page;

@@ -1,3 +1,5 @@
+using System.Runtime.CompilerServices;
+
 namespace XenSharp.Core;
 
 /// <summary>
@@ -18,6 +20,7 @@ public readonly unsafe struct MachineMemory(byte* host, Mfn firstFrame, ulong fr
     /// <summary>One past the last frame.</summary>
     public Mfn EndFrame => FirstFrame + FrameCount;
 
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public bool Contains(Mfn frame) => frame.Value - FirstFrame.Value < FrameCount;
 
     /// <summary>0-based index of a frame that <see cref="Contains"/> accepts.</summary>
@@ -25,6 +28,7 @@ public readonly unsafe struct MachineMemory(byte* host, Mfn firstFrame, ulong fr
 
     /// <summary>Host address of the frame's first byte.</summary>
     /// <remarks>The frame must be one that <see cref="Contains"/> accepts: callers check what a guest names.</remarks>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public byte* Page(Mfn frame)
     {
         System.Diagnostics.Debug.Assert(Contains(frame), "frame outside machine memory");

@@ -92,11 +92,12 @@ public unsafe struct PageTableWriteQueue
     /// <param name="address">Its machine address.</param>
     /// <param name="value">The new value.</param>
     /// <returns>The value that was replaced, with the bits that the processor set to the last.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public PageTableEntry Store(PageTableEntry* entry, MachineAddress address, PageTableEntry value)
     {
         var old = new PageTableEntry(Interlocked.Exchange(ref *(ulong*)entry, value.Value));
-        if (InGuest != 0 && MayBeCached(old, value))
-            Repeat(address);
+        if (InGuest != 0)
+            RepeatIfCached(address, old, value);
         return old;
     }
 
@@ -104,12 +105,20 @@ public unsafe struct PageTableWriteQueue
     /// Replaces an entry only if it still is <paramref name="expected"/>: the processor may be setting Accessed and Dirty.
     /// </summary>
     /// <returns>The value found; equal to <paramref name="expected"/> when the store was made.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public PageTableEntry CompareExchange(PageTableEntry* entry, MachineAddress address, PageTableEntry value, PageTableEntry expected)
     {
         ulong found = Interlocked.CompareExchange(ref *(ulong*)entry, value.Value, expected.Value);
-        if (found == expected.Value && InGuest != 0 && MayBeCached(expected, value))
-            Repeat(address);
+        if (found == expected.Value && InGuest != 0)
+            RepeatIfCached(address, expected, value);
         return new PageTableEntry(found);
+    }
+
+    /// <summary>What a replaced entry needs where stores are repeated.</summary>
+    private void RepeatIfCached(MachineAddress address, PageTableEntry old, PageTableEntry value)
+    {
+        if (MayBeCached(old, value))
+            Repeat(address);
     }
 
     /// <summary>

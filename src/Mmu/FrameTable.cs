@@ -83,6 +83,7 @@ public readonly record struct FrameType(ulong Value)
     public FrameType Without(FrameFlags flags) => new(Value & ~((ulong)flags << FlagsShift));
 
     /// <summary>The first use as a type, to be checked by the vCPU that makes it so.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public FrameType First(PageType type) => new((Value & OwnerMask) | ((ulong)type << TypeShift) | 1);
 
     /// <summary>No use, and none that could be cached.</summary>
@@ -171,6 +172,29 @@ public struct FrameInfo
     /// <summary>Changes the type word if it still is what the caller saw.</summary>
     public bool TryChange(FrameType from, FrameType to) => Interlocked.CompareExchange(ref _type, to.Value, from.Value) == from.Value;
 
+    /// <summary>
+    /// Adds a use as writable to a frame that the caller holds a reference to, where that is all that there is to do: it is used so
+    /// already, or for nothing and was no page table before.
+    /// </summary>
+    /// <returns>False where more is to be looked at, or another vCPU was faster.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    internal bool TryUseAsWritable()
+    {
+        FrameType state = State;
+        if (state.Count == 0 && !state.IsPageTable)
+            return TryChange(state, state.First(PageType.Writable).With(FrameFlags.Validated));
+        return state.Type == PageType.Writable && state.Has(FrameFlags.Validated) && state.Count != uint.MaxValue && TryChange(state, state.Plus());
+    }
+
+    /// <summary>Drops a use as writable.</summary>
+    /// <returns>False where another vCPU was faster, or it is used as something else.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    internal bool TryDropWritable()
+    {
+        FrameType state = State;
+        return state.Type == PageType.Writable && TryChange(state, state.Minus());
+    }
+
     /// <summary>Ends the exclusive state: the word is the caller's until this store.</summary>
     public void Settle(FrameType state) => Volatile.Write(ref _type, state.Value);
 
@@ -220,6 +244,7 @@ public struct FrameInfo
 
     /// <summary>Adds a reference to a frame that is not free.</summary>
     /// <returns>False for a free frame, and where the count would leave no room for <see cref="AddReference"/>.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     internal bool TryReference()
     {
         while (true)
@@ -237,6 +262,7 @@ public struct FrameInfo
 
     /// <summary>Drops a reference that is not the last one.</summary>
     /// <returns>False when it is the last one, and kept.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     internal bool TryDereference()
     {
         while (true)
@@ -371,6 +397,7 @@ public unsafe struct FrameTable
     public static FrameTable* Of(DomainContext* domain) => (FrameTable*)domain->Frames;
 
     /// <summary>A frame's entry, or null for one outside machine memory.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public readonly FrameInfo* Find(Mfn frame) => _memory.Contains(frame) ? _frames + _memory.IndexOf(frame) : null;
 
     /// <summary>Takes the lowest free frames for the domain: 2^order of them, contiguous and aligned to their number.</summary>
@@ -467,6 +494,7 @@ public unsafe struct FrameTable
 
     /// <summary>Adds a reference to a frame that the domain owns (get_page).</summary>
     /// <returns>Null when the frame does not exist or is another's.</returns>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public FrameInfo* GetPage(Mfn frame, ushort owner)
     {
         FrameInfo* info = Find(frame);
@@ -479,9 +507,17 @@ public unsafe struct FrameTable
     }
 
     /// <summary>Drops a reference (put_page); the last one frees the frame.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public void PutPage(FrameInfo* info)
     {
-        while (!info->TryDereference())
+        if (!info->TryDereference())
+            PutLast(info);
+    }
+
+    /// <summary>Drops what is the last reference, unless somebody adds another meanwhile.</summary>
+    private void PutLast(FrameInfo* info)
+    {
+        do
         {
             // Free frames are looked for under the lock, so that nobody takes this one half-way.
             bool special = info->Has(FrameFlags.Special);
@@ -493,6 +529,7 @@ public unsafe struct FrameTable
             if (free)
                 return;
         }
+        while (!info->TryDereference());
     }
 
     private void NoteFree(ulong index, bool special)

@@ -1,4 +1,5 @@
 // Page types and page-table entries: the rules by which a guest's own tables become safe to load into CR3.
+using System.Runtime.CompilerServices;
 using XenSharp.Core;
 
 namespace XenSharp.Mmu;
@@ -180,11 +181,12 @@ public static unsafe class PageTables
 
     /// <summary>Goes on dropping what an earlier operation of this vCPU left partial (put_old_guest_table).</summary>
     /// <returns>ERESTART when it is still not done.</returns>
-    public static Errno FinishDeferred(VcpuContext* vcpu)
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Errno FinishDeferred(VcpuContext* vcpu) => vcpu->State->DeferredTable == 0 ? Errno.None : DropDeferred(vcpu);
+
+    private static Errno DropDeferred(VcpuContext* vcpu)
     {
         var frame = new Mfn(vcpu->State->DeferredTable);
-        if (frame.Value == 0)
-            return Errno.None;
         Errno error = PutPartial(vcpu, frame, FrameTable.Of(vcpu->Domain)->Find(frame));
         if (error == Errno.None)
             vcpu->State->DeferredTable = 0;
@@ -206,6 +208,8 @@ public static unsafe class PageTables
         VcpuContext* vcpu, int level, PageTableEntry* entry, MachineAddress address, PageTableEntry value, bool preserveAccessedDirty,
         bool ioMemory = false)
     {
+        if (level == 1 && !preserveAccessedDirty && !ioMemory && OwnPages.TryChange(vcpu, entry, address, value))
+            return Errno.None;
         if (level == 4 && Paging.IsHypervisorSlot(address.Offset / sizeof(ulong)))
             return Errno.EINVAL;
         PageTableEntry old = Read(entry);
@@ -225,8 +229,6 @@ public static unsafe class PageTables
                 old = found;
             }
 
-            if (level == 1 && !ioMemory && !preserveAccessedDirty && TryNarrow(vcpu, entry, address, ref old, value))
-                return Errno.None;
             Errno error = ioMemory ? RefuseIoMemory(vcpu, value.Frame) : Reference(vcpu, address.Frame, level, value);
             if (error != Errno.None)
                 return error;
@@ -246,32 +248,6 @@ public static unsafe class PageTables
         if (level > 1)
             TlbFlush.AfterUnlink(vcpu);
         return Errno.None;
-    }
-
-    /// <summary>
-    /// Replaces an L1 entry of one of the domain's pages by one of the same page that cannot be written through: its reference stays, and
-    /// only a use as writable goes.
-    /// </summary>
-    /// <param name="vcpu">The calling vCPU.</param>
-    /// <param name="entry">Host address of the entry.</param>
-    /// <param name="address">Its machine address.</param>
-    /// <param name="old">What the caller saw there; what is there now, where another vCPU was faster.</param>
-    /// <param name="value">The new entry, present.</param>
-    /// <returns>False when it is another page, can be written through, or was not stored.</returns>
-    private static bool TryNarrow(VcpuContext* vcpu, PageTableEntry* entry, MachineAddress address, ref PageTableEntry old, PageTableEntry value)
-    {
-        if (!old.IsPresent || old.Frame != value.Frame || value.IsWritable)
-            return false;
-        FrameInfo* info = FrameTable.Of(vcpu->Domain)->Find(value.Frame);
-        if (info == null || info->Owner != vcpu->Domain->State->Id)
-            return false;
-        PageTableEntry seen = old;
-        old = vcpu->PageTableWrites->CompareExchange(entry, address, value, seen);
-        if (old != seen)
-            return false;
-        if (seen.IsWritable)
-            _ = PutType(vcpu, value.Frame, info);
-        return true;
     }
 
     /// <summary>Shows in an L4 what kernel mode sees of the hypervisor's slots: it becomes a root of the kernel's.</summary>
@@ -342,13 +318,16 @@ public static unsafe class PageTables
     private static PageTableEntry Read(PageTableEntry* entry) => new(Volatile.Read(ref *(ulong*)entry));
 
     /// <summary>Whether a present entry of a table of the level has none of the flags that no such entry may have.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     internal static bool MayHave(int level, PageTableEntry value) => (value.Value & Disallowed(level)) == 0;
 
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static ulong Disallowed(int level) => level == 1 ? DisallowedL1 : DisallowedUpper;
 
     /// <summary>
     /// What the guest wrote becomes what runs at CPL 3: kernel entries lack User, and get it with a mark (adjust_guest_lNe).
     /// </summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     internal static PageTableEntry Adjust(int level, PageTableEntry value)
     {
         if (level > 1)

@@ -76,12 +76,16 @@ public static class BenchmarkGuest
     private const int RequestSize = 16;
     private const uint FlatKernelSs = 0xe02b;
     private const ulong FlatUserCs = 0xe033;
-    // IF clear: events stay masked, for which there is no callback yet.
-    private const ulong UserFlags = 0x2;
-    private const ulong InSyscall = 0x100;
+    // No event is bound by then that could become pending.
+    private const ulong UserFlags = 0x202;
+    private const int CallbackSyscall = 2;
+    private const int CallbackMasksEvents = 1;
+    private const int EntriesPerTable = 512;
+    private const uint ReadOnlyPage = 0x21;
     private const ulong FrameMask = 0x000f_ffff_ffff_f000;
     private const uint DomidSelf = 0x7ff0;
     private const uint NewUserBaseptr = 15;
+    private const uint FlushOnePage = 2;
     private const uint MachphysMapping = 12;
     private const uint BindIpi = 7;
     private const uint Send = 4;
@@ -250,33 +254,21 @@ public static class BenchmarkGuest
 
         private void MeasureUserSystemCall()
         {
-            // One L4 serves both modes: what is measured is the way, not the tables.
-            _code.mov(rbx, __qword_ptr[_console.StartInfoVariable]);
-            _code.mov(rax, __qword_ptr[rbx + StartInfoOffset.PtBase]);
-            _code.mov(rdx, PvAssembler.VirtBase);
-            _code.sub(rax, rdx);
-            _code.shr(rax, 12);
-            _code.mov(rdx, __qword_ptr[rbx + StartInfoOffset.MfnList]);
-            _code.mov(rax, __qword_ptr[rdx + (rax * 8)]);
-            ulong operation = _guest.Reserve(24);
-            _code.mov(__dword_ptr[operation], NewUserBaseptr);
-            _code.mov(__qword_ptr[operation + 8], rax);
-            _code.mov(rdi, operation);
-            _code.mov(esi, 1);
-            _code.xor(edx, edx);
-            _code.mov(r10d, DomidSelf);
-            _guest.Hypercall(GuestHypercall.MmuextOp);
-
+            // As Linux has it: an L4 for either mode, and a callback that masks events.
+            EmitUserRoot();
             Label handler = _code.CreateLabel();
             Label user = _code.CreateLabel();
             Label done = _code.CreateLabel();
             _code.mov(edi, FlatKernelSs);
             _code.mov(rsi, _stackTop);
             _guest.Hypercall(GuestHypercall.StackSwitch);
+            ulong callback = _guest.Reserve(16);
+            _code.mov(__dword_ptr[callback], CallbackSyscall | (CallbackMasksEvents << 16));
+            _code.lea(rax, __[handler]);
+            _code.mov(__qword_ptr[callback + 8], rax);
             _code.xor(edi, edi);
-            _code.xor(esi, esi);
-            _code.lea(rdx, __[handler]);
-            _guest.Hypercall(GuestHypercall.SetCallbacks);
+            _code.mov(rsi, callback);
+            _guest.Hypercall(GuestHypercall.CallbackOp);
 
             StartClock();
             _code.mov(r12d, Even(_iterations));
@@ -301,13 +293,40 @@ public static class BenchmarkGuest
             _code.dec(r12d);
             _code.jz(done);
             _code.mov(r11, __qword_ptr[rsp + 8]);
-            _code.mov(__qword_ptr[rsp + 8], (int)InSyscall);
+            _code.mov(__qword_ptr[rsp + 8], 0);
             _code.push(r11);
             _code.push(rax);
             _guest.Hypercall(GuestHypercall.Iret);
             _code.Label(ref done);
             StopClock(BenchmarkFigure.UserSystemCall);
             _code.mov(rsp, _stackTop);
+        }
+
+        /// <summary>Makes a copy of the L4 that the guest was started with the root of user mode.</summary>
+        private void EmitUserRoot()
+        {
+            ulong root = _guest.Reserve(PageSize, PageSize);
+            _code.mov(rbx, __qword_ptr[_console.StartInfoVariable]);
+            _code.mov(rsi, __qword_ptr[rbx + StartInfoOffset.PtBase]);
+            _code.mov(rdi, root);
+            _code.mov(ecx, EntriesPerTable);
+            _code.rep.movsq();
+            _code.mov(rdx, __qword_ptr[rbx + StartInfoOffset.MfnList]);
+            _code.mov(rbx, __qword_ptr[rdx + (long)(((root - PvAssembler.VirtBase) >> 12) * sizeof(ulong))]);
+            _code.mov(rdi, root);
+            _code.mov(rsi, rbx);
+            _code.shl(rsi, 12);
+            _code.or(rsi, (int)ReadOnlyPage);
+            _code.mov(edx, FlushOnePage);
+            _guest.Hypercall(GuestHypercall.UpdateVaMapping);
+            ulong operation = _guest.Reserve(24);
+            _code.mov(__dword_ptr[operation], NewUserBaseptr);
+            _code.mov(__qword_ptr[operation + 8], rbx);
+            _code.mov(rdi, operation);
+            _code.mov(esi, 1);
+            _code.xor(edx, edx);
+            _code.mov(r10d, DomidSelf);
+            _guest.Hypercall(GuestHypercall.MmuextOp);
         }
 
         /// <summary>RAX, R11, RCX and flags of struct iret_context, below a frame that is already there.</summary>

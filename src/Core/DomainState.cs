@@ -291,6 +291,9 @@ public unsafe struct DomainContext
     /// <summary>The one of the reserved L4 slots that only kernel mode's roots show (<see cref="IVirtualMachine.KernelSlot"/>); 0 for none.</summary>
     public int KernelSlot;
 
+    /// <summary>The entry that user mode's roots have for it (<see cref="IVirtualMachine.UserSlot"/>).</summary>
+    public ulong UserSlot;
+
     /// <summary>One bit a domain that there is beside this one, up to <see cref="DomainId.FirstReserved"/>; null where there can be none.</summary>
     public ulong* KnownDomains;
 

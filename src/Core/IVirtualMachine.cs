@@ -42,7 +42,10 @@ public unsafe interface IVirtualCpu : IDisposable
     /// <summary>CR2 after a page fault.</summary>
     VirtualAddress FaultAddress { get; }
 
-    /// <summary>The L4 frame that the next entry runs on.</summary>
+    /// <summary>
+    /// The L4 frame that the next entry runs on; after an exit the one that it ran on last, which may be the other one of those that
+    /// <see cref="Core.EntryService.ModeSwitch"/> is about.
+    /// </summary>
     Mfn PageTableRoot { get; set; }
 
     /// <summary>Page-table entries that must be stored again from inside the VM before the guest runs on.</summary>
@@ -170,9 +173,13 @@ public unsafe interface IVirtualMachine : IDisposable
     ReadOnlySpan<ulong> HypervisorSlots { get; }
 
     /// <summary>
-    /// The L4 slot of <see cref="HypervisorSlots"/> that is for kernel mode alone: roots of user mode must not have it. 0 for none.
+    /// The L4 slot of <see cref="HypervisorSlots"/> that is for kernel mode alone: roots of user mode have <see cref="UserSlot"/> there. 0 for
+    /// none.
     /// </summary>
     int KernelSlot => 0;
+
+    /// <summary>The entry that roots of user mode have for <see cref="KernelSlot"/>.</summary>
+    ulong UserSlot => 0;
 
     /// <summary>The time-stamp counter as the guest reads it.</summary>
     TimeStampCounter TimeStampCounter { get; }

@@ -68,6 +68,7 @@ internal sealed unsafe class DomainMemory : IDisposable
         Context->HypervisorSlots = (ulong*)(_block + slotsAt);
         machine.HypervisorSlots.CopyTo(new Span<ulong>(Context->HypervisorSlots, Paging.HypervisorSlots));
         Context->KernelSlot = machine.KernelSlot;
+        Context->UserSlot = machine.UserSlot;
         Context->ShadowedFrames = shadowed ? (ulong*)(_block + bitmapAt) : null;
         Context->MemoryMap = (E820Entry*)(_block + memoryMapAt);
         *Context->MemoryMap = new E820Entry { Size = mappedPages << Paging.PageShift, Type = E820Entry.Ram };

@@ -1,12 +1,13 @@
 // What the SYSCALL entry of a vCPU may serve without the manager, and what comes of it.
 using XenSharp.Core;
 using XenSharp.Domains.Hypercalls;
+using XenSharp.Mmu;
 
 namespace XenSharp.Domains;
 
 /// <summary>
 /// Lets the entry serve, on hosts where it can, what an idle guest asks for at every tick, the return from its interrupt and the next
-/// timer, and what a busy one asks for at every switch to another task. The vCPU's own thread only.
+/// timer, and what a busy one asks for at every switch to another task and with every system call. The vCPU's own thread only.
 /// </summary>
 /// <remarks>
 /// A timer that was set that way is not known here before something else brings the vCPU back. So the entry only takes one that is not due
@@ -47,26 +48,53 @@ internal sealed unsafe class InsideCalls
     public void BeforeEntry(long nextLook)
     {
         VcpuState* state = _vcpu.Context->State;
-        _serves = state->KernelMode != 0 && IsInfoShown();
+        bool isShown = IsInfoShown();
 
         // What iret changes besides is left to the manager.
-        _service->Iret = _serves && state->NmiMasked == 0 && !_vcpu.Domain.Context->State->Has(VmAssist.ArchitecturalIopl) ? 1 : 0;
+        bool irets = isShown && state->NmiMasked == 0 && !_vcpu.Domain.Context->State->Has(VmAssist.ArchitecturalIopl);
+        bool switches = irets && MaySwitchModes();
+        _serves = isShown && (state->KernelMode != 0 || switches);
+        _service->Iret = _serves && irets ? 1 : 0;
         _service->SingleshotTimer = _service->TaskSwitch = _serves ? 1 : 0;
         _service->NextLook = (ulong)Math.Max(nextLook, 1);
+        _service->ModeSwitch = switches ? 1 : 0;
+        if (!_serves)
+            return;
+        _service->KernelRoot = state->KernelRoot;
+        _service->UserRoot = state->UserRoot;
+        _service->SyscallCallback = state->SyscallCallback;
+        _report->KernelSs = state->KernelSs;
+        _report->KernelSp = state->KernelSp;
+        _report->InactiveGsBase = state->InactiveGsBase;
     }
 
     /// <summary>Takes over what was served.</summary>
     public void AfterExit()
     {
-        // In user mode nothing was; what stands there then is another vCPU's doing.
+        // Else nothing was; what stands there then is another vCPU's doing.
         if (_serves)
             TakeReport();
         if (LookTime != long.MaxValue && _vcpu.Domain.Time.SystemTime >= LookTime)
             LookTime = long.MaxValue;
     }
 
+    /// <summary>
+    /// Whether the ways between the modes are as the entry has them: a callback that masks events, and two roots, each of which shows its
+    /// own mode's entry.
+    /// </summary>
+    private bool MaySwitchModes()
+    {
+        VcpuState* state = _vcpu.Context->State;
+        DomainContext* domain = _vcpu.Context->Domain;
+        return state->SyscallCallback != 0 && (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0
+            && domain->KernelSlot != 0 && state->UserRoot != 0 && state->UserRoot != state->KernelRoot
+            && PageTables.ShowsKernelSlot(domain, new Mfn(state->KernelRoot), kernelMode: true)
+            && PageTables.ShowsKernelSlot(domain, new Mfn(state->UserRoot), kernelMode: false);
+    }
+
     private void TakeReport()
     {
+        VcpuState* state = _vcpu.Context->State;
         ulong timeout = Volatile.Read(ref _report->SingleshotTimeout);
         if (timeout != 0)
         {
@@ -74,18 +102,12 @@ internal sealed unsafe class InsideCalls
             _vcpu.Timers.Singleshot = (long)Math.Min(timeout, long.MaxValue);
         }
 
-        if (_report->StackSwitched != 0)
-        {
-            _report->StackSwitched = 0;
-            _ = TaskSwitch.StackSwitch(_vcpu.Context, new HypercallArguments { A0 = _report->KernelSs, A1 = _report->KernelSp });
-        }
-
-        if (_report->UserGsBaseSet != 0)
-        {
-            _report->UserGsBaseSet = 0;
-            _ = TaskSwitch.SetSegmentBase(
-                _vcpu.Context, new HypercallArguments { A0 = (ulong)TaskSwitch.SegmentBase.GsUser, A1 = _report->UserGsBase });
-        }
+        _ = TaskSwitch.StackSwitch(_vcpu.Context, new HypercallArguments { A0 = _report->KernelSs, A1 = _report->KernelSp });
+        ulong inactive = Volatile.Read(ref _report->InactiveGsBase);
+        if (new VirtualAddress(inactive).IsCanonical)
+            state->InactiveGsBase = inactive;
+        if (_service->ModeSwitch != 0)
+            state->KernelMode = _vcpu.Cpu.PageTableRoot.Value == state->UserRoot ? 0 : 1;
     }
 
     private bool IsInfoShown()

@@ -28,7 +28,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     // What SYSCALL clears on the way in; the guest's own value is in R11.
     private const ulong SyscallMask = (ulong)(Rflags.Trap | Rflags.InterruptEnable | Rflags.Direction | Rflags.NestedTask | Rflags.AlignmentCheck);
 
-    private const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
+    /// <summary>Flags that CPL 3 can set by itself.</summary>
+    internal const ulong UserFlags = (ulong)(Rflags.Carry | Rflags.Parity | Rflags.Adjust | Rflags.Zero | Rflags.Sign | Rflags.Trap
         | Rflags.Direction | Rflags.Overflow | Rflags.NestedTask | Rflags.Resume | Rflags.AlignmentCheck | Rflags.Id);
 
     /// <summary>Linux's flat data selector of user mode: the host's own, and that of guests that are Linux.</summary>
@@ -92,6 +93,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     private long _poll;
     private uint _ldtEntries;
     private KvmSyncRegs _forced;
+    private bool _switchesModes;
+    private ulong _enteredRoot;
     private int _interruptions;
     private int _entries;
     private int _hiddenPages;
@@ -173,6 +176,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
     /// <summary>The page that SYSCALL comes to.</summary>
     internal SyscallEntry Entry => _pages.Entry;
+
+    internal ModeGate? Gate => _pages.Gate;
+
+    /// <summary>Where the monitor has the interrupt table.</summary>
+    internal ulong InterruptTable => _pages.InterruptTable;
 
     public void Dispose()
     {
@@ -505,7 +513,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         sregs.Ldt = LocalTable(0);
         sregs.Gdt.Base = _pages.DescriptorWindow.Start.Value;
         sregs.Gdt.Limit = (ushort)((MonitorLayout.GdtWindowPages << Paging.PageShift) - 1);
-        sregs.Idt.Base = _machine.InterruptTable;
+        sregs.Idt.Base = _pages.InterruptTable;
         sregs.Idt.Limit = (MonitorLayout.Vectors * 16) - 1;
         *_sregs = sregs;
         _segments->Cs = FlatSelectors.Ring3Cs64;
@@ -644,6 +652,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             dirty |= KvmSyncRegs.Sregs;
         }
 
+        PrepareModeSwitch();
+
         if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
             _writes->Flush();
         if (NeedsChain)
@@ -668,6 +678,28 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _forced = KvmSyncRegs.None;
         return true;
     }
+
+    /// <summary>
+    /// Opens the ways between the guest's modes, if it is to have them.
+    /// </summary>
+    private void PrepareModeSwitch()
+    {
+        if (_pages.Gate is not { } gate)
+            return;
+        EntryService* service = EntryService;
+        _enteredRoot = _root;
+        _switchesModes = service->ModeSwitch != 0;
+        if (_switchesModes)
+            gate.Open(service->KernelRoot << Paging.PageShift, service->UserRoot << Paging.PageShift);
+        else if (gate.IsOpen)
+            gate.Close();
+        bool linuxSegments = _switchesModes && _guestSegments.TryLoadCode(HostUserCode, out KvmSegment code, out _) && code.L != 0
+            && _guestSegments.TryLoadStack(HostUserData, out _, out _);
+        _pages.Entry.ServeModeSwitch(_switchesModes, linuxSegments);
+        _pages.Entry.Switch!.BeginEntry(toUserMode: _switchesModes && IsUserRoot(_root));
+    }
+
+    private bool IsUserRoot(ulong root) => root == EntryService->UserRoot << Paging.PageShift;
 
     /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
     private bool SynchronizeSegments()
@@ -871,8 +903,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong rip = _run->Regs.Rip;
         if (_run->Io.Direction == 1 && _run->Io.Size == 1)
         {
-            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf64BitCode(rip))
-                return TakeSyscall(FlatSelectors.Ring3Cs64);
+            if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.Contains(rip))
+                return TakeOverEntry();
             if (_run->Io.Port == MonitorLayout.SyscallPort && _pages.Entry.IsExitOf32BitCode(rip))
                 return TakeSyscall(FlatSelectors.Ring3Cs32);
             if (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize)
@@ -983,6 +1015,35 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _ => true,
     };
 
+    /// <summary>Takes what the vCPU did in its 64-bit SYSCALL entry for done, or for not begun.</summary>
+    private VcpuExit TakeOverEntry()
+    {
+        bool inUserMode = _switchesModes && IsUserRoot(_root);
+        switch (_pages.Entry.TakeOver(&_run->Regs, ref _segments->GsBase, _switchesModes, inUserMode))
+        {
+            case ModeSwitch.Outcome.SystemCall:
+                _root = EntryService->UserRoot << Paging.PageShift;
+                break;
+            case ModeSwitch.Outcome.InKernelMode:
+                return TakeSwitched(EntryService->KernelRoot, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
+            case ModeSwitch.Outcome.InUserMode:
+                (ushort code, ushort stack) = _pages.Entry.Switch!.UserSelectors;
+                return TakeSwitched(EntryService->UserRoot, code, stack);
+        }
+
+        return TakeSyscall(FlatSelectors.Ring3Cs64);
+    }
+
+    /// <summary>The vCPU has come to the other mode, if not to its end.</summary>
+    private VcpuExit TakeSwitched(ulong root, ushort code, ushort stack)
+    {
+        _root = root << Paging.PageShift;
+        _segments->Cs = code;
+        _segments->Ss = stack;
+        _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
+        return new VcpuExit(VcpuExitKind.Kicked);
+    }
+
     /// <param name="code">The selector that stands for the code's size: what it was is not kept by the processor.</param>
     private VcpuExit TakeSyscall(ushort code)
     {
@@ -1001,7 +1062,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Replaces the monitor's RIP, RSP and RFLAGS by those that the processor pushed.</summary>
     private VcpuExit TakeException(ExceptionVector vector)
     {
-        ulong* frame = _pages.ExceptionStack - 5;
+        ulong* frame = ExceptionFrame;
         uint errorCode = vector.PushesErrorCode() ? (uint)frame[-1] : 0;
         ulong expected = _pages.ExceptionStackTop - (5 * sizeof(ulong)) - (vector.PushesErrorCode() ? 8UL : 0UL);
         if (_run->Regs.Rsp != expected || (frame[1] & 3) == 0)
@@ -1013,20 +1074,29 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
 
         if (vector is ExceptionVector.Breakpoint or ExceptionVector.Overflow)
             ForgetException();
+        TakeExceptionFrame(frame);
+        if (_pages.Entry.Serves && _pages.Entry.Contains(_run->Regs.Rip))
+        {
+            // It has met what the manager is to find, or a breakpoint that no hypercall comes upon.
+            if (vector == ExceptionVector.Debug)
+                _ = TakeDebugStatus();
+            return TakeOverEntry();
+        }
+
+        return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
+    }
+
+    /// <summary>What the processor pushed for an exception: RIP, CS, RFLAGS, RSP and SS, and below that the error code.</summary>
+    private ulong* ExceptionFrame => _pages.ExceptionStack - 5;
+
+    private void TakeExceptionFrame(ulong* frame)
+    {
         _run->Regs.Rip = frame[0];
         _segments->Cs = (ushort)frame[1];
         _run->Regs.Rflags = frame[2];
         _run->Regs.Rsp = frame[3];
         _segments->Ss = (ushort)frame[4];
-        if (_pages.Entry.TryTakeOver(&_run->Regs))
-        {
-            // It has met what the manager is to find, or a breakpoint that no hypercall comes upon.
-            if (vector == ExceptionVector.Debug)
-                _ = TakeDebugStatus();
-            return TakeSyscall(FlatSelectors.Ring3Cs64);
-        }
-
-        return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
+        ShowSwitchedSelectors();
     }
 
     private void TakeSegments()
@@ -1037,11 +1107,33 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _segments->Gs = _sregs->Gs.Selector;
         _segments->FsBase = _sregs->Fs.Base;
         _segments->GsBase = _sregs->Gs.Base;
+        if (_switchesModes)
+            _root = IsUserRoot(_sregs->Cr3) ? _sregs->Cr3 : EntryService->KernelRoot << Paging.PageShift;
         if (_sregs->Ss.Dpl == 3)
         {
             _segments->Cs = _sregs->Cs.Selector;
             _segments->Ss = _sregs->Ss.Selector;
+            ShowSwitchedSelectors();
         }
+    }
+
+    /// <summary>
+    /// KVM does not see which selectors the entry goes to the other mode with, and has those that the vCPU was entered with.
+    /// </summary>
+    private void ShowSwitchedSelectors()
+    {
+        if (!_switchesModes
+            || _segments->Cs is not (HostUserCode or FlatSelectors.Ring3Cs64) || _segments->Ss is not (HostUserData or FlatSelectors.Ring3Data))
+        {
+            return;
+        }
+
+        bool inUserMode = IsUserRoot(_root);
+        (ushort code, ushort stack) = _pages.Entry.Switch!.UserSelectors;
+        if (!inUserMode && (code != 0 || _root != _enteredRoot))
+            (_segments->Cs, _segments->Ss) = (FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
+        else if (inUserMode && code != 0)
+            (_segments->Cs, _segments->Ss) = (code, stack);
     }
 
     private static VcpuExit TakeFailure(int errno)
@@ -1063,15 +1155,41 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// </remarks>
     private bool IsLeaving()
     {
-        if (_run->DirtyRegs != KvmSyncRegs.None)
+        if (_run->DirtyRegs != KvmSyncRegs.None || IsAtModeGate())
             return false;
         ulong rip = _run->Regs.Rip;
         if (_pages.Entry.IsLeaving(rip)
-            || (_sregs->Ss.Dpl == 0 && rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize))
+            || (_sregs->Ss.Dpl == 0
+                && (rip - _code.ExceptionStubs < MonitorLayout.Vectors * MonitorLayout.StubSize || _pages.Gate?.Contains(rip) == true)))
             return true;
         ref readonly KvmVcpuEvents events = ref _run->Events;
         return events.ExceptionInjected != 0 || events.ExceptionPending != 0
             || (ExceptionVector)events.ExceptionVector is ExceptionVector.Breakpoint or ExceptionVector.Overflow;
+    }
+
+    /// <summary>
+    /// Whether the vCPU is on its way to the other mode: at the instruction that leads there, whether its fault is still to come or not, or
+    /// behind that in the gate.
+    /// </summary>
+    private bool IsAtModeGate()
+    {
+        if (!_switchesModes || _pages.Gate is not { } gate)
+            return false;
+        return _sregs->Ss.Dpl == 3 ? gate.IsAtGate(_run->Regs.Rip) : gate.Contains(_run->Regs.Rip) && gate.IsAtGate(ExceptionFrame[0]);
+    }
+
+    /// <summary>Takes a vCPU that is on its way to the other mode back to where that begins: what the gate does is not visible there.</summary>
+    private void LeaveModeGate()
+    {
+        ref readonly KvmVcpuEvents events = ref _run->Events;
+        if (events.ExceptionInjected != 0 || events.ExceptionPending != 0)
+            ForgetException();
+        if (_sregs->Ss.Dpl == 3)
+            return;
+        ulong* frame = ExceptionFrame;
+        _run->Regs.Rax = _pages.Gate!.OriginalRax(_run->Regs.Rip, _run->Regs.Rax);
+        TakeExceptionFrame(frame);
+        _root = _pages.Entry.Switch!.Enter == frame[0] ? EntryService->UserRoot << Paging.PageShift : EntryService->KernelRoot << Paging.PageShift;
     }
 
     private void ForgetException()
@@ -1079,6 +1197,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         KvmVcpuEvents events;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.GetVcpuEvents, &events), "KVM_GET_VCPU_EVENTS failed");
         events.ExceptionVector = 0;
+        events.ExceptionInjected = 0;
+        events.ExceptionPending = 0;
         events.Flags = 0;
         KvmVirtualMachine.Check(LibC.ioctl(_file, KvmRequest.SetVcpuEvents, &events), "KVM_SET_VCPU_EVENTS failed");
     }
@@ -1094,7 +1214,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             _forced = KvmSyncRegs.Sregs;
             RestoreIntended();
         }
-        else if (_sregs->Ss.Dpl == 0)
+        else if (_sregs->Ss.Dpl == 0 && !IsAtModeGate())
         {
             RestoreIntended();
         }
@@ -1102,11 +1222,13 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         {
             EntryDone();
             TakeSegments();
-            if (_pages.Entry.TryTakeOver(&_run->Regs))
+            if (IsAtModeGate())
+                LeaveModeGate();
+            if (_pages.Entry.Serves && _pages.Entry.Contains(_run->Regs.Rip) && TakeOverEntry() is { Kind: VcpuExitKind.Syscall } exit)
             {
                 // What this returns with is not "kicked", so the next Run has to; until then no note was taken.
                 _ = Interlocked.Exchange(ref *_kicked, 1);
-                return TakeSyscall(FlatSelectors.Ring3Cs64);
+                return exit;
             }
         }
 

@@ -14,6 +14,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private const PageFlags SupervisorCode = PageFlags.Present | PageFlags.Accessed;
     private const PageFlags UserReadOnly = PageFlags.Present | PageFlags.User | PageFlags.Accessed | PageFlags.NoExecute;
     private const PageFlags KernelWindowData = SupervisorData | PageFlags.User;
+    private const PageFlags UserCode = SupervisorCode | PageFlags.User;
     private const PageFlags Branch = PageFlags.Present | PageFlags.Writable | PageFlags.User | PageFlags.Accessed;
 
     private readonly KvmSystem _system;
@@ -21,11 +22,13 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private readonly HostMemory _region;
     private readonly HostWindow _window;
     private readonly ulong[] _hypervisorSlots = new ulong[Paging.HypervisorSlots];
+    private ulong _userSlot;
     private readonly List<KvmVirtualCpu> _vcpus = [];
     private readonly Lock _slotLock = new();
     private readonly bool[] _created = new bool[MaxVcpus];
     private ulong _nextRegionPage;
     private ulong _nextMonitorAddress = MonitorLayout.MonitorStart;
+    private ulong _interruptTable;
     private ulong _dropSlotMoved;
     private bool _othersStore;
     private int _file;
@@ -56,8 +59,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         Capabilities = capabilities;
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
-        ulong tables = 64 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (5 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
+        ulong tables = 72 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
+        ulong regionPages = tables + 16 + (MaxVcpus * (9 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
             + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
         try
@@ -118,7 +121,11 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     public ReadOnlySpan<ulong> HypervisorSlots => _hypervisorSlots;
 
     /// <inheritdoc/>
-    public int KernelSlot => SyscallEntryKind.Of(Capabilities).Serves ? new VirtualAddress(MonitorLayout.KernelWindowStart).TableIndex(4) : 0;
+    /// <inheritdoc/>
+    public int KernelSlot => SyscallEntryKind.Of(Capabilities).Serves ? new VirtualAddress(MonitorLayout.VcpuWindowsStart).TableIndex(4) : 0;
+
+    /// <inheritdoc/>
+    public ulong UserSlot => _userSlot;
 
     public TimeStampCounter TimeStampCounter => Capabilities.TimeStampCounter;
 
@@ -291,9 +298,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     /// <summary>Physical address of the entry that maps an address at a level, with the tables above it made as needed.</summary>
     private ulong TableEntry(ulong address, int level)
+        => TableEntry(ref _hypervisorSlots[new VirtualAddress(address).TableIndex(4) - Paging.FirstHypervisorSlot], address, level);
+
+    /// <summary>The same below a given entry of the L4.</summary>
+    private ulong TableEntry(ref ulong slot, ulong address, int level)
     {
         var virtualAddress = new VirtualAddress(address);
-        ref ulong slot = ref _hypervisorSlots[virtualAddress.TableIndex(4) - Paging.FirstHypervisorSlot];
         ulong table = TableOf(ref slot);
         for (int current = 3; current > level; current--)
             table = TableOf(ref Host<ulong>(table + ((ulong)virtualAddress.TableIndex(current) * sizeof(ulong))));
@@ -321,8 +331,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         for (int vcpu = 0; vcpu < MaxVcpus; vcpu++)
         {
             _ = TableEntry(DescriptorWindowStart(vcpu), 1);
-            if (KernelSlot != 0)
-                _ = TableEntry(KernelWindow(vcpu), 1);
+            if (KernelSlot == 0)
+                continue;
+            _ = TableEntry(WindowAddress(vcpu, VcpuWindowPage.Entry), 1);
+            _ = TableEntry(ref _userSlot, WindowAddress(vcpu, VcpuWindowPage.Entry), 1);
         }
     }
 
@@ -338,6 +350,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         Code.Bytes.CopyTo(new Span<byte>(Host(codePage), Code.Bytes.Length));
     }
 
+    /// <summary>An interrupt gate to an address at CPL 0 (Intel SDM volume 3, 6.14.1).</summary>
+    /// <param name="address">The address.</param>
+    /// <param name="level">The highest CPL that may come there by INT3 or INTO.</param>
+    internal static (ulong Low, ulong High) InterruptGate(ulong address, ulong level)
+        => ((address & 0xffff) | ((ulong)MonitorLayout.MonitorCs << 16) | (0x8eUL << 40) | (level << 45) | ((address & 0xffff_0000) << 32), address >> 32);
+
     private void BuildDescriptorTables()
     {
         InterruptTable = TakeMapped(1, SupervisorData, out ulong table);
@@ -347,10 +365,10 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
             // Interrupt gate; INT3 and INTO are the two that CPL 3 may raise by itself.
             ulong level = vector is (int)ExceptionVector.Breakpoint or (int)ExceptionVector.Overflow ? 3UL : 0UL;
-            ulong low = (stub & 0xffff) | ((ulong)MonitorLayout.MonitorCs << 16) | (0x8eUL << 40) | (level << 45) | ((stub & 0xffff_0000) << 32);
-            Host<ulong>(table + (ulong)(vector * 16)) = low;
-            Host<ulong>(table + (ulong)(vector * 16) + 8) = stub >> 32;
+            (Host<ulong>(table + (ulong)(vector * 16)), Host<ulong>(table + (ulong)(vector * 16) + 8)) = InterruptGate(stub, level);
         }
+
+        _interruptTable = table;
 
         EmptyGdtPage = TakePages(1);
         ReservedGdtPage = TakePages(1);
@@ -395,7 +413,8 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private static ulong DescriptorWindowStart(int vcpu)
         => MonitorLayout.DescriptorTablesStart + ((ulong)(vcpu * MonitorLayout.DescriptorWindowPages) << Paging.PageShift);
 
-    private static ulong KernelWindow(int vcpu) => MonitorLayout.KernelWindowStart + ((ulong)vcpu * MonitorLayout.KernelWindowSize);
+    private static ulong WindowAddress(int vcpu, VcpuWindowPage page)
+        => MonitorLayout.VcpuWindowsStart + ((ulong)vcpu * MonitorLayout.VcpuWindowSize) + ((ulong)page << Paging.PageShift);
 
     private VcpuPages BuildVcpuPages(int number)
     {
@@ -408,20 +427,9 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         _nextMonitorAddress += 3 << Paging.PageShift;
 
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
-        ulong entry = TakeMapped(1, SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None), out ulong entryPage);
-        ulong vcpuInfo = KernelWindow(number) + Paging.PageSize;
-        ulong vcpuInfoEntry = 0;
-        EntryReport* report = null;
-
-        // Where the entry serves nothing it shares nothing with the kernel.
-        if (KernelSlot != 0)
-        {
-            ulong reportPage = TakePages(1);
-            report = (EntryReport*)Host(reportPage);
-            Map(KernelWindow(number), reportPage, KernelWindowData);
-            vcpuInfoEntry = TableEntry(vcpuInfo, 1);
-        }
-
+        EntryPages entryPages = BuildEntryPages(number);
+        var entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entryPages, number);
+        ModeGate? gate = entry.Switch is { } modes ? BuildModeGate(modes) : null;
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
         CompatibilityInstruction? instruction = null;
@@ -444,6 +452,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         const uint taskStateLimit = taskStateSize + 8192;
         ulong windowStart = DescriptorWindowStart(number);
         ulong window = TableEntry(windowStart, 1);
+        ulong vcpuInfoEntry = entry.Serves ? TableEntry(WindowAddress(number, VcpuWindowPage.VcpuInfo), 1) : 0;
         const PageFlags tableFlags = SupervisorData & ~PageFlags.Writable;
         for (int page = 0; page < MonitorLayout.GdtWindowPages; page++)
         {
@@ -466,12 +475,60 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             DescriptorWindow = new DescriptorWindow(
                 new VirtualAddress(windowStart), (nint)Host(window), new MachineAddress(window), new PageTableEntry(EmptyGdtPage | (ulong)tableFlags)),
             Instruction = instruction,
-            Entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entry, Host(entryPage), number, KernelWindow(number)),
-            EntryReport = report,
-            VcpuInfoStart = vcpuInfo,
-            VcpuInfoEntry = vcpuInfoEntry == 0 ? null : (PageTableEntry*)Host(vcpuInfoEntry),
+            Entry = entry,
+            Gate = gate,
+            InterruptTable = gate?.InterruptTable ?? InterruptTable,
+            EntryReport = (EntryReport*)entryPages.ReportPage,
+            VcpuInfoStart = WindowAddress(number, VcpuWindowPage.VcpuInfo),
+            VcpuInfoEntry = entry.Serves ? (PageTableEntry*)Host(vcpuInfoEntry) : null,
             VcpuInfoEntryAddress = new MachineAddress(vcpuInfoEntry),
         };
+    }
+
+    /// <summary>Where the SYSCALL entry serves nothing it is the same in both modes, shares nothing with the kernel, and needs no window.</summary>
+    private EntryPages BuildEntryPages(int vcpu)
+    {
+        if (KernelSlot == 0)
+        {
+            ulong entry = TakeMapped(1, SupervisorCode | (Capabilities.SyscallEntryLevel == 3 ? PageFlags.User : PageFlags.None), out ulong page);
+            return new EntryPages { Entry = entry, KernelEntry = Host(page) };
+        }
+
+        ulong userEntryPage = TakePages(1);
+        MapInWindow(ref _userSlot, vcpu, VcpuWindowPage.Entry, userEntryPage, UserCode);
+        ulong framePage = MapInKernelWindow(vcpu, VcpuWindowPage.UserFrame, KernelWindowData);
+        MapInWindow(ref _userSlot, vcpu, VcpuWindowPage.UserFrame, framePage, UserReadOnly);
+        return new EntryPages
+        {
+            Entry = WindowAddress(vcpu, VcpuWindowPage.Entry),
+            KernelEntry = Host(MapInKernelWindow(vcpu, VcpuWindowPage.Entry, UserCode)),
+            UserEntry = Host(userEntryPage),
+            Report = WindowAddress(vcpu, VcpuWindowPage.Report),
+            ReportPage = Host(MapInKernelWindow(vcpu, VcpuWindowPage.Report, KernelWindowData)),
+            UserFrame = WindowAddress(vcpu, VcpuWindowPage.UserFrame),
+            UserFramePage = Host(framePage),
+        };
+    }
+
+    /// <summary>Takes a page for the window that a kernel root shows.</summary>
+    /// <returns>Its guest-physical address.</returns>
+    private ulong MapInKernelWindow(int vcpu, VcpuWindowPage page, PageFlags flags)
+    {
+        ulong physical = TakePages(1);
+        MapInWindow(ref _hypervisorSlots[KernelSlot - Paging.FirstHypervisorSlot], vcpu, page, physical, flags);
+        return physical;
+    }
+
+    private void MapInWindow(ref ulong slot, int vcpu, VcpuWindowPage page, ulong physical, PageFlags flags)
+        => Host<ulong>(TableEntry(ref slot, WindowAddress(vcpu, page), 1)) = physical | (ulong)flags;
+
+    private ModeGate BuildModeGate(ModeSwitch modes)
+    {
+        ulong data = TakeMapped(1, SupervisorData, out ulong dataPage);
+        ulong code = TakeMapped(1, SupervisorCode, out ulong codePage);
+        return new ModeGate(
+            data, Host(dataPage), code, Host(codePage), new ReadOnlySpan<ulong>(Host(_interruptTable), MonitorLayout.Vectors * 2), Code.ExceptionStubs,
+            modes.Enter, modes.Leave);
     }
 }
 
@@ -504,6 +561,12 @@ internal readonly unsafe struct VcpuPages
 
     /// <summary>The page that SYSCALL comes to.</summary>
     public SyscallEntry Entry { get; init; }
+
+    /// <summary>What leads between the guest's modes; null where the entry serves nothing.</summary>
+    public ModeGate? Gate { get; init; }
+
+    /// <summary>Where the interrupt table is: the gate's, or the VM's.</summary>
+    public ulong InterruptTable { get; init; }
 
     /// <summary>Host view of what the entry reports; null where it serves nothing.</summary>
     public EntryReport* EntryReport { get; init; }

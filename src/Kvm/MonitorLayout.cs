@@ -46,12 +46,13 @@ internal static class MonitorLayout
     public const ulong DescriptorTablesStart = Paging.HypervisorVirtualStart + (4 * Paging.SlotSize);
 
     /// <summary>
-    /// Slot 261, which only kernel mode's roots show: two pages for each vCPU, its <see cref="EntryReport"/> and the one that vcpu_info lies in.
+    /// Slot 261, in which the roots of kernel mode and of user mode each show what is theirs, a few pages for each vCPU
+    /// (<see cref="VcpuWindowPage"/>).
     /// </summary>
-    public const ulong KernelWindowStart = Paging.HypervisorVirtualStart + (5 * Paging.SlotSize);
+    public const ulong VcpuWindowsStart = Paging.HypervisorVirtualStart + (5 * Paging.SlotSize);
 
-    /// <summary>Bytes of <see cref="KernelWindowStart"/>'s slot that belong to a vCPU.</summary>
-    public const ulong KernelWindowSize = 2 * Paging.PageSize;
+    /// <summary>Bytes of <see cref="VcpuWindowsStart"/>'s slot that belong to a vCPU.</summary>
+    public const ulong VcpuWindowSize = ((ulong)VcpuWindowPage.Count) << Paging.PageShift;
 
     /// <summary>Pages of the global table in a window: 14 of the guest, then the reserved ones.</summary>
     public const int GdtWindowPages = DescriptorWindow.GdtPages;
@@ -85,4 +86,23 @@ internal static class MonitorLayout
     public const int ReturnAreaPages = 16;
 
     public static ulong DirectMap(MachineAddress address) => DirectMapStart + address.Value;
+}
+
+/// <summary>The pages of a vCPU's window in slot 261, where its SYSCALL entry runs at CPL 3.</summary>
+internal enum VcpuWindowPage
+{
+    /// <summary>The code of the SYSCALL entry: kernel mode's and user mode's are two pages.</summary>
+    Entry,
+
+    /// <summary>For kernel mode alone: <see cref="EntryReport"/>, and what <see cref="ModeSwitch"/> keeps.</summary>
+    Report,
+
+    /// <summary>For kernel mode alone: the page that vcpu_info lies in.</summary>
+    VcpuInfo,
+
+    /// <summary>The frame with which the vCPU went to user mode last, which that can read.</summary>
+    UserFrame,
+
+    /// <summary>How many there are.</summary>
+    Count,
 }

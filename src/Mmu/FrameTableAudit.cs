@@ -164,8 +164,9 @@ public static unsafe class FrameTableAudit
         {
             const ulong maySet = (ulong)(PageFlags.Accessed | PageFlags.Dirty);
             ulong expected = _domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot];
-            bool mayBeHidden = slot == _domain->MachineToPhysStart.TableIndex(4) || slot == _domain->KernelSlot;
-            if (((value.Value ^ expected) & ~maySet) != 0 && !(mayBeHidden && value.Value == 0))
+            bool isHidden = (slot == _domain->MachineToPhysStart.TableIndex(4) && value.Value == 0)
+                || (slot == _domain->KernelSlot && ((value.Value ^ _domain->UserSlot) & ~maySet) == 0);
+            if (((value.Value ^ expected) & ~maySet) != 0 && !isHidden)
                 _troubles.Add($"{frame}[{slot}] of the hypervisor's is {value}");
         }
 

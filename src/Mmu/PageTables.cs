@@ -278,20 +278,35 @@ public static unsafe class PageTables
     /// </summary>
     private static void ShowMachineToPhys(VcpuContext* vcpu, Mfn root, bool shown)
     {
-        ShowSlot(vcpu, root, vcpu->Domain->MachineToPhysStart.TableIndex(4), shown);
+        int slot = vcpu->Domain->MachineToPhysStart.TableIndex(4);
+        ShowSlot(vcpu, root, slot, shown ? vcpu->Domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot] : 0);
     }
 
-    /// <summary>Shows or hides in an L4 what only kernel mode may reach: its roots have it, and those of user mode lose it.</summary>
+    /// <summary>Shows in an L4 what only kernel mode may reach, or what user mode has in its place.</summary>
     private static void ShowKernelSlot(VcpuContext* vcpu, Mfn root, bool shown)
     {
-        if (vcpu->Domain->KernelSlot != 0)
-            ShowSlot(vcpu, root, vcpu->Domain->KernelSlot, shown);
+        int slot = vcpu->Domain->KernelSlot;
+        if (slot != 0)
+            ShowSlot(vcpu, root, slot, KernelSlotOf(vcpu->Domain, shown));
     }
 
-    private static void ShowSlot(VcpuContext* vcpu, Mfn root, int slot, bool shown)
+    /// <summary>Whether an L4 shows in <see cref="DomainContext.KernelSlot"/> what a mode's root has to.</summary>
+    /// <param name="domain">The domain, which has such a slot.</param>
+    /// <param name="root">The L4.</param>
+    /// <param name="kernelMode">Kernel mode, or user mode.</param>
+    public static bool ShowsKernelSlot(DomainContext* domain, Mfn root, bool kernelMode)
+    {
+        ulong shown = Volatile.Read(ref *(ulong*)(domain->Memory.Table(root) + domain->KernelSlot));
+        return ((shown ^ KernelSlotOf(domain, kernelMode)) & ~(ulong)AccessedDirty) == 0;
+    }
+
+    private static ulong KernelSlotOf(DomainContext* domain, bool kernelMode)
+        => kernelMode ? domain->HypervisorSlots[domain->KernelSlot - Paging.FirstHypervisorSlot] : domain->UserSlot;
+
+    private static void ShowSlot(VcpuContext* vcpu, Mfn root, int slot, ulong shown)
     {
         PageTableEntry* entry = vcpu->Domain->Memory.Table(root) + slot;
-        var value = new PageTableEntry(shown ? vcpu->Domain->HypervisorSlots[slot - Paging.FirstHypervisorSlot] : 0);
+        var value = new PageTableEntry(shown);
         if (((entry->Value ^ value.Value) & ~(ulong)AccessedDirty) != 0)
             _ = vcpu->PageTableWrites->Store(entry, root.Address + ((ulong)slot * sizeof(ulong)), value);
     }

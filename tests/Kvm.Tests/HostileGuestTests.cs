@@ -33,6 +33,7 @@ public sealed unsafe class HostileGuestTests : KvmTest
         yield return _guest.Machine.Code.RestoreAndIret;
         yield return _guest.Machine.Code.LoadRoot;
         yield return _guest.Machine.InterruptTable;
+        yield return _guest.Vcpu.InterruptTable;
         yield return MonitorLayout.DescriptorTablesStart + (MonitorLayout.ReservedGdtPage << Paging.PageShift);
         yield return MonitorLayout.DirectMap(new MachineAddress(MonitorLayout.RegionAddress));
         yield return MonitorLayout.DirectMap(_guest.FirstDataFrame.Address);
@@ -46,7 +47,7 @@ public sealed unsafe class HostileGuestTests : KvmTest
 
     /// <summary>What kernel mode alone may reach, and it does.</summary>
     private bool IsKernelWindow(ulong address)
-        => _guest.Machine.KernelSlot != 0 && address - MonitorLayout.KernelWindowStart < MonitorLayout.KernelWindowSize;
+        => _guest.Machine.KernelSlot != 0 && !IsSyscallEntry(address) && address - MonitorLayout.VcpuWindowsStart < MonitorLayout.VcpuWindowSize;
 
     [Test]
     public void ReservedSlotsCannotBeRead()
@@ -144,7 +145,7 @@ public sealed unsafe class HostileGuestTests : KvmTest
     [Test]
     public void TripleFault()
     {
-        new Span<byte>(MonitorPage(_guest.Machine.InterruptTable), (int)Paging.PageSize).Clear();
+        new Span<byte>(MonitorPage(_guest.Vcpu.InterruptTable), (int)Paging.PageSize).Clear();
         VcpuExit exit = RunCode(_guest, code => code.ud2());
         Assert.That(exit.Kind, Is.EqualTo(VcpuExitKind.Failed), $"{exit.Vector}");
         Assert.That(exit.Failure, Does.Contain("triple fault").Or.Contain("shut down").Or.Contain("emulate"));

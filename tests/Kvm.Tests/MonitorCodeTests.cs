@@ -18,18 +18,17 @@ public sealed class MonitorCodeTests
         byte[] page = new byte[Paging.PageSize];
         fixed (byte* bytes = page)
         {
-            var entry = new SyscallEntry(new SyscallEntryKind(Serves: false, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data), Start, bytes, 0, 0);
+            var entry = new SyscallEntry(
+                new SyscallEntryKind(Serves: false, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data), new EntryPages { Entry = Start, KernelEntry = bytes }, 0);
             foreach (ulong address in (ulong[])[entry.Of32BitCode, entry.Of64BitCode])
             {
                 Assert.That(Decode(page, Start, address, 2), Is.EqualTo(new[] { "out 0E0h,al", "ud2" }));
                 Assert.That(entry.IsLeaving(address), Is.True);
-                var registers = new CpuRegisters { Rip = address };
-                Assert.That(entry.TryTakeOver(&registers), Is.False);
             }
 
-            Assert.That(entry.Service is null, Is.True);
-            Assert.That((entry.IsExitOf32BitCode(entry.Of32BitCode + 2), entry.IsExitOf64BitCode(entry.Of64BitCode + 2)), Is.EqualTo((true, true)));
-            Assert.That((entry.IsExitOf32BitCode(entry.Of64BitCode), entry.IsExitOf64BitCode(entry.Of32BitCode)), Is.EqualTo((false, false)));
+            Assert.That((entry.Serves, entry.Service is null, entry.Switch is null), Is.EqualTo((false, true, true)));
+            Assert.That((entry.IsExitOf32BitCode(entry.Of32BitCode + 2), entry.Contains(entry.Of64BitCode + 2)), Is.EqualTo((true, true)));
+            Assert.That((entry.IsExitOf32BitCode(entry.Of64BitCode), entry.Contains(entry.Of32BitCode + 2)), Is.EqualTo((false, false)));
         }
     }
 

@@ -122,7 +122,8 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         ulong[] stacks =
         [
             0, 8, 0x7fff_ffff_fff8, 0x8000_0000_0000, Paging.HypervisorVirtualStart - 8, Paging.HypervisorVirtualStart, MonitorLayout.MonitorStart,
-            Vcpu.Entry.Of32BitCode, MonitorLayout.KernelWindowStart + 64, MonitorLayout.KernelWindowStart + Paging.PageSize + 0x200,
+            Vcpu.Entry.Of32BitCode, MonitorLayout.VcpuWindowsStart + 64,
+            MonitorLayout.VcpuWindowsStart + Paging.PageSize + 0x200, MonitorLayout.VcpuWindowsStart + (3 * Paging.PageSize) + 0x200,
             Paging.HypervisorVirtualEnd - 8, Paging.HypervisorVirtualEnd, ulong.MaxValue - 7, ScratchGuest.StackTop - 8, ScratchGuest.StackTop,
         ];
         foreach (ulong stack in stacks)
@@ -159,7 +160,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         [
             (SetSingleshotTimer + 1, 0, ScratchGuest.DataAddress), (SetSingleshotTimer, 1, ScratchGuest.DataAddress), (SetSingleshotTimer, 0, 0),
             (SetSingleshotTimer, 0, 0x8000_0000_0000_0000), (SetSingleshotTimer, 0, _guest.Machine.MachineToPhysStart.Value),
-            (SetSingleshotTimer, 0, Vcpu.Entry.Of32BitCode), (SetSingleshotTimer, 0, MonitorLayout.KernelWindowStart),
+            (SetSingleshotTimer, 0, Vcpu.Entry.Of32BitCode), (SetSingleshotTimer, 0, MonitorLayout.VcpuWindowsStart + Paging.PageSize),
             (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd - 8), (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd),
         ];
         foreach ((ulong command, ulong vcpu, ulong argument) in calls)
@@ -184,7 +185,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         (Vcpu.Registers->Rdi, Vcpu.Registers->Rsi) = (0x1_e028, 0x8000_1234_5678_9abc);
         AssertIsServed();
         Assert.That(
-            *Vcpu.EntryReport, Is.EqualTo(new EntryReport { StackSwitched = 1, KernelSs = 0x1_e028, KernelSp = 0x8000_1234_5678_9abc }));
+            *Vcpu.EntryReport, Is.EqualTo(new EntryReport { KernelSs = 0x1_e028, KernelSp = 0x8000_1234_5678_9abc }));
     }
 
     [Test]
@@ -193,7 +194,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         LoadCall(HypercallNumber.SetSegmentBase);
         (Vcpu.Registers->Rdi, Vcpu.Registers->Rsi) = (1UL | (5UL << 32), address);
         AssertIsServed();
-        Assert.That(*Vcpu.EntryReport, Is.EqualTo(new EntryReport { UserGsBaseSet = 1, UserGsBase = address }));
+        Assert.That(*Vcpu.EntryReport, Is.EqualTo(new EntryReport { InactiveGsBase = address }));
     }
 
     [TestCase(0UL, 0x1000UL)]

@@ -121,8 +121,8 @@ public sealed unsafe class MmuextOpTests
         int machineToPhys = machine.Context->MachineToPhysStart.TableIndex(4) - 256;
         for (int slot = 0; slot < 16; slot++)
         {
-            bool isHidden = slot == machineToPhys || slot == TestMachine.KernelSlot - 256;
-            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(isHidden ? 0 : machine.Context->HypervisorSlots[slot]));
+            ulong expected = slot == machineToPhys ? 0 : slot == TestMachine.KernelSlot - 256 ? TestMachine.UserSlot : machine.Context->HypervisorSlots[slot];
+            Assert.That(machine.Entry(20, 256 + slot)->Value, Is.EqualTo(expected));
         }
 
         Assert.That(machine.Unpin(20), Is.Zero);
@@ -157,9 +157,11 @@ public sealed unsafe class MmuextOpTests
         ulong shown = machine.Context->HypervisorSlots[TestMachine.KernelSlot - 256];
         PageTableEntry* entry = machine.Entry(20, TestMachine.KernelSlot);
         Assert.That(machine.Extended(15, F(20)), Is.Zero);
-        Assert.That(entry->Value, Is.Zero, "a root of user mode");
+        Assert.That(entry->Value, Is.EqualTo(TestMachine.UserSlot), "a root of user mode");
+        Assert.That((PageTables.ShowsKernelSlot(machine.Context, Frame(20), true), PageTables.ShowsKernelSlot(machine.Context, Frame(20), false)), Is.EqualTo((false, true)));
         Assert.That(machine.Extended(5, F(20)), Is.Zero);
         Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel");
+        Assert.That((PageTables.ShowsKernelSlot(machine.Context, Frame(20), true), PageTables.ShowsKernelSlot(machine.Context, Frame(20), false)), Is.EqualTo((true, false)));
         Assert.That(MmuextOp.NewBaseptr(machine.Vcpu, Frame(0)), Is.EqualTo(Errno.None));
         Assert.That(entry->Value, Is.EqualTo(shown), "of the kernel once");
         Assert.That(machine.Extended(15, F(0)), Is.Zero);
@@ -168,7 +170,7 @@ public sealed unsafe class MmuextOpTests
         Assert.That(machine.Extended(15, 0), Is.Zero);
         machine.Queue->Clear();
         Assert.That(machine.Extended(15, F(20)), Is.Zero);
-        Assert.That(entry->Value, Is.Zero, "of user mode again");
+        Assert.That(entry->Value, Is.EqualTo(TestMachine.UserSlot), "of user mode again");
         Assert.That(machine.Queue->Count, Is.EqualTo(1));
         Assert.That((*machine.Queue)[0].Address, Is.EqualTo(TestMachine.EntryAddress(20, TestMachine.KernelSlot).Value));
     }

@@ -17,6 +17,9 @@ internal sealed unsafe class TestMachine : IDisposable
 
     /// <summary>The L4 slot that only kernel mode's roots show.</summary>
     public const int KernelSlot = 265;
+
+    /// <summary>What user mode's roots have there.</summary>
+    public const ulong UserSlot = 0xabf007;
     public const ulong Invalid = ulong.MaxValue;
 
     /// <summary>Frames 0–7 are the boot address space.</summary>
@@ -53,6 +56,7 @@ internal sealed unsafe class TestMachine : IDisposable
         for (int i = 0; i < Paging.HypervisorSlots; i++)
             Context->HypervisorSlots[i] = 0xabc000UL + ((ulong)i << 12) + 7;
         Context->KernelSlot = KernelSlot;
+        Context->UserSlot = UserSlot;
         Context->SharedInfo = (byte*)Allocate(4096);
         Context->MemoryMap = (E820Entry*)Allocate((nuint)(E820Entry.MaxEntries * sizeof(E820Entry)));
         *Context->MemoryMap = new E820Entry { Size = (ulong)frames << Paging.PageShift, Type = E820Entry.Ram };

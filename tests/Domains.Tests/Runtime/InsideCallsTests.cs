@@ -7,6 +7,8 @@ public sealed class InsideCallsTests : ScriptedGuest
 {
     private const uint TimerVirq = 0;
     private const long Millisecond = 1_000_000;
+    private const int SwitchSlot = 261;
+    private const ulong UserSlot = 0xfed0_0000_0003;
 
     [Test]
     public void The_kernel_is_served_and_user_mode_is_not()
@@ -40,6 +42,67 @@ public sealed class InsideCallsTests : ScriptedGuest
             Assert.That(Served(cpu), Is.EqualTo((1, 1, 1)));
             yield return cpu.Hypercall(HypercallNumber.VmAssist, 0, 4);
             Assert.That((cpu.Result, Served(cpu)), Is.EqualTo((0L, (0, 1, 1))), "with a virtual IOPL in RFLAGS");
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>The ways between the modes are the entry's where both roots show what it needs, and what it does is what the guest wants.</summary>
+    [Test]
+    public void System_calls_are_the_entrys_where_they_are_as_it_has_them()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            Assert.That(Switches(cpu), Is.Zero);
+            PrepareSwitch();
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Switches(cpu), Is.EqualTo(1));
+            Assert.That(SwitchesTo(cpu), Is.EqualTo((KernelRoot, OtherRoot, Handler + 0x80)));
+            foreach (string hindrance in (string[])["flag", "callback", "no root", "one root", "kernel slot", "user slot", "no slot", "NMI"])
+            {
+                Hinder(hindrance);
+                yield return new VcpuExit(VcpuExitKind.Kicked);
+                Assert.That(Switches(cpu), Is.Zero, hindrance);
+                PrepareSwitch();
+                yield return new VcpuExit(VcpuExitKind.Kicked);
+                Assert.That(Switches(cpu), Is.EqualTo(1), $"after {hindrance}");
+            }
+
+            // With them it serves kernel mode, which user mode comes to by itself; without, nothing.
+            SetMode(0);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+        }
+
+        _ = Fake.Run(Guest);
+    }
+
+    /// <summary>The mode is the one whose root the vCPU came back with, and the GS bases are as the entry left them.</summary>
+    [Test]
+    public void The_mode_is_taken_over_with_what_belongs_to_it()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            PrepareSwitch();
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            cpu.PageTableRoot = new Mfn(OtherRoot);
+            SetReportedBase(cpu, 0xffff_8880_0000_0000);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That((Mode, Switched.GsBase), Is.EqualTo((0, 0xffff_8880_0000_0000)));
+            Assert.That((cpu.PageTableRoot.Value, Served(cpu)), Is.EqualTo((OtherRoot, (1, 1, 1))), "kernel mode may come by itself");
+
+            // A system call that was left to the manager, found with the kernel's root.
+            cpu.Rip = 0x40_0000;
+            yield return cpu.Hypercall((HypercallNumber)1);
+            Assert.That((Mode, cpu.Rip), Is.EqualTo((1, Handler + 0x80)));
+            Assert.That(cpu.PageTableRoot.Value, Is.EqualTo(KernelRoot));
+            SetReportedBase(cpu, 0x8000_0000_0000);
+            cpu.PageTableRoot = new Mfn(OtherRoot);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Mode, Is.Zero);
+            Assert.That(new VirtualAddress(Switched.GsBase).IsCanonical, "whatever a guest writes there");
+            cpu.PageTableRoot = new Mfn(KernelRoot);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Mode, Is.EqualTo(1));
         }
 
         _ = Fake.Run(Guest);
@@ -168,12 +231,73 @@ public sealed class InsideCallsTests : ScriptedGuest
     private static unsafe (int Iret, int SingleshotTimer, int TaskSwitch) Served(FakeVcpu cpu)
         => (cpu.EntryService->Iret, cpu.EntryService->SingleshotTimer, cpu.EntryService->TaskSwitch);
 
+    private static unsafe int Switches(FakeVcpu cpu) => cpu.EntryService->ModeSwitch;
+
+    private static unsafe (ulong KernelRoot, ulong UserRoot, ulong Callback) SwitchesTo(FakeVcpu cpu)
+        => (cpu.EntryService->KernelRoot, cpu.EntryService->UserRoot, cpu.EntryService->SyscallCallback);
+
+    private static unsafe void SetReportedBase(FakeVcpu cpu, ulong address) => cpu.EntryReport->InactiveGsBase = address;
+
+    private unsafe ulong KernelRoot => Fake.Context->State->KernelRoot;
+
+    private unsafe ulong OtherRoot => FrameOf(Data + 0x2000);
+
+    private unsafe int Mode => Fake.Context->State->KernelMode;
+
+    /// <summary>Two roots that show what they have to, and a callback as Linux's.</summary>
+    private unsafe void PrepareSwitch()
+    {
+        DomainContext* domain = Fake.Context->Domain;
+        domain->KernelSlot = SwitchSlot;
+        domain->UserSlot = UserSlot;
+        VcpuState* state = Fake.Context->State;
+        state->UserRoot = OtherRoot;
+        state->NmiMasked = 0;
+        state->SyscallCallback = Handler + 0x80;
+        state->CallbackFlags |= CallbackFlags.SyscallDisablesEvents;
+        domain->Memory.Table(new Mfn(KernelRoot))[SwitchSlot] = new PageTableEntry(domain->HypervisorSlots[SwitchSlot - 256] | (ulong)PageFlags.Dirty);
+        domain->Memory.Table(new Mfn(OtherRoot))[SwitchSlot] = new PageTableEntry(UserSlot | (ulong)PageFlags.Accessed);
+    }
+
+    private unsafe void Hinder(string hindrance)
+    {
+        DomainContext* domain = Fake.Context->Domain;
+        VcpuState* state = Fake.Context->State;
+        switch (hindrance)
+        {
+            case "flag":
+                state->CallbackFlags &= ~CallbackFlags.SyscallDisablesEvents;
+                break;
+            case "callback":
+                state->SyscallCallback = 0;
+                break;
+            case "no root":
+                state->UserRoot = 0;
+                break;
+            case "one root":
+                state->UserRoot = KernelRoot;
+                break;
+            case "kernel slot":
+                domain->Memory.Table(new Mfn(KernelRoot))[SwitchSlot] = new PageTableEntry(UserSlot);
+                break;
+            case "user slot":
+                domain->Memory.Table(new Mfn(OtherRoot))[SwitchSlot] = new PageTableEntry(domain->HypervisorSlots[SwitchSlot - 256]);
+                break;
+            case "no slot":
+                domain->KernelSlot = 0;
+                break;
+            default:
+                MaskNmi();
+                break;
+        }
+    }
+
     private static unsafe long NextLook(FakeVcpu cpu) => (long)cpu.EntryService->NextLook;
 
     private static unsafe void Report(FakeVcpu cpu, ulong timeout) => cpu.EntryReport->SingleshotTimeout = timeout;
 
     private static unsafe void ReportSwitch(FakeVcpu cpu, ulong selector, ulong stack, ulong segmentBase)
-        => *cpu.EntryReport = new EntryReport { StackSwitched = 1, KernelSs = selector, KernelSp = stack, UserGsBaseSet = 1, UserGsBase = segmentBase };
+        => *cpu.EntryReport = new EntryReport { KernelSs = selector, KernelSp = stack, InactiveGsBase = segmentBase };
 
     private unsafe (ulong Selector, ulong Stack, ulong GsBase) Switched
         => (Fake.Context->State->KernelSs, Fake.Context->State->KernelSp, Fake.Context->State->InactiveGsBase);

@@ -63,7 +63,8 @@ public abstract unsafe class ScriptedGuest
 
     private protected void SetUserRoot() => _domain.Context->State->UserRoot = _domain.Context->State->KernelRoot;
 
-    private protected void SetKernelStack(ulong stack) => _domain.Context->State->KernelSp = stack;
+    /// <summary>As it is between two exits, when the entry has it too.</summary>
+    private protected void SetKernelStack(ulong stack) => _domain.Context->State->KernelSp = _domain.Vcpu.Cpu.EntryReport->KernelSp = stack;
 
     private protected ulong MachineToPhys(ulong index) => _domain.Machine.MachineToPhys[index];
 

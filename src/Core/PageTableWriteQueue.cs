@@ -114,7 +114,8 @@ public unsafe struct PageTableWriteQueue
         return new PageTableEntry(found);
     }
 
-    /// <summary>What a replaced entry needs where stores are repeated.</summary>
+    /// <summary>What a replaced entry needs where stores are repeated: not in the way where they are not.</summary>
+    [MethodImpl(MethodImplOptions.NoInlining)]
     private void RepeatIfCached(MachineAddress address, PageTableEntry old, PageTableEntry value)
     {
         if (MayBeCached(old, value))

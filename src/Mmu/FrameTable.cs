@@ -494,7 +494,6 @@ public unsafe struct FrameTable
 
     /// <summary>Adds a reference to a frame that the domain owns (get_page).</summary>
     /// <returns>Null when the frame does not exist or is another's.</returns>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public FrameInfo* GetPage(Mfn frame, ushort owner)
     {
         FrameInfo* info = Find(frame);
@@ -507,17 +506,9 @@ public unsafe struct FrameTable
     }
 
     /// <summary>Drops a reference (put_page); the last one frees the frame.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public void PutPage(FrameInfo* info)
     {
-        if (!info->TryDereference())
-            PutLast(info);
-    }
-
-    /// <summary>Drops what is the last reference, unless somebody adds another meanwhile.</summary>
-    private void PutLast(FrameInfo* info)
-    {
-        do
+        while (!info->TryDereference())
         {
             // Free frames are looked for under the lock, so that nobody takes this one half-way.
             bool special = info->Has(FrameFlags.Special);
@@ -529,7 +520,6 @@ public unsafe struct FrameTable
             if (free)
                 return;
         }
-        while (!info->TryDereference());
     }
 
     private void NoteFree(ulong index, bool special)

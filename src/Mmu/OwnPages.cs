@@ -51,7 +51,7 @@ internal static unsafe class OwnPages
             return false;
         if (info->Owner != vcpu->Domain->State->Id || (value.IsWritable && !info->TryUseAsWritable()))
         {
-            frames->PutPage(info);
+            Put(frames, info);
             return false;
         }
 
@@ -75,6 +75,13 @@ internal static unsafe class OwnPages
 
         if (old.IsWritable && !info->TryDropWritable())
             _ = PageTables.PutType(vcpu, old.Frame, info);
-        frames->PutPage(info);
+        Put(frames, info);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Put(FrameTable* frames, FrameInfo* info)
+    {
+        if (!info->TryDereference())
+            frames->PutPage(info);
     }
 }

@@ -36,7 +36,7 @@ public static unsafe class MmuUpdate
         /// <summary>1 to 4; 0 while none is held.</summary>
         public int Level { get; private set; }
 
-        /// <summary>Holds nothing, from the start.</summary>
+        /// <summary>Holds nothing.</summary>
         public void Clear()
         {
             _info = null;
@@ -121,21 +121,21 @@ public static unsafe class MmuUpdate
 
             if (i >= nextLook)
                 nextLook = i + RequestsALook;
-            if (table.Level == 1 && refusal == Errno.None && !ioMemory)
+            ulong at = requests + (i * (ulong)sizeof(Request));
+            var near = (Request*)window.Find(at, sizeof(Request));
+            if (near != null && table.Level == 1 && refusal == Errno.None && !ioMemory)
             {
-                ulong next = requests + (i * (ulong)sizeof(Request));
-                var near = (Request*)window.Find(next, sizeof(Request));
-                uint served = near == null ? 0
-                    : ServeRun(vcpu, near, Math.Min(Math.Min(count, nextLook) - i, GuestAccess.ReadWindow.Rest(next) / (uint)sizeof(Request)), table.Frame);
+                uint inPage = GuestAccess.ReadWindow.Rest(at) / (uint)sizeof(Request);
+                uint served = ServeRun(vcpu, near, Math.Min(inPage, Math.Min(count, nextLook) - i), table.Frame);
                 if (served != 0)
                 {
-                    // What interrupts is looked for before the next, whether there is one or not.
+                    // The loop counts the last of them, and looks for what interrupts before the next.
                     i += served - 1;
                     continue;
                 }
             }
 
-            if (!TryRead(vcpu, ref window, requests + (i * (ulong)sizeof(Request)), out Request request))
+            if (!TryRead(vcpu, ref window, at, out Request request))
             {
                 error = Errno.EFAULT;
                 break;

@@ -450,6 +450,24 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         }
     }
 
+    /// <summary>Another vCPU of the guest's may write while the entry runs: what is loaded for it is never what the host's processor refuses.</summary>
+    [Test]
+    public void ABaseThatIsNotCanonicalIsNotLoaded()
+    {
+        int taken = 0;
+        for (ulong address = Vcpu.Entry.Of64BitCode; address < Vcpu.Entry.End; address++)
+        {
+            var registers = new CpuRegisters { Rip = address, Rax = 0x8000_0000_0000 };
+            ulong gsBase = UserGs;
+            Vcpu.EntryReport->InactiveGsBase = 0x8000_0000_0000;
+            _ = Vcpu.Entry.TakeOver(&registers, ref gsBase, switchesModes: true, inUserMode: false);
+            Assert.That(new VirtualAddress(gsBase).IsCanonical, $"{address:x}");
+            taken += gsBase == 0 ? 1 : 0;
+        }
+
+        Assert.That(taken, Is.GreaterThan(1));
+    }
+
     private static List<ulong> CodeOfEntry(Span<byte> page, SyscallEntry entry)
     {
         byte[] bytes = page[..(int)(entry.End - entry.Of32BitCode)].ToArray();

@@ -272,7 +272,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         SyscallEntry entry = Vcpu.Entry;
         int before = 0;
         int after = 0;
-        foreach (ulong address in CodeOfEntry(entry.Code, entry))
+        foreach (ulong address in EntryCode.InstructionsOf(entry))
         {
             if (iret)
                 EnterKernel(code => code.hlt(), Rflags.InterruptEnable);
@@ -466,21 +466,6 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         }
 
         Assert.That(taken, Is.GreaterThan(1));
-    }
-
-    private static List<ulong> CodeOfEntry(Span<byte> page, SyscallEntry entry)
-    {
-        byte[] bytes = page[..(int)(entry.End - entry.Of32BitCode)].ToArray();
-        var decoder = Decoder.Create(64, bytes, entry.Of32BitCode);
-        List<ulong> found = [];
-        while (decoder.IP < entry.End)
-        {
-            Instruction instruction = decoder.Decode();
-            if (instruction.IP >= entry.Of64BitCode && instruction.Mnemonic is not (Mnemonic.Out or Mnemonic.Ud2))
-                found.Add(instruction.IP);
-        }
-
-        return found;
     }
 
     /// <summary>An L4 of its own that leads to the same tables, with user mode's entry in the slot where kernel mode has its own.</summary>

@@ -588,6 +588,9 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         Assert.That((Registers->Rax, Registers->Rsp), Is.EqualTo(((ulong)HypercallNumber.Iret, Frame)));
         Registers->Rip = UserAddress;
         Registers->Rsp = UserStack;
+
+        // R11, which SYSCALL had the flags in, may be the frame's already.
+        Registers->Rflags = (ulong)Always;
         (Vcpu.Segments->Cs, Vcpu.Segments->Ss) = (UserCode, UserData);
         Mask = 0;
     }

@@ -312,6 +312,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
 
             Assert.That(registers->Rax, Is.EqualTo((ulong)HypercallNumber.Iret));
             registers->Rip = ScratchGuest.CodeAddress;
+            registers->Rflags = (ulong)Always; // R11, which SYSCALL had them in, may be the frame's already
             registers->Rcx = registers->R11 = registers->Rax = round;
         }
 

@@ -279,7 +279,11 @@ internal sealed unsafe class ModeSwitch
                 _reportPage->InactiveGsBase = registers->Rax;
                 break;
             case Stage.SystemCallBaseLoaded or Stage.IretBaseLoaded:
-                (gsBase, _reportPage->InactiveGsBase) = (_reportPage->InactiveGsBase, gsBase);
+                ulong inactive = Volatile.Read(ref _reportPage->InactiveGsBase);
+                _reportPage->InactiveGsBase = gsBase;
+
+                // The host's processor would fault on it.
+                gsBase = new VirtualAddress(inactive).IsCanonical ? inactive : 0;
                 break;
             case Stage.Entered:
                 registers->Rax = _kept->Rax;

@@ -1,5 +1,6 @@
 // What the SYSCALL entry of a vCPU may serve without the manager, and what comes of it.
 using XenSharp.Core;
+using XenSharp.Domains.Emulation;
 using XenSharp.Domains.Hypercalls;
 using XenSharp.Mmu;
 
@@ -80,13 +81,14 @@ internal sealed unsafe class InsideCalls
 
     /// <summary>
     /// Whether the ways between the modes are as the entry has them: a callback that masks events, and two roots, each of which shows its
-    /// own mode's entry.
+    /// own mode's entry; and no breakpoint, which the way to user mode would have the processor pass over once.
     /// </summary>
     private bool MaySwitchModes()
     {
         VcpuState* state = _vcpu.Context->State;
         DomainContext* domain = _vcpu.Context->Domain;
-        return state->SyscallCallback != 0 && (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0
+        return (state->DebugRegisters[7] & DebugRegisters.ActiveMask) == 0
+            && state->SyscallCallback != 0 && (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0
             && domain->KernelSlot != 0 && state->UserRoot != 0 && state->UserRoot != state->KernelRoot
             && PageTables.ShowsKernelSlot(domain, new Mfn(state->KernelRoot), kernelMode: true)
             && PageTables.ShowsKernelSlot(domain, new Mfn(state->UserRoot), kernelMode: false);

@@ -177,8 +177,6 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>The page that SYSCALL comes to.</summary>
     internal SyscallEntry Entry => _pages.Entry;
 
-    internal ModeGate? Gate => _pages.Gate;
-
     /// <summary>Where the monitor has the interrupt table.</summary>
     internal ulong InterruptTable => _pages.InterruptTable;
 
@@ -679,9 +677,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         return true;
     }
 
-    /// <summary>
-    /// Opens the ways between the guest's modes, if it is to have them.
-    /// </summary>
+    /// <summary>Opens the ways between the guest's modes, if it is to have them.</summary>
     private void PrepareModeSwitch()
     {
         if (_pages.Gate is not { } gate)
@@ -696,7 +692,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         bool linuxSegments = _switchesModes && _guestSegments.TryLoadCode(HostUserCode, out KvmSegment code, out _) && code.L != 0
             && _guestSegments.TryLoadStack(HostUserData, out _, out _);
         _pages.Entry.ServeModeSwitch(_switchesModes, linuxSegments);
-        _pages.Entry.Switch!.BeginEntry(toUserMode: _switchesModes && IsUserRoot(_root));
+        _pages.Entry.Switch!.BeginEntry();
     }
 
     private bool IsUserRoot(ulong root) => root == EntryService->UserRoot << Paging.PageShift;
@@ -1175,10 +1171,13 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         if (!_switchesModes || _pages.Gate is not { } gate)
             return false;
-        return _sregs->Ss.Dpl == 3 ? gate.IsAtGate(_run->Regs.Rip) : gate.Contains(_run->Regs.Rip) && gate.IsAtGate(ExceptionFrame[0]);
+        return _sregs->Ss.Dpl == 3 ? gate.IsAtGate(_run->Regs.Rip) : gate.IsSwitch(_run->Regs.Rip, ExceptionFrame[0]);
     }
 
-    /// <summary>Takes a vCPU that is on its way to the other mode back to where that begins: what the gate does is not visible there.</summary>
+    /// <summary>
+    /// Takes a vCPU that is on its way to the other mode back to where that begins, as what the gate does is not visible there; or where only
+    /// the gate's return is left, to where that leads.
+    /// </summary>
     private void LeaveModeGate()
     {
         ref readonly KvmVcpuEvents events = ref _run->Events;
@@ -1187,9 +1186,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (_sregs->Ss.Dpl == 3)
             return;
         ulong* frame = ExceptionFrame;
-        _run->Regs.Rax = _pages.Gate!.OriginalRax(_run->Regs.Rip, _run->Regs.Rax);
+        ModeGate gate = _pages.Gate!;
+        ulong rip = _run->Regs.Rip;
+        _run->Regs.Rax = gate.OriginalRax(rip, _run->Regs.Rax);
+        _root = (gate.IsInUserMode(rip, frame[0]) ? EntryService->UserRoot : EntryService->KernelRoot) << Paging.PageShift;
         TakeExceptionFrame(frame);
-        _root = _pages.Entry.Switch!.Enter == frame[0] ? EntryService->UserRoot << Paging.PageShift : EntryService->KernelRoot << Paging.PageShift;
     }
 
     private void ForgetException()

@@ -60,7 +60,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong frames = ramSize >> Paging.PageShift;
         ulong machineToPhysSize = RoundUp(frames * sizeof(ulong), Paging.PageSize);
         ulong tables = 72 + ((ramAddress + ramSize) >> 30) + (machineToPhysSize >> 21) + (MaxVcpus / 16);
-        ulong regionPages = tables + 16 + (MaxVcpus * (9 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
+        ulong regionPages = tables + 16 + (MaxVcpus * (8 + MonitorLayout.ReturnAreaPages)) + (machineToPhysSize >> Paging.PageShift)
             + (windowFrames / Paging.EntriesPerTable);
         _file = -1;
         try
@@ -120,7 +120,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
     public ReadOnlySpan<ulong> HypervisorSlots => _hypervisorSlots;
 
-    /// <inheritdoc/>
     /// <inheritdoc/>
     public int KernelSlot => SyscallEntryKind.Of(Capabilities).Serves ? new VirtualAddress(MonitorLayout.VcpuWindowsStart).TableIndex(4) : 0;
 
@@ -281,6 +280,12 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private ulong TakeMapped(ulong count, PageFlags flags, out ulong physical)
     {
         physical = TakePages(count);
+        return MapNext(count, physical, flags);
+    }
+
+    /// <summary>Maps pages at the next free addresses of the monitor's slot.</summary>
+    private ulong MapNext(ulong count, ulong physical, PageFlags flags)
+    {
         ulong start = _nextMonitorAddress;
         for (ulong i = 0; i < count; i++)
             Map(start + (i << Paging.PageShift), physical + (i << Paging.PageShift), flags);
@@ -429,7 +434,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         EntryPages entryPages = BuildEntryPages(number);
         var entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entryPages, number);
-        ModeGate? gate = entry.Switch is { } modes ? BuildModeGate(modes) : null;
+        ModeGate? gate = entry.Switch is { } modes ? BuildModeGate(modes, entryPages.ReportPage) : null;
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
         CompatibilityInstruction? instruction = null;
@@ -496,8 +501,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
 
         ulong userEntryPage = TakePages(1);
         MapInWindow(ref _userSlot, vcpu, VcpuWindowPage.Entry, userEntryPage, UserCode);
-        ulong framePage = MapInKernelWindow(vcpu, VcpuWindowPage.UserFrame, KernelWindowData);
-        MapInWindow(ref _userSlot, vcpu, VcpuWindowPage.UserFrame, framePage, UserReadOnly);
         return new EntryPages
         {
             Entry = WindowAddress(vcpu, VcpuWindowPage.Entry),
@@ -505,8 +508,6 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             UserEntry = Host(userEntryPage),
             Report = WindowAddress(vcpu, VcpuWindowPage.Report),
             ReportPage = Host(MapInKernelWindow(vcpu, VcpuWindowPage.Report, KernelWindowData)),
-            UserFrame = WindowAddress(vcpu, VcpuWindowPage.UserFrame),
-            UserFramePage = Host(framePage),
         };
     }
 
@@ -522,13 +523,14 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private void MapInWindow(ref ulong slot, int vcpu, VcpuWindowPage page, ulong physical, PageFlags flags)
         => Host<ulong>(TableEntry(ref slot, WindowAddress(vcpu, page), 1)) = physical | (ulong)flags;
 
-    private ModeGate BuildModeGate(ModeSwitch modes)
+    private ModeGate BuildModeGate(ModeSwitch modes, byte* reportPage)
     {
         ulong data = TakeMapped(1, SupervisorData, out ulong dataPage);
         ulong code = TakeMapped(1, SupervisorCode, out ulong codePage);
+        ulong report = MapNext(1, MonitorLayout.RegionAddress + (ulong)(reportPage - _region.Address), SupervisorData & ~PageFlags.Writable);
         return new ModeGate(
             data, Host(dataPage), code, Host(codePage), new ReadOnlySpan<ulong>(Host(_interruptTable), MonitorLayout.Vectors * 2), Code.ExceptionStubs,
-            modes.Enter, modes.Leave);
+            modes, report);
     }
 }
 

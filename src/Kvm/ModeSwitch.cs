@@ -11,7 +11,8 @@ namespace XenSharp.Kvm;
 /// </summary>
 /// <remarks>
 /// What user mode brings along is not trusted, nor is what it can jump to: it only gets into kernel mode at one instruction, with the registers
-/// of a system call. The kernel's own stack and GS base come from its own page, which it may spoil for itself. Interrupted anywhere, by a
+/// of a system call. The kernel's own stack and GS base come from its own page, which it may spoil for itself, and which user mode does not
+/// see: not even where another vCPU's process goes on. Interrupted anywhere, by a
 /// kick or by a fault, the call or iret is as if it had not begun, and the manager makes it (<see cref="TakeOver"/>); but for the last
 /// instructions, where all is done but to load registers that are known.
 /// </remarks>
@@ -25,10 +26,8 @@ internal sealed unsafe class ModeSwitch
     private const int StackAlignment = -16;
 
     private readonly ulong _report;
-    private readonly ulong _userFrame;
     private readonly EntryReport* _reportPage;
     private readonly Kept* _kept;
-    private readonly UserFrame* _framePage;
     private readonly List<(int Instruction, Stage Stage)> _marks = [];
     private (ulong From, Stage Stage)[] _stages = [];
     private int _enter;
@@ -61,7 +60,10 @@ internal sealed unsafe class ModeSwitch
         /// <summary>One with user mode's GS base.</summary>
         IretBaseLoaded,
 
-        /// <summary>In user mode, but for what its frame says.</summary>
+        /// <summary>One that has put the flags on the kernel's stack besides.</summary>
+        IretFlagsPushed,
+
+        /// <summary>In user mode, but for RIP and the root.</summary>
         Left,
     }
 
@@ -71,27 +73,20 @@ internal sealed unsafe class ModeSwitch
         public ulong Rax;
         public ulong Rsp;
 
+        /// <summary>Where user mode goes on.</summary>
+        public ulong UserRip;
+
         /// <summary>The CS that it has gone to user mode with, as the kernel has it; 0 if it has not.</summary>
         public ulong UserCode;
     }
 
-    /// <summary>What IRETQ goes to user mode with. The guest's kernel can write to it, user mode can read it.</summary>
-    private struct UserFrame
-    {
-        public ulong Rip, Cs, Rflags, Rsp, Ss;
-    }
-
     /// <param name="report">Where the guest's kernel has the page of the vCPU's <see cref="EntryReport"/>.</param>
     /// <param name="reportPage">Host view of it.</param>
-    /// <param name="userFrame">Where both modes have the page for the frame.</param>
-    /// <param name="framePage">Host view of it.</param>
-    public ModeSwitch(ulong report, byte* reportPage, ulong userFrame, byte* framePage)
+    public ModeSwitch(ulong report, byte* reportPage)
     {
         _report = report;
         _reportPage = (EntryReport*)reportPage;
         _kept = (Kept*)(reportPage + KeptOffset);
-        _userFrame = userFrame;
-        _framePage = (UserFrame*)framePage;
     }
 
     /// <summary>What an interrupted entry comes to.</summary>
@@ -113,8 +108,11 @@ internal sealed unsafe class ModeSwitch
     /// <summary>User mode's instruction that leads to kernel mode, and where kernel mode goes on.</summary>
     public ulong Enter { get; private set; }
 
-    /// <summary>Kernel mode's instruction that leads to user mode, and where user mode goes on.</summary>
+    /// <summary>Kernel mode's instruction that leads to user mode, which goes on at an address that kernel mode keeps.</summary>
     public ulong Leave { get; private set; }
+
+    /// <summary>Bytes from the start of the report's page to the address at which user mode goes on.</summary>
+    public int UserRipOffset => (int)((byte*)&_kept->UserRip - (byte*)_reportPage);
 
     /// <summary>
     /// The selectors that the kernel has last sent the vCPU to user mode with since <see cref="BeginEntry"/>; zeroes if it has not.
@@ -126,15 +124,8 @@ internal sealed unsafe class ModeSwitch
         _ => (FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data),
     };
 
-    /// <summary>
-    /// Before an entry. Where that is one to user mode, it is not shown what another process, that this vCPU went to last, was doing.
-    /// </summary>
-    public void BeginEntry(bool toUserMode)
-    {
-        _kept->UserCode = 0;
-        if (toUserMode)
-            *_framePage = default;
-    }
+    /// <summary>Before an entry.</summary>
+    public void BeginEntry() => _kept->UserCode = 0;
 
     /// <summary>
     /// From <see cref="Enter"/> on, in kernel mode: RCX and R11 are those of SYSCALL, all else user mode's. Pushes the bounce frame of a
@@ -211,21 +202,20 @@ internal sealed unsafe class ModeSwitch
         code.jne(give);
         code.mov(rcx, __qword_ptr[rsp + IretFrame.Rip]);
         SyscallEntry.EmitCanonicalCheck(code, rcx, give);
-        code.test(__dword_ptr[rsp + IretFrame.Rflags], (int)Rflags.InterruptEnable);
-        code.je(give);
+
+        // A single step would begin within the entry.
+        const Rflags looked = Rflags.InterruptEnable | Rflags.Trap | Rflags.NestedTask;
+        code.mov(eax, __dword_ptr[rsp + IretFrame.Rflags]);
+        code.and(eax, (int)looked);
+        code.cmp(eax, (int)Rflags.InterruptEnable);
+        code.jne(give);
 
         // Whoever raises the upcall afterwards kicks.
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, entry.VcpuInfo));
         code.mov(__byte_ptr[rax + UpcallMask], 0);
         code.cmp(__byte_ptr[rax], 0);
         code.jne(give);
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InFrame(&_framePage->Rip), Register.RCX));
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_imm32, InFrame(&_framePage->Cs), (int)KvmVirtualCpu.HostUserCode));
-        code.mov(rcx, __qword_ptr[rsp + IretFrame.Rflags]);
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InFrame(&_framePage->Rflags), Register.RCX));
-        code.mov(rcx, __qword_ptr[rsp + IretFrame.Rsp]);
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InFrame(&_framePage->Rsp), Register.RCX));
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_imm32, InFrame(&_framePage->Ss), (int)KvmVirtualCpu.HostUserData));
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InReport(&_kept->UserRip), Register.RCX));
         code.movzx(eax, __word_ptr[rsp + IretFrame.Cs]);
         code.test(__dword_ptr[rsp + IretFrame.Flags], IretFrame.InSyscall);
         code.je(reported);
@@ -242,8 +232,12 @@ internal sealed unsafe class ModeSwitch
         code.and(r11d, (int)KvmVirtualCpu.UserFlags);
         code.or(r11d, (int)(Rflags.Fixed | Rflags.InterruptEnable));
         code.Label(ref restored);
+        code.push(__qword_ptr[rsp + IretFrame.Rflags]);
+        Mark(code, Stage.IretFlagsPushed);
+        code.popfq();
+        Mark(code, Stage.IretBaseLoaded);
         code.mov(rax, __qword_ptr[rsp]);
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Lea_r64_m, Register.RSP, InFrame(&_framePage->Rip)));
+        code.mov(rsp, __qword_ptr[rsp + IretFrame.Rsp]);
         _leave = code.Instructions.Count;
         Mark(code, Stage.Left);
         code.AddInstruction(entry.DivideByZero);
@@ -271,14 +265,14 @@ internal sealed unsafe class ModeSwitch
     public Outcome TakeOver(CpuRegisters* registers, ref ulong gsBase, bool inUserMode, ulong callback)
     {
         if (inUserMode)
-            return registers->Rip == Leave && registers->Rsp == _userFrame ? TakeLeft(registers) : Outcome.Syscall;
+            return Outcome.Syscall;
         Stage stage = StageAt(registers->Rip);
         switch (stage)
         {
             case Stage.SystemCallBaseInRax or Stage.IretBaseInRax:
                 _reportPage->InactiveGsBase = registers->Rax;
                 break;
-            case Stage.SystemCallBaseLoaded or Stage.IretBaseLoaded:
+            case Stage.SystemCallBaseLoaded or Stage.IretBaseLoaded or Stage.IretFlagsPushed:
                 ulong inactive = Volatile.Read(ref _reportPage->InactiveGsBase);
                 _reportPage->InactiveGsBase = gsBase;
 
@@ -290,23 +284,18 @@ internal sealed unsafe class ModeSwitch
                 registers->Rip = callback;
                 return Outcome.InKernelMode;
             case Stage.Left:
-                return TakeLeft(registers);
+                registers->Rip = _kept->UserRip;
+                return Outcome.InUserMode;
         }
+
+        if (stage == Stage.IretFlagsPushed)
+            registers->Rsp += sizeof(ulong);
 
         if (stage is Stage.SystemCallBaseInRax or Stage.SystemCallBaseLoaded)
             registers->Rsp = _kept->Rsp;
         if (stage is Stage.SystemCallRaxKept or Stage.SystemCallBaseInRax or Stage.SystemCallBaseLoaded)
             registers->Rax = _kept->Rax;
         return stage <= Stage.SystemCallBaseLoaded ? Outcome.SystemCall : Outcome.Syscall;
-    }
-
-    private Outcome TakeLeft(CpuRegisters* registers)
-    {
-        UserFrame frame = *_framePage;
-        registers->Rip = frame.Rip;
-        registers->Rsp = frame.Rsp;
-        registers->Rflags = frame.Rflags;
-        return Outcome.InUserMode;
     }
 
     private Stage StageAt(ulong rip)
@@ -336,6 +325,4 @@ internal sealed unsafe class ModeSwitch
     private void Mark(Assembler code, Stage stage) => _marks.Add((code.Instructions.Count, stage));
 
     private MemoryOperand InReport(ulong* field) => SyscallEntry.At(_report + (ulong)((byte*)field - (byte*)_reportPage));
-
-    private MemoryOperand InFrame(ulong* field) => SyscallEntry.At(_userFrame + (ulong)((byte*)field - (byte*)_framePage));
 }

@@ -100,9 +100,6 @@ internal enum VcpuWindowPage
     /// <summary>For kernel mode alone: the page that vcpu_info lies in.</summary>
     VcpuInfo,
 
-    /// <summary>The frame with which the vCPU went to user mode last, which that can read.</summary>
-    UserFrame,
-
     /// <summary>How many there are.</summary>
     Count,
 }

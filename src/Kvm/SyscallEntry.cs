@@ -42,7 +42,7 @@ internal readonly unsafe struct EntryPages
     /// <summary>What kernel mode sees there, or both modes where the entry serves nothing.</summary>
     public byte* KernelEntry { get; init; }
 
-    /// <summary>What user mode sees there; null where the entry serves nothing, as are those that follow.</summary>
+    /// <summary>What user mode sees there; null where the entry serves nothing, as is what follows.</summary>
     public byte* UserEntry { get; init; }
 
     /// <summary>The page of <see cref="EntryReport"/>.</summary>
@@ -50,12 +50,6 @@ internal readonly unsafe struct EntryPages
 
     /// <inheritdoc cref="Report"/>
     public byte* ReportPage { get; init; }
-
-    /// <summary>The page with the frame that leads to user mode.</summary>
-    public ulong UserFrame { get; init; }
-
-    /// <inheritdoc cref="UserFrame"/>
-    public byte* UserFramePage { get; init; }
 }
 
 /// <summary>
@@ -139,7 +133,7 @@ internal sealed unsafe class SyscallEntry
             return;
         }
 
-        Switch = new ModeSwitch(pages.Report, pages.ReportPage, pages.UserFrame, pages.UserFramePage);
+        Switch = new ModeSwitch(pages.Report, pages.ReportPage);
         var code = new Assembler(64);
         EmitExit(code);
         Label exit = code.CreateLabel();
@@ -270,8 +264,7 @@ internal sealed unsafe class SyscallEntry
     }
 
     /// <summary>
-    /// User mode's page: system calls go to the instruction that leads to kernel mode, if that serves them, and at the one that leads to user
-    /// mode is the IRETQ that it comes to. All else faults.
+    /// User mode's page: system calls go to the instruction that leads to kernel mode, if that serves them. All else faults.
     /// </summary>
     private void EmitUserEntry(in EntryPages pages)
     {
@@ -291,16 +284,11 @@ internal sealed unsafe class SyscallEntry
         code.Label(ref exit);
         EmitExit(code);
         byte[] bytes = MonitorCode.Emit(code, Of32BitCode, out _);
-        bytes.CopyTo(page[..(int)(Math.Min(Switch.Enter, Switch.Leave) - Of32BitCode)]);
-        Place(page, Switch.Enter, DivideByZero);
-        Place(page, Switch.Leave, Instruction.Create(Iced.Intel.Code.Iretq));
-    }
-
-    private void Place(Span<byte> page, ulong address, in Instruction instruction)
-    {
-        var code = new Assembler(64);
-        code.AddInstruction(instruction);
-        MonitorCode.Emit(code, address, out _).CopyTo(page[(int)(address - Of32BitCode)..]);
+        int enter = (int)(Switch.Enter - Of32BitCode);
+        bytes.CopyTo(page[..enter]);
+        var switches = new Assembler(64);
+        switches.AddInstruction(DivideByZero);
+        MonitorCode.Emit(switches, Switch.Enter, out _).CopyTo(page[enter..]);
     }
 
     /// <summary>HYPERVISOR_iret: RSP is on { RAX, R11, RCX, flags, RIP, CS, RFLAGS, RSP, SS }.</summary>

@@ -216,6 +216,8 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     [TestCase("RIP not canonical")]
     [TestCase("SS of code")]
     [TestCase("SS of the other pair")]
+    [TestCase("single step")]
+    [TestCase("nested task")]
     [TestCase("Linux's selectors are others")]
     [TestCase("32-bit code")]
     [TestCase("user GS not canonical")]
@@ -239,6 +241,12 @@ public sealed unsafe class ModeSwitchTests : KvmTest
                 break;
             case "SS of code":
                 frame[8] = UserCode;
+                break;
+            case "single step":
+                frame[6] |= (ulong)Rflags.Trap;
+                break;
+            case "nested task":
+                frame[6] |= (ulong)Rflags.NestedTask;
                 break;
             case "SS of the other pair":
                 frame[8] = FlatSelectors.Ring3Data;
@@ -386,14 +394,15 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         }
     }
 
-    /// <summary>User mode sees nothing of what the kernel shares with the entry, and cannot change what it sees.</summary>
+    /// <summary>User mode sees nothing of what the kernel shares with the entries, its own vCPU's or another's, and cannot change what it sees.</summary>
     [Test]
     public void UserModeReachesNothingOfTheKernels()
     {
-        foreach (VcpuWindowPage page in (VcpuWindowPage[])[VcpuWindowPage.Entry, VcpuWindowPage.Report, VcpuWindowPage.VcpuInfo, VcpuWindowPage.UserFrame])
+        _ = _guest.Machine.CreateKvmVcpu(1);
+        for (ulong page = 0; page < 2 * (ulong)VcpuWindowPage.Count; page++)
         {
-            ulong address = MonitorLayout.VcpuWindowsStart + ((ulong)page << Paging.PageShift);
-            bool isReadable = page is VcpuWindowPage.Entry or VcpuWindowPage.UserFrame;
+            ulong address = MonitorLayout.VcpuWindowsStart + (page << Paging.PageShift);
+            bool isReadable = page % (ulong)VcpuWindowPage.Count == (ulong)VcpuWindowPage.Entry;
             EnterUser(code =>
             {
                 code.mov(rax, __qword_ptr[r8]);
@@ -404,25 +413,6 @@ public sealed unsafe class ModeSwitchTests : KvmTest
             Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.PageFault)), $"{page}: {exit.Failure}");
             Assert.That(Registers->Rip, Is.EqualTo(UserAddress + (isReadable ? 3UL : 0)), $"{page}");
         }
-    }
-
-    /// <summary>What a process did before another one was entered by the manager is not left for that to be read.</summary>
-    [Test]
-    public void TheFrameOfAnotherProcessIsGone()
-    {
-        EnterKernel(code => code.hlt(), Rflags.InterruptEnable);
-        _ = RunWatched(_guest);
-        Assert.That(Vcpu.PageTableRoot, Is.EqualTo(_userRoot));
-        EnterUser(code =>
-        {
-            for (int i = 0; i < 5; i++)
-                code.or(rax, __qword_ptr[r8 + (i * sizeof(ulong))]);
-            code.hlt();
-        });
-        Registers->Rax = 0;
-        Registers->R8 = MonitorLayout.VcpuWindowsStart + ((ulong)VcpuWindowPage.UserFrame << Paging.PageShift);
-        Assert.That(RunWatched(_guest).Vector, Is.EqualTo(ExceptionVector.GeneralProtection));
-        Assert.That(Registers->Rax, Is.Zero);
     }
 
     /// <summary>What the kernel may spoil for itself is no more than that.</summary>

@@ -123,7 +123,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         [
             0, 8, 0x7fff_ffff_fff8, 0x8000_0000_0000, Paging.HypervisorVirtualStart - 8, Paging.HypervisorVirtualStart, MonitorLayout.MonitorStart,
             Vcpu.Entry.Of32BitCode, MonitorLayout.VcpuWindowsStart + 64,
-            MonitorLayout.VcpuWindowsStart + Paging.PageSize + 0x200, MonitorLayout.VcpuWindowsStart + (3 * Paging.PageSize) + 0x200,
+            MonitorLayout.VcpuWindowsStart + Paging.PageSize + 0x200, MonitorLayout.VcpuWindowsStart + (2 * Paging.PageSize) + 0x200,
             Paging.HypervisorVirtualEnd - 8, Paging.HypervisorVirtualEnd, ulong.MaxValue - 7, ScratchGuest.StackTop - 8, ScratchGuest.StackTop,
         ];
         foreach (ulong stack in stacks)

@@ -19,10 +19,12 @@ public static unsafe class DebugRegisters
     /// <summary>DR7 of a fresh vCPU: nothing armed.</summary>
     public const ulong ControlOnes = 0x400;
 
+    /// <summary>Bits of DR7 of which one is set for each breakpoint that is armed.</summary>
+    public const ulong ActiveMask = 0xff;
+
     private const ulong StatusZeroes = 1 << 12;
     private const ulong ControlZeroes = 0xd800;
     private const ulong GeneralDetect = 1 << 13;
-    private const ulong ActiveMask = 0xff;
     private const ulong Cr4DebugExtensions = 1 << 3;
     private const int BreakOnIo = 2;
 

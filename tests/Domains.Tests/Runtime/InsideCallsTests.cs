@@ -1,5 +1,6 @@
 // What a vCPU's SYSCALL entry is told to serve, and what comes of its report.
 using XenSharp.Core;
+using XenSharp.Domains.Emulation;
 
 namespace XenSharp.Domains.Tests.Runtime;
 
@@ -58,7 +59,7 @@ public sealed class InsideCallsTests : ScriptedGuest
             yield return new VcpuExit(VcpuExitKind.Kicked);
             Assert.That(Switches(cpu), Is.EqualTo(1));
             Assert.That(SwitchesTo(cpu), Is.EqualTo((KernelRoot, OtherRoot, Handler + 0x80)));
-            foreach (string hindrance in (string[])["flag", "callback", "no root", "one root", "kernel slot", "user slot", "no slot", "NMI"])
+            foreach (string hindrance in (string[])["flag", "callback", "no root", "one root", "kernel slot", "user slot", "no slot", "NMI", "breakpoint"])
             {
                 Hinder(hindrance);
                 yield return new VcpuExit(VcpuExitKind.Kicked);
@@ -253,6 +254,7 @@ public sealed class InsideCallsTests : ScriptedGuest
         VcpuState* state = Fake.Context->State;
         state->UserRoot = OtherRoot;
         state->NmiMasked = 0;
+        state->DebugRegisters[7] = DebugRegisters.ControlOnes;
         state->SyscallCallback = Handler + 0x80;
         state->CallbackFlags |= CallbackFlags.SyscallDisablesEvents;
         domain->Memory.Table(new Mfn(KernelRoot))[SwitchSlot] = new PageTableEntry(domain->HypervisorSlots[SwitchSlot - 256] | (ulong)PageFlags.Dirty);
@@ -282,6 +284,9 @@ public sealed class InsideCallsTests : ScriptedGuest
                 break;
             case "user slot":
                 domain->Memory.Table(new Mfn(OtherRoot))[SwitchSlot] = new PageTableEntry(domain->HypervisorSlots[SwitchSlot - 256]);
+                break;
+            case "breakpoint":
+                state->DebugRegisters[7] |= 0x10;
                 break;
             case "no slot":
                 domain->KernelSlot = 0;

@@ -26,6 +26,16 @@ public static class LinuxProgram
         code.syscall();
     }
 
+    /// <summary>Ends the process with a status that a register has.</summary>
+    /// <inheritdoc cref="EmitExit(Assembler, int)"/>
+    public static void EmitExit(Assembler code, AssemblerRegister32 status)
+    {
+        ArgumentNullException.ThrowIfNull(code);
+        code.mov(edi, status);
+        code.mov(eax, Exit);
+        code.syscall();
+    }
+
     /// <summary>The file, whose first instruction is the code's first.</summary>
     /// <param name="code">The program.</param>
     /// <param name="data">What its data begins with.</param>

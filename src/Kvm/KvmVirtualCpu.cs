@@ -682,12 +682,11 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     {
         if (_pages.Gate is not { } gate)
             return;
-        EntryService* service = EntryService;
         _enteredRoot = _root;
-        _switchesModes = service->ModeSwitch != 0;
+        _switchesModes = EntryService->ModeSwitch != 0;
         if (_switchesModes)
-            gate.Open(service->KernelRoot << Paging.PageShift, service->UserRoot << Paging.PageShift);
-        else if (gate.IsOpen)
+            gate.Open(KernelRoot, UserRoot);
+        else
             gate.Close();
         bool linuxSegments = _switchesModes && _guestSegments.TryLoadCode(HostUserCode, out KvmSegment code, out _) && code.L != 0
             && _guestSegments.TryLoadStack(HostUserData, out _, out _);
@@ -695,7 +694,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _pages.Entry.Switch!.BeginEntry();
     }
 
-    private bool IsUserRoot(ulong root) => root == EntryService->UserRoot << Paging.PageShift;
+    /// <summary>CR3 of kernel mode, where the entry switches modes.</summary>
+    private ulong KernelRoot => EntryService->KernelRoot << Paging.PageShift;
+
+    /// <summary>CR3 of user mode, where the entry switches modes.</summary>
+    private ulong UserRoot => EntryService->UserRoot << Paging.PageShift;
+
+    /// <summary>Whether the vCPU was last found in user mode, where the entry switches modes.</summary>
+    private bool IsInUserMode => _root == UserRoot;
+
+    /// <summary>Whether the vCPU was found in a 64-bit SYSCALL entry that runs as the guest does.</summary>
+    private bool IsInEntry => _pages.Entry.Serves && _pages.Entry.Contains(_run->Regs.Rip);
 
     /// <summary>Takes over changed segment bases and selectors; says whether there were any.</summary>
     private bool SynchronizeSegments()
@@ -1014,17 +1023,17 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>Takes what the vCPU did in its 64-bit SYSCALL entry for done, or for not begun.</summary>
     private VcpuExit TakeOverEntry()
     {
-        bool inUserMode = _switchesModes && IsUserRoot(_root);
+        bool inUserMode = _switchesModes && IsInUserMode;
         switch (_pages.Entry.TakeOver(&_run->Regs, ref _segments->GsBase, _switchesModes, inUserMode))
         {
             case ModeSwitch.Outcome.SystemCall:
-                _root = EntryService->UserRoot << Paging.PageShift;
+                _root = UserRoot;
                 break;
             case ModeSwitch.Outcome.InKernelMode:
-                return TakeSwitched(EntryService->KernelRoot, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
+                return TakeSwitched(KernelRoot, FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
             case ModeSwitch.Outcome.InUserMode:
                 (ushort code, ushort stack) = _pages.Entry.Switch!.UserSelectors;
-                return TakeSwitched(EntryService->UserRoot, code, stack);
+                return TakeSwitched(UserRoot, code, stack);
         }
 
         return TakeSyscall(FlatSelectors.Ring3Cs64);
@@ -1033,7 +1042,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// <summary>The vCPU has come to the other mode, if not to its end.</summary>
     private VcpuExit TakeSwitched(ulong root, ushort code, ushort stack)
     {
-        _root = root << Paging.PageShift;
+        _root = root;
         _segments->Cs = code;
         _segments->Ss = stack;
         _run->Regs.Rflags = GuestFlags(_run->Regs.Rflags);
@@ -1071,7 +1080,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         if (vector is ExceptionVector.Breakpoint or ExceptionVector.Overflow)
             ForgetException();
         TakeExceptionFrame(frame);
-        if (_pages.Entry.Serves && _pages.Entry.Contains(_run->Regs.Rip))
+        if (IsInEntry)
         {
             // It has met what the manager is to find, or a breakpoint that no hypercall comes upon.
             if (vector == ExceptionVector.Debug)
@@ -1104,7 +1113,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         _segments->FsBase = _sregs->Fs.Base;
         _segments->GsBase = _sregs->Gs.Base;
         if (_switchesModes)
-            _root = IsUserRoot(_sregs->Cr3) ? _sregs->Cr3 : EntryService->KernelRoot << Paging.PageShift;
+            _root = _sregs->Cr3 == UserRoot ? UserRoot : KernelRoot;
         if (_sregs->Ss.Dpl == 3)
         {
             _segments->Cs = _sregs->Cs.Selector;
@@ -1124,11 +1133,10 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             return;
         }
 
-        bool inUserMode = IsUserRoot(_root);
         (ushort code, ushort stack) = _pages.Entry.Switch!.UserSelectors;
-        if (!inUserMode && (code != 0 || _root != _enteredRoot))
+        if (!IsInUserMode && (code != 0 || _root != _enteredRoot))
             (_segments->Cs, _segments->Ss) = (FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
-        else if (inUserMode && code != 0)
+        else if (IsInUserMode && code != 0)
             (_segments->Cs, _segments->Ss) = (code, stack);
     }
 
@@ -1189,7 +1197,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ModeGate gate = _pages.Gate!;
         ulong rip = _run->Regs.Rip;
         _run->Regs.Rax = gate.OriginalRax(rip, _run->Regs.Rax);
-        _root = (gate.IsInUserMode(rip, frame[0]) ? EntryService->UserRoot : EntryService->KernelRoot) << Paging.PageShift;
+        _root = gate.IsInUserMode(rip, frame[0]) ? UserRoot : KernelRoot;
         TakeExceptionFrame(frame);
     }
 
@@ -1225,7 +1233,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             TakeSegments();
             if (IsAtModeGate())
                 LeaveModeGate();
-            if (_pages.Entry.Serves && _pages.Entry.Contains(_run->Regs.Rip) && TakeOverEntry() is { Kind: VcpuExitKind.Syscall } exit)
+            if (IsInEntry && TakeOverEntry() is { Kind: VcpuExitKind.Syscall } exit)
             {
                 // What this returns with is not "kicked", so the next Run has to; until then no note was taken.
                 _ = Interlocked.Exchange(ref *_kicked, 1);

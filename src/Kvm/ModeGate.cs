@@ -63,11 +63,17 @@ internal sealed unsafe class ModeGate
 
         var assembler = new Assembler(64);
         Label other = assembler.CreateLabel();
-        EmitCheck(assembler, _enter, assembler.jne, other, stub);
+
+        // By halves, as there is no operand for a whole address, and no register; that of the page is the same for both.
+        assembler.cmp(__dword_ptr[rsp + sizeof(int)], (int)(_enter >> 32));
+        assembler.jne(stub);
+        assembler.cmp(__dword_ptr[rsp], unchecked((int)_enter));
+        assembler.jne(other);
         (Label loadKernel, Label restoreKernel) = EmitSwitch(assembler, RootAddress(&_roots->Kernel));
         assembler.iretq();
         assembler.Label(ref other);
-        EmitCheck(assembler, _leave, null, other, stub);
+        assembler.cmp(__dword_ptr[rsp], unchecked((int)_leave));
+        assembler.jne(stub);
         assembler.AddInstruction(Instruction.Create(Iced.Intel.Code.Push_rm64, SyscallEntry.At(report + (ulong)modes.UserRipOffset)));
         (Label loadUser, Label restoreUser) = EmitSwitch(assembler, RootAddress(&_roots->User));
 
@@ -91,23 +97,15 @@ internal sealed unsafe class ModeGate
     /// <summary>The table's address.</summary>
     public ulong InterruptTable { get; }
 
-    /// <summary>Whether the gate switches modes.</summary>
-    public bool IsOpen { get; private set; }
-
     /// <summary>Sets what the next entry's switches lead to. The vCPU's own thread only.</summary>
     public void Open(ulong kernelRoot, ulong userRoot)
     {
         *_roots = new Roots { Kernel = kernelRoot, User = userRoot };
         _table[0] = _gate;
-        IsOpen = true;
     }
 
     /// <summary>Makes #DE what it is everywhere.</summary>
-    public void Close()
-    {
-        _table[0] = _plainGate;
-        IsOpen = false;
-    }
+    public void Close() => _table[0] = _plainGate;
 
     /// <summary>Whether an address is in the gate's code.</summary>
     public bool Contains(ulong rip) => rip - _start < _end - _start;
@@ -127,18 +125,6 @@ internal sealed unsafe class ModeGate
     /// <summary>What RAX was when the processor, now at an address of the gate's code, came here.</summary>
     public ulong OriginalRax(ulong rip, ulong rax)
         => _toKernel.HoldsRax(rip) ? Volatile.Read(ref _roots->Kernel) : _toUser.HoldsRax(rip) ? Volatile.Read(ref _roots->User) : rax;
-
-    /// <summary>Compares the address that was pushed by halves: there is no operand for a whole one, and no register.</summary>
-    private static void EmitCheck(Assembler code, ulong address, Action<Label>? otherwise, Label other, ulong stub)
-    {
-        code.cmp(__dword_ptr[rsp], unchecked((int)address));
-        if (otherwise != null)
-            otherwise(other);
-        else
-            code.jne(stub);
-        code.cmp(__dword_ptr[rsp + sizeof(int)], (int)(address >> 32));
-        code.jne(stub);
-    }
 
     private static (Label Load, Label Restore) EmitSwitch(Assembler code, ulong root)
     {

@@ -7,22 +7,20 @@ namespace XenSharp.Kvm;
 
 /// <summary>
 /// Guest-user and guest-kernel mode are both CPL 3. What differs is done here at that level, all but the root: for that both go through
-/// <see cref="ModeGate"/>, and come out in the page that the other mode's root shows at the same address.
+/// <see cref="ModeGate"/>. A system call comes out in the page that kernel mode's root shows at the same address, an iret where it leads.
 /// </summary>
 /// <remarks>
 /// What user mode brings along is not trusted, nor is what it can jump to: it only gets into kernel mode at one instruction, with the registers
 /// of a system call. The kernel's own stack and GS base come from its own page, which it may spoil for itself, and which user mode does not
-/// see: not even where another vCPU's process goes on. Interrupted anywhere, by a
-/// kick or by a fault, the call or iret is as if it had not begun, and the manager makes it (<see cref="TakeOver"/>); but for the last
-/// instructions, where all is done but to load registers that are known.
+/// see: not even where another vCPU's process goes on. Interrupted anywhere, by a kick or by a fault, the call or iret is as if it had not
+/// begun, and the manager makes it (<see cref="TakeOver"/>); but for the last instructions, where all is done but to load registers that are
+/// known.
 /// </remarks>
 internal sealed unsafe class ModeSwitch
 {
     /// <summary>Bytes from the start of the report's page to <see cref="Kept"/>.</summary>
     private const int KeptOffset = 0x100;
 
-    /// <summary>evtchn_upcall_mask in vcpu_info, which begins with evtchn_upcall_pending.</summary>
-    private const int UpcallMask = 1;
     private const int StackAlignment = -16;
 
     private readonly ulong _report;
@@ -142,7 +140,7 @@ internal sealed unsafe class ModeSwitch
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InReport(&_kept->Rax), Register.RAX));
         Mark(code, Stage.SystemCallRaxKept);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, entry.VcpuInfo));
-        code.cmp(__byte_ptr[rax + UpcallMask], 0);
+        code.cmp(__byte_ptr[rax + SyscallEntry.UpcallMask], 0);
         code.jne(giveEarly);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InReport(&_kept->Rsp), Register.RSP));
         EmitBases(code, Stage.SystemCallBaseInRax, Stage.SystemCallBaseLoaded);
@@ -154,15 +152,14 @@ internal sealed unsafe class ModeSwitch
 
         // Whoever jumped here has R11 as he liked.
         code.mov(eax, r11d);
-        code.and(eax, (int)KvmVirtualCpu.UserFlags);
-        code.or(eax, (int)(Rflags.Fixed | Rflags.InterruptEnable));
+        EmitGuestFlags(code, eax);
         code.push(rax);
         code.push(FlatSelectors.Ring3Cs64);
         code.push(rcx);
         code.push(r11);
         code.push(rcx);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, entry.VcpuInfo));
-        code.mov(__byte_ptr[rax + UpcallMask], 1);
+        code.mov(__byte_ptr[rax + SyscallEntry.UpcallMask], 1);
         Mark(code, Stage.Entered);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, InReport(&_kept->Rax)));
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Jmp_rm64, entry.SyscallCallback));
@@ -209,12 +206,7 @@ internal sealed unsafe class ModeSwitch
         code.and(eax, (int)looked);
         code.cmp(eax, (int)Rflags.InterruptEnable);
         code.jne(give);
-
-        // Whoever raises the upcall afterwards kicks.
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, entry.VcpuInfo));
-        code.mov(__byte_ptr[rax + UpcallMask], 0);
-        code.cmp(__byte_ptr[rax], 0);
-        code.jne(give);
+        entry.EmitUnmask(code, give);
         code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_rm64_r64, InReport(&_kept->UserRip), Register.RCX));
         code.movzx(eax, __word_ptr[rsp + IretFrame.Cs]);
         code.test(__dword_ptr[rsp + IretFrame.Flags], IretFrame.InSyscall);
@@ -229,8 +221,7 @@ internal sealed unsafe class ModeSwitch
         code.je(restored);
         code.mov(rcx, __qword_ptr[rsp + IretFrame.Rip]);
         code.mov(r11d, __dword_ptr[rsp + IretFrame.Rflags]);
-        code.and(r11d, (int)KvmVirtualCpu.UserFlags);
-        code.or(r11d, (int)(Rflags.Fixed | Rflags.InterruptEnable));
+        EmitGuestFlags(code, r11d);
         code.Label(ref restored);
         code.push(__qword_ptr[rsp + IretFrame.Rflags]);
         Mark(code, Stage.IretFlagsPushed);
@@ -290,7 +281,6 @@ internal sealed unsafe class ModeSwitch
 
         if (stage == Stage.IretFlagsPushed)
             registers->Rsp += sizeof(ulong);
-
         if (stage is Stage.SystemCallBaseInRax or Stage.SystemCallBaseLoaded)
             registers->Rsp = _kept->Rsp;
         if (stage is Stage.SystemCallRaxKept or Stage.SystemCallBaseInRax or Stage.SystemCallBaseLoaded)
@@ -309,6 +299,13 @@ internal sealed unsafe class ModeSwitch
         }
 
         return stage;
+    }
+
+    /// <summary>Makes flags those that CPL 3 may have, with interrupts on, as user mode always has them.</summary>
+    private static void EmitGuestFlags(Assembler code, AssemblerRegister32 flags)
+    {
+        code.and(flags, (int)KvmVirtualCpu.UserFlags);
+        code.or(flags, (int)(Rflags.Fixed | Rflags.InterruptEnable));
     }
 
     /// <summary>Loads the other mode's GS base, and reports this one's as the one that is not loaded.</summary>

@@ -72,7 +72,7 @@ internal sealed unsafe class SyscallEntry
     private const int ZeroOffset = 0xff8;
 
     /// <summary>evtchn_upcall_mask in vcpu_info, which begins with evtchn_upcall_pending.</summary>
-    private const int UpcallMask = 1;
+    internal const int UpcallMask = 1;
     private const uint SetSingleshotTimer = 8;
     private const uint SegmentBaseGsUser = 1;
 
@@ -312,13 +312,9 @@ internal sealed unsafe class SyscallEntry
         code.cmp(__word_ptr[rsp + IretFrame.Ss], unchecked((short)FlatSelectors.Ring3Data));
         code.jne(give);
 
-        // Whoever raises the upcall afterwards kicks.
-        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, At(&_page->VcpuInfo)));
         code.test(__dword_ptr[rsp + IretFrame.Rflags], (int)Rflags.InterruptEnable);
         code.je(masked);
-        code.mov(__byte_ptr[rax + UpcallMask], 0);
-        code.cmp(__byte_ptr[rax], 0);
-        code.jne(give);
+        EmitUnmask(code, give);
 
         code.Label(ref build);
         code.mov(rax, __qword_ptr[rsp + IretFrame.Rip]);
@@ -337,6 +333,7 @@ internal sealed unsafe class SyscallEntry
         code.iretq();
 
         code.Label(ref masked);
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, VcpuInfo));
         code.mov(__byte_ptr[rax + UpcallMask], 1);
         code.jmp(build);
 
@@ -405,6 +402,15 @@ internal sealed unsafe class SyscallEntry
         // POPFQ would have a single step end an instruction too early.
         code.test(r11d, (int)Rflags.Trap);
         code.jne(exit);
+    }
+
+    /// <summary>Unmasks upcalls, and goes elsewhere if one is due; RAX is used. Whoever raises one afterwards kicks.</summary>
+    internal void EmitUnmask(Assembler code, Label due)
+    {
+        code.AddInstruction(Instruction.Create(Iced.Intel.Code.Mov_r64_rm64, Register.RAX, VcpuInfo));
+        code.mov(__byte_ptr[rax + UpcallMask], 0);
+        code.cmp(__byte_ptr[rax], 0);
+        code.jne(due);
     }
 
     /// <summary>Returns 0 from a hypercall.</summary>

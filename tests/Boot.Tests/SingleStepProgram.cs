@@ -25,7 +25,6 @@ internal static class SingleStepProgram
     {
         var code = new Assembler(64);
         Label parent = code.CreateLabel();
-        Label wait = code.CreateLabel();
         Label step = code.CreateLabel();
         Label done = code.CreateLabel();
         code.mov(eax, Fork);
@@ -52,7 +51,7 @@ internal static class SingleStepProgram
         code.Label(ref parent);
         code.mov(r12, rax);
         code.xor(r13d, r13d);
-        EmitWait(code, ref wait);
+        EmitWait(code);
         code.Label(ref step);
         code.mov(edi, SingleStep);
         code.mov(rsi, r12);
@@ -60,22 +59,18 @@ internal static class SingleStepProgram
         code.xor(r10d, r10d);
         code.mov(eax, Ptrace);
         code.syscall();
-        Label waitAgain = code.CreateLabel();
-        EmitWait(code, ref waitAgain);
+        EmitWait(code);
         code.test(__dword_ptr[LinuxProgram.DataAddress], ExitedMask);
         code.jz(done);
         code.inc(r13d);
         code.jmp(step);
         code.Label(ref done);
-        code.mov(edi, r13d);
-        code.mov(eax, 60);
-        code.syscall();
+        LinuxProgram.EmitExit(code, r13d);
         return LinuxProgram.Build(code, [], sizeof(ulong));
     }
 
-    private static void EmitWait(Assembler code, ref Label label)
+    private static void EmitWait(Assembler code)
     {
-        code.Label(ref label);
         code.mov(rdi, r12);
         code.mov(esi, (int)LinuxProgram.DataAddress);
         code.xor(edx, edx);

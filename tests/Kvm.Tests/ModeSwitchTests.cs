@@ -6,11 +6,10 @@ using static Iced.Intel.AssemblerRegisters;
 namespace XenSharp.Kvm.Tests;
 
 /// <summary>A guest whose kernel and whose user mode have tables of their own, with the same code in both.</summary>
-public sealed unsafe class ModeSwitchTests : KvmTest
+public sealed unsafe class ModeSwitchTests : EntryTest
 {
     private const ushort UserCode = KvmVirtualCpu.HostUserCode;
     private const ushort UserData = KvmVirtualCpu.HostUserData;
-    private const int InfoOffset = 0x140;
     private const ulong UserAddress = ScratchGuest.CodeAddress + 0x1000;
     private const ulong Callback = ScratchGuest.CodeAddress + 0x2000;
     private const ulong Frame = ScratchGuest.StackTop - 0x200;
@@ -20,41 +19,23 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     private const ulong UserGs = 0x7f12_3456_7000;
     private const ulong CallbackLength = 11;
     private const int BounceFrame = 7 * sizeof(ulong);
-    private const Rflags Always = Rflags.Fixed | Rflags.InterruptEnable;
-    private static readonly ulong[] Selectors = [UserCode, UserData];
 
-    private ScratchGuest _guest = null!;
     private Mfn _kernelRoot;
     private Mfn _userRoot;
 
-    private KvmVirtualCpu Vcpu => _guest.Vcpu;
-
-    private CpuRegisters* Registers => _guest.Vcpu.Registers;
-
-    /// <summary>evtchn_upcall_pending.</summary>
-    private ref byte Pending => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset];
-
-    /// <summary>evtchn_upcall_mask.</summary>
-    private ref byte Mask => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset + 1];
+    private CpuRegisters* Registers => Guest.Vcpu.Registers;
 
     [SetUp]
-    public void MakeGuest()
+    public void MakeModes()
     {
-        _guest = NewGuest();
-        if (Vcpu.EntryService == null)
-            Assert.Pass("This host enters SYSCALL at CPL 0, where the entry serves nothing by itself.");
         MakeUserRoot();
         InstallUserSegments();
-        Vcpu.ShowVcpuInfo(_guest.SecondDataFrame, InfoOffset);
         *Vcpu.EntryService = new EntryService
         {
             Iret = 1, ModeSwitch = 1, KernelRoot = _kernelRoot.Value, UserRoot = _userRoot.Value, SyscallCallback = Callback, NextLook = 1,
         };
         *Vcpu.EntryReport = new EntryReport { KernelSs = FlatSelectors.Ring3Data, KernelSp = KernelStack };
     }
-
-    [TearDown]
-    public void DropGuest() => _guest?.Dispose();
 
     [Test]
     public void ASystemCallComesToItsCallback()
@@ -66,7 +47,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
             Rsp = UserStack, Rip = UserAddress, Rflags = (ulong)(Always | Rflags.Direction | Rflags.Carry),
         };
         CpuRegisters before = *Registers;
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertInCallback(UserAddress + 2, UserStack, Rflags.Direction | Rflags.Carry);
         CpuRegisters after = *Registers;
         Assert.That(after.Rax, Is.EqualTo(1), "kept for the callback");
@@ -88,7 +69,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
                 code.hlt();
             },
             Rflags.InterruptEnable | Rflags.Carry | Rflags.Direction);
-        VcpuExit exit = RunWatched(_guest);
+        VcpuExit exit = RunWatched(Guest);
         Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.GeneralProtection)), exit.Failure);
         Assert.That((Registers->Rip - UserAddress, Registers->Rsp), Is.EqualTo((8UL, UserStack)));
         Assert.That((Registers->Rax, Registers->Rcx, Registers->R11), Is.EqualTo((0x5a5aUL, 0xc1c1UL, 0x1b1bUL)));
@@ -105,7 +86,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     {
         SetDescriptor(UserCode, 0);
         EnterKernel(code => code.hlt(), Rflags.InterruptEnable | Rflags.Carry | Rflags.Iopl);
-        ulong* frame = (ulong*)HostAddress(_guest, Frame);
+        ulong* frame = (ulong*)HostAddress(Guest, Frame);
         (frame[5], frame[8]) = (FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data);
         if (sysret)
         {
@@ -113,7 +94,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
             (frame[3], frame[5], frame[8]) = (0x100, UserCode, UserData);
         }
 
-        VcpuExit exit = RunWatched(_guest);
+        VcpuExit exit = RunWatched(Guest);
         Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.GeneralProtection)), exit.Failure);
         Assert.That((Registers->Rip, Registers->Rsp, Registers->Rax), Is.EqualTo((UserAddress, UserStack, 0x5a5aUL)));
         Assert.That(
@@ -128,7 +109,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     {
         const ulong rounds = 1000;
         LoadRoundTrip(rounds);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         Assert.That(Registers->R15, Is.EqualTo(rounds), "system calls");
         Assert.That((Vcpu.PageTableRoot, Registers->Rsp), Is.EqualTo((_kernelRoot, (KernelStack & ~0xfUL) - BounceFrame)));
         AssertBases(KernelGs, UserGs);
@@ -140,7 +121,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     {
         LoadRoundTrip(3);
         Patch(inKernel ? Callback : UserAddress, 0xf4); // hlt
-        VcpuExit exit = RunWatched(_guest);
+        VcpuExit exit = RunWatched(Guest);
         Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.GeneralProtection)), exit.Failure);
         Assert.That(Registers->Rip, Is.EqualTo(inKernel ? Callback : UserAddress));
         Assert.That(Vcpu.PageTableRoot, Is.EqualTo(inKernel ? _kernelRoot : _userRoot));
@@ -158,7 +139,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
             code.xor(ecx, ecx);
             code.div(ecx);
         });
-        VcpuExit exit = RunWatched(_guest);
+        VcpuExit exit = RunWatched(Guest);
         Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.DivideError)), exit.Failure);
         Assert.That((Registers->Rip, Vcpu.PageTableRoot), Is.EqualTo((UserAddress + 2, _userRoot)));
     }
@@ -204,7 +185,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         byte mask = Mask;
         ulong inactive = Vcpu.EntryReport->InactiveGsBase;
         CpuRegisters before = *Registers;
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertUnchanged(before);
         Assert.That((Vcpu.PageTableRoot, Mask), Is.EqualTo((_userRoot, mask)));
         AssertBases(UserGs, inactive);
@@ -224,7 +205,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     public void AnIretThatIsLeft(string why)
     {
         EnterKernel(code => code.nop(), Rflags.InterruptEnable);
-        ulong* frame = (ulong*)HostAddress(_guest, Frame);
+        ulong* frame = (ulong*)HostAddress(Guest, Frame);
         switch (why)
         {
             case "not served":
@@ -264,7 +245,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
 
         ulong inactive = Vcpu.EntryReport->InactiveGsBase;
         CpuRegisters before = *Registers;
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertUnchanged(before);
         Assert.That(Vcpu.PageTableRoot, Is.EqualTo(_kernelRoot));
         AssertBases(KernelGs, inactive);
@@ -398,7 +379,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     [Test]
     public void UserModeReachesNothingOfTheKernels()
     {
-        _ = _guest.Machine.CreateKvmVcpu(1);
+        _ = Guest.Machine.CreateKvmVcpu(1);
         for (ulong page = 0; page < 2 * (ulong)VcpuWindowPage.Count; page++)
         {
             ulong address = MonitorLayout.VcpuWindowsStart + (page << Paging.PageShift);
@@ -409,7 +390,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
                 code.mov(__qword_ptr[r8], rax);
             });
             Registers->R8 = address;
-            VcpuExit exit = RunWatched(_guest);
+            VcpuExit exit = RunWatched(Guest);
             Assert.That((exit.Kind, exit.Vector), Is.EqualTo((VcpuExitKind.Exception, ExceptionVector.PageFault)), $"{page}: {exit.Failure}");
             Assert.That(Registers->Rip, Is.EqualTo(UserAddress + (isReadable ? 3UL : 0)), $"{page}");
         }
@@ -463,10 +444,10 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     {
         _kernelRoot = Vcpu.PageTableRoot;
         _userRoot = _kernelRoot + 64;
-        PageTableEntry* kernel = _guest.Machine.Memory.Table(_kernelRoot);
-        PageTableEntry* user = _guest.Machine.Memory.Table(_userRoot);
+        PageTableEntry* kernel = Guest.Machine.Memory.Table(_kernelRoot);
+        PageTableEntry* user = Guest.Machine.Memory.Table(_userRoot);
         new Span<PageTableEntry>(kernel, Paging.EntriesPerTable).CopyTo(new Span<PageTableEntry>(user, Paging.EntriesPerTable));
-        user[_guest.Machine.KernelSlot] = new PageTableEntry(_guest.Machine.UserSlot);
+        user[Guest.Machine.KernelSlot] = new PageTableEntry(Guest.Machine.UserSlot);
     }
 
     /// <summary>Linux's flat segments of user mode in the guest's table.</summary>
@@ -480,7 +461,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
     }
 
     private void SetDescriptor(ushort selector, ulong descriptor)
-        => ((ulong*)_guest.Machine.Memory.Page(_kernelRoot + 65))[selector >> 3] = descriptor;
+        => ((ulong*)Guest.Machine.Memory.Page(_kernelRoot + 65))[selector >> 3] = descriptor;
 
     /// <summary>Kernel code that makes an iret to user mode, user code, and a callback that shows that it was reached.</summary>
     private void EnterKernel(Action<Assembler> user, Rflags flags)
@@ -488,7 +469,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         Load(code => code.syscall(), user, EmitCallback);
         Vcpu.PageTableRoot = _kernelRoot;
         ReadOnlySpan<ulong> frame = [0x5a5a, 0x1b1b, 0xc1c1, 0, UserAddress, UserCode, (ulong)flags, UserStack, UserData];
-        frame.CopyTo(new Span<ulong>((ulong*)HostAddress(_guest, Frame), frame.Length));
+        frame.CopyTo(new Span<ulong>((ulong*)HostAddress(Guest, Frame), frame.Length));
         Registers->Rsp = Frame;
         Registers->Rax = (ulong)HypercallNumber.Iret;
         Vcpu.Segments->GsBase = KernelGs;
@@ -517,7 +498,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
 
     private void Load(Action<Assembler> kernel, Action<Assembler> user, Action<Assembler> callback)
     {
-        _guest.Load(kernel);
+        Guest.Load(kernel);
         Place(UserAddress, user);
         Place(Callback, callback);
     }
@@ -531,7 +512,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
             Patch(address + (ulong)i, bytes[i]);
     }
 
-    private void Patch(ulong address, byte value) => HostAddress(_guest, address)[0] = value;
+    private void Patch(ulong address, byte value) => HostAddress(Guest, address)[0] = value;
 
     /// <summary>Kernel mode goes to user mode, that makes a system call, and that goes back, until it was made often enough: in R15.</summary>
     private void LoadRoundTrip(ulong rounds)
@@ -591,7 +572,7 @@ public sealed unsafe class ModeSwitchTests : KvmTest
         ulong frame = (KernelStack & ~0xfUL) - BounceFrame;
         Assert.That((Vcpu.PageTableRoot, Registers->Rsp, Mask), Is.EqualTo((_kernelRoot, frame, (byte)1)));
         (Registers->Rax, Registers->R9) = (Registers->R9, 9);
-        ulong* found = (ulong*)HostAddress(_guest, frame);
+        ulong* found = (ulong*)HostAddress(Guest, frame);
         Assert.That((found[0], found[2]), Is.EqualTo((rip, rip)), "RCX and RIP");
         Assert.That((Rflags)found[4] & ~Rflags.Resume, Is.EqualTo((flags & ~Rflags.Resume) | Always));
         Assert.That((found[3], found[5], found[6]), Is.EqualTo(((ulong)FlatSelectors.Ring3Cs64, stack, (ulong)FlatSelectors.Ring3Data)));

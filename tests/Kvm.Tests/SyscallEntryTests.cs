@@ -5,66 +5,43 @@ using static Iced.Intel.AssemblerRegisters;
 
 namespace XenSharp.Kvm.Tests;
 
-public sealed unsafe class SyscallEntryTests : KvmTest
+public sealed unsafe class SyscallEntryTests : EntryTest
 {
-    private const int InfoOffset = 0x140;
     private const ulong Target = ScratchGuest.CodeAddress + 0x100;
     private const ulong Frame = ScratchGuest.StackTop - 0x200;
     private const ulong NewStack = ScratchGuest.StackTop - 0x80;
     private const ulong Look = 1_000_000;
     private const int SetSingleshotTimer = 8;
-    private const Rflags Always = Rflags.Fixed | Rflags.InterruptEnable;
-
-    private ScratchGuest _guest = null!;
-
-    private KvmVirtualCpu Vcpu => _guest.Vcpu;
-
-    /// <summary>evtchn_upcall_pending.</summary>
-    private ref byte Pending => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset];
-
-    /// <summary>evtchn_upcall_mask.</summary>
-    private ref byte Mask => ref _guest.Machine.Memory.Page(_guest.SecondDataFrame)[InfoOffset + 1];
 
     [SetUp]
-    public void MakeGuest()
+    public void ServeAll()
     {
-        _guest = NewGuest();
-        if (Vcpu.EntryService == null)
-        {
-            Assert.That(Capabilities.SyscallEntryLevel, Is.Zero, "The entry serves where it runs at CPL 3.");
-            Assert.Pass("This host enters SYSCALL at CPL 0, where the entry serves nothing by itself.");
-        }
-
-        Vcpu.ShowVcpuInfo(_guest.SecondDataFrame, InfoOffset);
         Vcpu.EntryService->Iret = 1;
         Vcpu.EntryService->SingleshotTimer = 1;
         Vcpu.EntryService->TaskSwitch = 1;
         Vcpu.EntryService->NextLook = Look;
     }
 
-    [TearDown]
-    public void DropGuest() => _guest?.Dispose();
-
     [Test]
     public void IretGoesWhereItsFrameSays([Values] bool unmasks)
     {
         Mask = 7;
         LoadIret(unmasks ? Rflags.InterruptEnable | Rflags.Carry | Rflags.Direction : Rflags.Zero);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertReturned(unmasks ? Rflags.Carry | Rflags.Direction : Rflags.Zero);
         Assert.That(Mask, Is.EqualTo(unmasks ? 0 : 1));
         Assert.That(Pending, Is.Zero);
-        Assert.That((_guest.Vcpu.Segments->Cs, _guest.Vcpu.Segments->Ss), Is.EqualTo((FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data)));
+        Assert.That((Guest.Vcpu.Segments->Cs, Guest.Vcpu.Segments->Ss), Is.EqualTo((FlatSelectors.Ring3Cs64, FlatSelectors.Ring3Data)));
     }
 
     /// <summary>The bytes around the two flags of vcpu_info are somebody else's.</summary>
     [Test]
     public void IretWritesTheMaskAlone()
     {
-        var page = new Span<byte>(_guest.Machine.Memory.Page(_guest.SecondDataFrame), (int)Paging.PageSize);
+        var page = new Span<byte>(Guest.Machine.Memory.Page(Guest.SecondDataFrame), (int)Paging.PageSize);
         page.Fill(0xa5);
         LoadIret(Rflags.Fixed);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertReturned(Rflags.Fixed);
         Assert.That(Mask, Is.EqualTo(1));
         page[InfoOffset + 1] = 0xa5;
@@ -79,7 +56,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         LoadIret(Rflags.InterruptEnable);
         AssertIsLeft(HypercallNumber.Iret);
         LoadIret(Rflags.Fixed);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertReturned(Rflags.Fixed);
     }
 
@@ -111,7 +88,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     public void IretOfAnotherKindIsLeft(int field, ulong value)
     {
         LoadIret(Rflags.InterruptEnable);
-        *(ulong*)HostAddress(_guest, Frame + (ulong)field) = value;
+        *(ulong*)HostAddress(Guest, Frame + (ulong)field) = value;
         AssertIsLeft(HypercallNumber.Iret);
     }
 
@@ -131,7 +108,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
             LoadIret(Rflags.InterruptEnable);
             Vcpu.Registers->Rsp = stack;
             CpuRegisters before = *Vcpu.Registers;
-            VcpuExit exit = RunWatched(_guest);
+            VcpuExit exit = RunWatched(Guest);
             Assert.That(exit.Kind, Is.EqualTo(VcpuExitKind.Syscall), $"stack {stack:x}: {exit.Vector} {exit.Failure}");
             AssertUnchanged(before, HypercallNumber.Iret);
         }
@@ -159,7 +136,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         (ulong Command, ulong Vcpu, ulong Argument)[] calls =
         [
             (SetSingleshotTimer + 1, 0, ScratchGuest.DataAddress), (SetSingleshotTimer, 1, ScratchGuest.DataAddress), (SetSingleshotTimer, 0, 0),
-            (SetSingleshotTimer, 0, 0x8000_0000_0000_0000), (SetSingleshotTimer, 0, _guest.Machine.MachineToPhysStart.Value),
+            (SetSingleshotTimer, 0, 0x8000_0000_0000_0000), (SetSingleshotTimer, 0, Guest.Machine.MachineToPhysStart.Value),
             (SetSingleshotTimer, 0, Vcpu.Entry.Of32BitCode), (SetSingleshotTimer, 0, MonitorLayout.VcpuWindowsStart + Paging.PageSize),
             (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd - 8), (SetSingleshotTimer, 0, Paging.HypervisorVirtualEnd),
         ];
@@ -174,7 +151,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
         // Both are of 32 bits (do_vcpu_op).
         LoadTimer(Look);
         (Vcpu.Registers->Rdi, Vcpu.Registers->Rsi) = (SetSingleshotTimer | (1UL << 32), 1UL << 40);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         Assert.That(Vcpu.EntryReport->SingleshotTimeout, Is.EqualTo(Look));
     }
 
@@ -239,7 +216,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
             ref byte code = ref entry.Code[(int)(address - entry.Of32BitCode)];
             byte kept = code;
             code = undefinedInstruction;
-            AssertSyscall(RunWatched(_guest));
+            AssertSyscall(RunWatched(Guest));
             code = kept;
             bool isServed = Vcpu.Registers->Rip != ScratchGuest.CodeAddress + 2;
             if (isServed)
@@ -256,7 +233,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     public void KicksAtAnyMoment()
     {
         const ulong round = 0x1111_1111_1111_1111;
-        _guest.Load(code =>
+        Guest.Load(code =>
         {
             Label again = code.CreateLabel();
             Label failed = code.CreateLabel();
@@ -273,10 +250,10 @@ public sealed unsafe class SyscallEntryTests : KvmTest
             code.Label(ref failed);
             code.ud2();
         });
-        ulong* frame = (ulong*)HostAddress(_guest, Frame);
+        ulong* frame = (ulong*)HostAddress(Guest, Frame);
         WriteFrame(frame, ScratchGuest.CodeAddress, Frame, Rflags.InterruptEnable);
         frame[0] = frame[1] = frame[2] = round;
-        *(ulong*)HostAddress(_guest, ScratchGuest.DataAddress) = Look;
+        *(ulong*)HostAddress(Guest, ScratchGuest.DataAddress) = Look;
         Vcpu.Registers->Rsp = Frame;
         Vcpu.Registers->Rdx = ScratchGuest.DataAddress;
         Vcpu.WaitForKick(0);
@@ -329,7 +306,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
             VcpuExit exit = default;
             foreach (ulong value in (ulong[])[0, Frame, ulong.MaxValue])
             {
-                _guest.Load(code => code.jmp(r8));
+                Guest.Load(code => code.jmp(r8));
                 CpuRegisters* registers = Vcpu.Registers;
                 *registers = new CpuRegisters
                 {
@@ -350,28 +327,28 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     public void VcpuInfoMayMove()
     {
         LoadIret(Rflags.Fixed);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         Assert.That(Mask, Is.EqualTo(1));
         Mask = 0;
-        Vcpu.ShowVcpuInfo(_guest.FirstDataFrame, 8);
+        Vcpu.ShowVcpuInfo(Guest.FirstDataFrame, 8);
         LoadIret(Rflags.Fixed);
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertReturned(Rflags.Fixed);
         Assert.That(Mask, Is.Zero);
-        Assert.That(_guest.Machine.Memory.Page(_guest.FirstDataFrame)[9], Is.EqualTo(1));
+        Assert.That(Guest.Machine.Memory.Page(Guest.FirstDataFrame)[9], Is.EqualTo(1));
     }
 
     /// <summary>iret with its frame, and at its target a SYSCALL that is not served.</summary>
     private void LoadIret(Rflags flags)
     {
-        _guest.Load(code =>
+        Guest.Load(code =>
         {
             code.syscall();
             while (code.Instructions.Count < (int)(Target - ScratchGuest.CodeAddress) - 1)
                 code.nop();
             code.syscall();
         });
-        WriteFrame((ulong*)HostAddress(_guest, Frame), Target, NewStack, flags);
+        WriteFrame((ulong*)HostAddress(Guest, Frame), Target, NewStack, flags);
         Vcpu.Registers->Rsp = Frame;
         Vcpu.Registers->Rax = (ulong)HypercallNumber.Iret;
     }
@@ -412,7 +389,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     private void LoadTimer(ulong timeout)
     {
         LoadCall(HypercallNumber.VcpuOp);
-        *(ulong*)HostAddress(_guest, ScratchGuest.DataAddress) = timeout;
+        *(ulong*)HostAddress(Guest, ScratchGuest.DataAddress) = timeout;
         Vcpu.Registers->Rdi = SetSingleshotTimer;
         Vcpu.Registers->Rsi = 0;
         Vcpu.Registers->Rdx = ScratchGuest.DataAddress;
@@ -421,7 +398,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     /// <summary>A hypercall, and behind it another that shows its answer in R12 and is not served.</summary>
     private void LoadCall(HypercallNumber number)
     {
-        _guest.Load(code =>
+        Guest.Load(code =>
         {
             code.syscall();
             code.mov(r12, rax);
@@ -438,7 +415,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     {
         Vcpu.Registers->Rflags = (ulong)(Always | Rflags.Carry | Rflags.Direction | Rflags.Zero | Rflags.Overflow);
         CpuRegisters before = *Vcpu.Registers;
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         CpuRegisters found = *Vcpu.Registers;
         Assert.That(found.R12, Is.Zero, "RAX after it: success");
         Assert.That((Rflags)found.R11 & ~Rflags.Resume, Is.EqualTo((Rflags)before.Rflags), "the flags, as the next SYSCALL saw them");
@@ -449,7 +426,7 @@ public sealed unsafe class SyscallEntryTests : KvmTest
     private void AssertIsLeft(HypercallNumber number)
     {
         CpuRegisters before = *Vcpu.Registers;
-        AssertSyscall(RunWatched(_guest));
+        AssertSyscall(RunWatched(Guest));
         AssertUnchanged(before, number);
     }
 

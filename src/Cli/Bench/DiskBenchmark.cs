@@ -1,5 +1,4 @@
 // Transfers of a Debian guest's disks beside the same transfers made by a process of the host.
-using System.Collections.Concurrent;
 using System.Diagnostics;
 using System.Globalization;
 using System.Text;
@@ -54,8 +53,6 @@ internal sealed class DiskBenchmark(KvmHost host, int rounds, IReadOnlyList<stri
     private const string Failed = "@failed";
     private const string CachedDisk = "xvda";
     private const string DirectDisk = "xvdb";
-
-    private static readonly TimeSpan Patience = TimeSpan.FromMinutes(2);
 
     private static readonly DiskKind[] Kinds =
     [
@@ -257,41 +254,5 @@ internal sealed class DiskBenchmark(KvmHost host, int rounds, IReadOnlyList<stri
         }
 
         return ticks * 1e6 / host.Capabilities.TimeStampCounter.KiloHertz / kind.Plan.Count;
-    }
-
-    /// <summary>Waits for the lines that the guest's programs print.</summary>
-    private sealed class MarkWaiter : IDisposable
-    {
-        private readonly ConcurrentQueue<string> _seen = new();
-        private readonly SemaphoreSlim _count = new(0);
-
-        internal MarkWaiter() => Sink = new MarkerSink
-        {
-            Seen = mark =>
-            {
-                _seen.Enqueue(mark);
-                _ = _count.Release();
-            },
-        };
-
-        internal MarkerSink Sink { get; }
-
-        /// <summary>Waits for a line that begins so, which is the next.</summary>
-        internal async Task<string> WaitAsync(string mark, RunningDomain running, CancellationToken cancellation)
-        {
-            Task<bool> come = _count.WaitAsync(Patience, cancellation);
-            if (await Task.WhenAny(come, running.Completion).ConfigureAwait(false) != come)
-            {
-                DomainExit exit = await running.Completion.ConfigureAwait(false);
-                throw new InvalidOperationException($"The disk benchmark's guest ended by {exit.Reason}. {exit.Report}");
-            }
-
-            _ = await come.ConfigureAwait(false);
-            return _seen.TryDequeue(out string? seen) && seen.StartsWith(mark, StringComparison.Ordinal)
-                ? seen
-                : throw new InvalidOperationException($"The disk benchmark's guest should have said {mark}, and said {seen ?? "nothing"}.");
-        }
-
-        public void Dispose() => _count.Dispose();
     }
 }

@@ -34,7 +34,6 @@ internal sealed class IdleBenchmark(KvmHost host, int seconds, Func<byte[], Doma
     private const int MemoryMiB = 128;
     private const string Idle = "@idle";
     private static readonly TimeSpan Settling = TimeSpan.FromSeconds(3);
-    private static readonly TimeSpan Patience = TimeSpan.FromMinutes(2);
 
     private static readonly (string Name, string CommandLine)[] Kinds = [("tick of 250 Hz (nohz=off)", "nohz=off"), ("no tick", string.Empty)];
 
@@ -55,25 +54,13 @@ internal sealed class IdleBenchmark(KvmHost host, int seconds, Func<byte[], Doma
 
     private async Task<IdleFigure> MeasureAsync(string name, string commandLine, DomainImage image, CancellationToken cancellation)
     {
-        var idle = new TaskCompletionSource(TaskCreationOptions.RunContinuationsAsynchronously);
-        var sink = new MarkerSink
-        {
-            Seen = marker =>
-            {
-                if (marker == Idle)
-                    _ = idle.TrySetResult();
-            },
-        };
+        using var marks = new MarkWaiter();
         await using RunningDomain running = RunningDomain.Create(
             host,
             new DomainSpecification { Name = "idle", Image = image, MemoryMiB = MemoryMiB, CommandLine = $"console=hvc0 quiet {commandLine}" },
-            sink);
+            marks.Sink);
         running.Start();
-        if (await Task.WhenAny(idle.Task, running.Completion).WaitAsync(Patience, cancellation).ConfigureAwait(false) != idle.Task)
-        {
-            DomainExit exit = await running.Completion.ConfigureAwait(false);
-            throw new InvalidOperationException($"The guest that was to sleep ended by {exit.Reason}. {exit.Report}");
-        }
+        _ = await marks.WaitAsync(Idle, running, cancellation).ConfigureAwait(false);
 
         // Not its first moments: what the kernel does a while after the boot is not idleness.
         await Task.Delay(Settling, cancellation).ConfigureAwait(false);

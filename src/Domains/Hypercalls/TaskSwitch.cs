@@ -8,7 +8,7 @@ namespace XenSharp.Domains.Hypercalls;
 internal static unsafe class TaskSwitch
 {
     /// <summary>SEGBASE_* of xen/arch-x86/xen-x86_64.h.</summary>
-    internal enum SegmentBase : uint
+    private enum SegmentBase : uint
     {
         Fs = 0,
         GsUser = 1,

@@ -1,0 +1,37 @@
+// What tests of the SYSCALL entry start from: a guest whose entry serves, with a vcpu_info.
+using XenSharp.Core;
+
+namespace XenSharp.Kvm.Tests;
+
+/// <summary>Makes the guest; where the host's entries serve nothing, every test passes by saying so.</summary>
+public abstract unsafe class EntryTest : KvmTest
+{
+    private protected const int InfoOffset = 0x140;
+    private protected const Rflags Always = Rflags.Fixed | Rflags.InterruptEnable;
+
+    private protected ScratchGuest Guest { get; private set; } = null!;
+
+    private protected KvmVirtualCpu Vcpu => Guest.Vcpu;
+
+    /// <summary>evtchn_upcall_pending.</summary>
+    private protected ref byte Pending => ref Guest.Machine.Memory.Page(Guest.SecondDataFrame)[InfoOffset];
+
+    /// <summary>evtchn_upcall_mask.</summary>
+    private protected ref byte Mask => ref Guest.Machine.Memory.Page(Guest.SecondDataFrame)[InfoOffset + 1];
+
+    [SetUp]
+    public void MakeGuest()
+    {
+        Guest = NewGuest();
+        if (Vcpu.EntryService == null)
+        {
+            Assert.That(Capabilities.SyscallEntryLevel, Is.Zero, "The entry serves where it runs at CPL 3.");
+            Assert.Pass("This host enters SYSCALL at CPL 0, where the entry serves nothing by itself.");
+        }
+
+        Vcpu.ShowVcpuInfo(Guest.SecondDataFrame, InfoOffset);
+    }
+
+    [TearDown]
+    public void DropGuest() => Guest?.Dispose();
+}

@@ -43,6 +43,12 @@ public struct EntryService
 
     /// <summary>Where the guest's kernel takes system calls of 64-bit code.</summary>
     public ulong SyscallCallback;
+
+    /// <summary>
+    /// Where kernel mode has an RDMSR of user mode's GS base, of two bytes; 0 to leave it to the manager. It finds
+    /// <see cref="EntryReport.InactiveGsBase"/>.
+    /// </summary>
+    public ulong GsBaseRead;
 }
 
 /// <summary>

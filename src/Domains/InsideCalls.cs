@@ -24,6 +24,8 @@ internal sealed unsafe class InsideCalls
     private readonly EntryReport* _report;
     private VcpuInfo* _info;
     private bool _serves;
+    private ulong _lastGsBaseRead;
+    private ulong _gsBaseRead;
 
     private InsideCalls(Vcpu vcpu)
     {
@@ -59,6 +61,7 @@ internal sealed unsafe class InsideCalls
         _service->SingleshotTimer = _service->TaskSwitch = _serves ? 1 : 0;
         _service->NextLook = (ulong)Math.Max(nextLook, 1);
         _service->ModeSwitch = switches ? 1 : 0;
+        _service->GsBaseRead = _serves && !HasBreakpoints ? _gsBaseRead : 0;
         if (!_serves)
             return;
         _service->KernelRoot = state->KernelRoot;
@@ -67,6 +70,17 @@ internal sealed unsafe class InsideCalls
         _report->KernelSs = state->KernelSs;
         _report->KernelSp = state->KernelSp;
         _report->InactiveGsBase = state->InactiveGsBase;
+    }
+
+    /// <inheritdoc cref="IPrivilegedState.NoteGsBaseRead"/>
+    public void NoteGsBaseRead(ulong rip, int length)
+    {
+        const int withoutPrefixes = 2;
+
+        // Two of them, that take turns, do not drive each other out.
+        if (rip == _lastGsBaseRead && length == withoutPrefixes)
+            _gsBaseRead = rip;
+        _lastGsBaseRead = rip;
     }
 
     /// <summary>Takes over what was served.</summary>
@@ -87,12 +101,14 @@ internal sealed unsafe class InsideCalls
     {
         VcpuState* state = _vcpu.Context->State;
         DomainContext* domain = _vcpu.Context->Domain;
-        return (state->DebugRegisters[7] & DebugRegisters.ActiveMask) == 0
+        return !HasBreakpoints
             && state->SyscallCallback != 0 && (state->CallbackFlags & CallbackFlags.SyscallDisablesEvents) != 0
             && domain->KernelSlot != 0 && state->UserRoot != 0 && state->UserRoot != state->KernelRoot
             && PageTables.ShowsKernelSlot(domain, new Mfn(state->KernelRoot), kernelMode: true)
             && PageTables.ShowsKernelSlot(domain, new Mfn(state->UserRoot), kernelMode: false);
     }
+
+    private bool HasBreakpoints => (_vcpu.Context->State->DebugRegisters[7] & DebugRegisters.ActiveMask) != 0;
 
     private void TakeReport()
     {

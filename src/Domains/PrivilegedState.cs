@@ -33,6 +33,8 @@ internal sealed unsafe class PrivilegedState(Vcpu vcpu) : IPrivilegedState
         // RDTSCP and RDPID are not offered (CpuidOptions.TscAuxUsable): the register is the guest's only to read back.
     }
 
+    public void NoteGsBaseRead(ulong rip, int length) => _vcpu.NoteGsBaseRead(rip, length);
+
     public bool InstallHypercallPage(Mfn frame)
     {
         FrameInfo* info;

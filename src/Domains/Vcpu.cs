@@ -341,6 +341,9 @@ internal sealed unsafe class Vcpu : IDisposable
         }
     }
 
+    /// <inheritdoc cref="IPrivilegedState.NoteGsBaseRead"/>
+    public void NoteGsBaseRead(ulong rip, int length) => _insideCalls?.NoteGsBaseRead(rip, length);
+
     private static void KickByContext(VcpuContext* context) => ((Vcpu)GCHandle.FromIntPtr(context->Owner).Target!).Cpu.Kick();
 
     private void WaitToComeUp()

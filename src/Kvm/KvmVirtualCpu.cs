@@ -650,7 +650,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             dirty |= KvmSyncRegs.Sregs;
         }
 
-        PrepareModeSwitch();
+        PrepareGates();
 
         if (_writes->Count != 0 && _machine.Capabilities.StoresNeedFlush)
             _writes->Flush();
@@ -677,8 +677,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         return true;
     }
 
-    /// <summary>Opens the ways between the guest's modes, if it is to have them.</summary>
-    private void PrepareModeSwitch()
+    /// <summary>Opens the gates that the guest is to have.</summary>
+    private void PrepareGates()
     {
         if (_pages.Gate is not { } gate)
             return;
@@ -692,6 +692,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             && _guestSegments.TryLoadStack(HostUserData, out _, out _);
         _pages.Entry.ServeModeSwitch(_switchesModes, linuxSegments);
         _pages.Entry.Switch!.BeginEntry();
+        _pages.GsBaseGate!.Serve(EntryService->GsBaseRead);
     }
 
     /// <summary>CR3 of kernel mode, where the entry switches modes.</summary>
@@ -1072,6 +1073,12 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         ulong expected = _pages.ExceptionStackTop - (5 * sizeof(ulong)) - (vector.PushesErrorCode() ? 8UL : 0UL);
         if (_run->Regs.Rsp != expected || (frame[1] & 3) == 0)
         {
+            if (IsFaultOfGsBaseGate(vector))
+            {
+                TakeExceptionFrame(frame);
+                return new VcpuExit(VcpuExitKind.Kicked);
+            }
+
             return new VcpuExit(
                 VcpuExitKind.Failed,
                 Failure: $"The monitor itself faulted: {vector} with error code {errorCode:x} at {frame[0]:x}, address {_sregs->Cr2:x}.");
@@ -1089,6 +1096,18 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         }
 
         return new VcpuExit(VcpuExitKind.Exception, vector, errorCode);
+    }
+
+    /// <summary>
+    /// Whether the gate that reads user mode's GS base did not find the instruction any more, because another vCPU has taken its page away: the
+    /// guest is to find that by itself.
+    /// </summary>
+    private bool IsFaultOfGsBaseGate(ExceptionVector vector)
+    {
+        const ulong frameSize = 6 * sizeof(ulong);
+        ulong depth = _pages.ExceptionStackTop - _run->Regs.Rsp;
+        return vector == ExceptionVector.PageFault && depth is > frameSize and < Paging.PageSize && depth % sizeof(ulong) == 0
+            && _pages.GsBaseGate?.Contains((_pages.ExceptionStack - (depth / sizeof(ulong)))[1]) == true;
     }
 
     /// <summary>What the processor pushed for an exception: RIP, CS, RFLAGS, RSP and SS, and below that the error code.</summary>
@@ -1159,7 +1178,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
     /// </remarks>
     private bool IsLeaving()
     {
-        if (_run->DirtyRegs != KvmSyncRegs.None || IsAtModeGate())
+        if (_run->DirtyRegs != KvmSyncRegs.None || IsAtModeGate() || IsAtGsBaseGate())
             return false;
         ulong rip = _run->Regs.Rip;
         if (_pages.Entry.IsLeaving(rip)
@@ -1201,6 +1220,32 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
         TakeExceptionFrame(frame);
     }
 
+    /// <summary>Whether the vCPU is in the gate that reads user mode's GS base, or has the fault to come that leads there.</summary>
+    private bool IsAtGsBaseGate()
+    {
+        if (_pages.GsBaseGate is not { Served: not 0 } gate)
+            return false;
+        if (_sregs->Ss.Dpl != 3)
+            return gate.Contains(_run->Regs.Rip);
+        ref readonly KvmVcpuEvents events = ref _run->Events;
+        return _run->Regs.Rip == gate.Served && (ExceptionVector)events.ExceptionVector == ExceptionVector.GeneralProtection
+            && (events.ExceptionInjected != 0 || events.ExceptionPending != 0);
+    }
+
+    /// <summary>Takes a vCPU that is there back to its RDMSR; or to behind it, if that has been made.</summary>
+    private void LeaveGsBaseGate()
+    {
+        if (_sregs->Ss.Dpl == 3)
+        {
+            ForgetException();
+            return;
+        }
+
+        if (_pages.GsBaseGate!.KeepsRax(_run->Regs.Rip))
+            _run->Regs.Rax = ExceptionFrame[-2];
+        TakeExceptionFrame(ExceptionFrame);
+    }
+
     private void ForgetException()
     {
         KvmVcpuEvents events;
@@ -1223,7 +1268,7 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             _forced = KvmSyncRegs.Sregs;
             RestoreIntended();
         }
-        else if (_sregs->Ss.Dpl == 0 && !IsAtModeGate())
+        else if (_sregs->Ss.Dpl == 0 && !IsAtModeGate() && !IsAtGsBaseGate())
         {
             RestoreIntended();
         }
@@ -1233,6 +1278,8 @@ internal sealed unsafe class KvmVirtualCpu : IVirtualCpu
             TakeSegments();
             if (IsAtModeGate())
                 LeaveModeGate();
+            else if (IsAtGsBaseGate())
+                LeaveGsBaseGate();
             if (IsInEntry && TakeOverEntry() is { Kind: VcpuExitKind.Syscall } exit)
             {
                 // What this returns with is not "kicked", so the next Run has to; until then no note was taken.

@@ -434,7 +434,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
         ulong stack = TakeMapped(1, SupervisorData, out ulong stackPage);
         EntryPages entryPages = BuildEntryPages(number);
         var entry = new SyscallEntry(SyscallEntryKind.Of(Capabilities), entryPages, number);
-        ModeGate? gate = entry.Switch is { } modes ? BuildModeGate(modes, entryPages.ReportPage) : null;
+        (ModeGate? gate, GsBaseGate? gsBaseGate) = entry.Switch is null ? default : BuildGates(entry, entryPages.ReportPage);
         ulong area = TakeMapped(MonitorLayout.ReturnAreaPages, SupervisorData, out ulong areaPages);
 
         CompatibilityInstruction? instruction = null;
@@ -482,6 +482,7 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
             Instruction = instruction,
             Entry = entry,
             Gate = gate,
+            GsBaseGate = gsBaseGate,
             InterruptTable = gate?.InterruptTable ?? InterruptTable,
             EntryReport = (EntryReport*)entryPages.ReportPage,
             VcpuInfoStart = WindowAddress(number, VcpuWindowPage.VcpuInfo),
@@ -523,15 +524,23 @@ public sealed unsafe class KvmVirtualMachine : IVirtualMachine
     private void MapInWindow(ref ulong slot, int vcpu, VcpuWindowPage page, ulong physical, PageFlags flags)
         => Host<ulong>(TableEntry(ref slot, WindowAddress(vcpu, page), 1)) = physical | (ulong)flags;
 
-    private ModeGate BuildModeGate(ModeSwitch modes, byte* reportPage)
+    private (ModeGate Modes, GsBaseGate GsBase) BuildGates(SyscallEntry entry, byte* reportPage)
     {
+        const int codeSize = (int)Paging.PageSize / 2;
         ulong data = TakeMapped(1, SupervisorData, out ulong dataPage);
         ulong code = TakeMapped(1, SupervisorCode, out ulong codePage);
         ulong report = MapNext(1, MonitorLayout.RegionAddress + (ulong)(reportPage - _region.Address), SupervisorData & ~PageFlags.Writable);
-        return new ModeGate(
-            data, Host(dataPage), code, Host(codePage), new ReadOnlySpan<ulong>(Host(_interruptTable), MonitorLayout.Vectors * 2), Code.ExceptionStubs,
-            modes, report);
+        var codeBytes = new Span<byte>(Host(codePage), 2 * codeSize);
+        ulong Stub(ExceptionVector vector) => Code.ExceptionStubs + (ulong)((int)vector * MonitorLayout.StubSize);
+        var modes = new ModeGate(
+            data, Host(dataPage), code, codeBytes[..codeSize], new ReadOnlySpan<ulong>(Host(_interruptTable), MonitorLayout.Vectors * 2),
+            Stub(ExceptionVector.DivideError), entry.Switch!, report);
+        var gsBase = new GsBaseGate(
+            (ulong*)Host(dataPage), code + codeSize, codeBytes[codeSize..], Stub(ExceptionVector.GeneralProtection), entry.KernelMark,
+            report + (ulong)((byte*)&((EntryReport*)reportPage)->InactiveGsBase - reportPage));
+        return (modes, gsBase);
     }
+
 }
 
 /// <summary>What <see cref="KvmVirtualMachine.HoldMemory"/> returns.</summary>
@@ -566,6 +575,9 @@ internal readonly unsafe struct VcpuPages
 
     /// <summary>What leads between the guest's modes; null where the entry serves nothing.</summary>
     public ModeGate? Gate { get; init; }
+
+    /// <summary>What reads user mode's GS base for kernel mode; null where the entry serves nothing.</summary>
+    public GsBaseGate? GsBaseGate { get; init; }
 
     /// <summary>Where the interrupt table is: the gate's, or the VM's.</summary>
     public ulong InterruptTable { get; init; }

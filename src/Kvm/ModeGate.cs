@@ -48,13 +48,13 @@ internal sealed unsafe class ModeGate
 
     /// <param name="dataAddress">Where the monitor has the page for the table and the roots.</param>
     /// <param name="data">Host view of it.</param>
-    /// <param name="codeAddress">Where it has the page for the code.</param>
+    /// <param name="codeAddress">Where it has the memory for the code.</param>
     /// <param name="code">Host view of it.</param>
     /// <param name="table">The VM's interrupt table, whose gates this one has.</param>
     /// <param name="stub">The monitor's stub for #DE.</param>
     /// <param name="modes">The two instructions.</param>
     /// <param name="report">Where the monitor has the page that kernel mode keeps user mode's address in.</param>
-    public ModeGate(ulong dataAddress, byte* data, ulong codeAddress, byte* code, ReadOnlySpan<ulong> table, ulong stub, ModeSwitch modes, ulong report)
+    public ModeGate(ulong dataAddress, byte* data, ulong codeAddress, Span<byte> code, ReadOnlySpan<ulong> table, ulong stub, ModeSwitch modes, ulong report)
     {
         (InterruptTable, _enter, _leave) = (dataAddress, modes.Enter, modes.Leave);
         _table = (ulong*)data;
@@ -82,7 +82,7 @@ internal sealed unsafe class ModeGate
         Label back = MonitorCode.Here(assembler);
         assembler.iretq();
         byte[] bytes = MonitorCode.Emit(assembler, codeAddress, out AssemblerResult result);
-        bytes.CopyTo(new Span<byte>(code, (int)Paging.PageSize));
+        bytes.CopyTo(code);
         _start = codeAddress;
         _end = codeAddress + (ulong)bytes.Length;
         _toKernel = new Switch(result.GetLabelRIP(loadKernel), result.GetLabelRIP(restoreKernel));

@@ -59,6 +59,9 @@ internal sealed unsafe class ScratchGuest : IDisposable
     /// <summary>Host view of the entry that maps <see cref="DataAddress"/>.</summary>
     public PageTableEntry* DataEntry => Machine.Memory.Table(_leafTable) + CodePages;
 
+    /// <summary>Host view of the entry that maps <see cref="CodeAddress"/>.</summary>
+    public PageTableEntry* CodeEntry => Machine.Memory.Table(_leafTable);
+
     /// <summary>Machine address of <see cref="DataEntry"/>.</summary>
     public MachineAddress DataEntryAddress => _leafTable.Address + (CodePages * sizeof(ulong));
 

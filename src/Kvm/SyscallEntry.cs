@@ -71,6 +71,9 @@ internal sealed unsafe class SyscallEntry
     /// <summary>Bytes from the start of both pages to a zero.</summary>
     private const int ZeroOffset = 0xff8;
 
+    /// <summary>Bytes from the start of both pages to a byte that is 1 in kernel mode's, and 0 in user mode's.</summary>
+    private const int KernelMarkOffset = 0xff0;
+
     /// <summary>evtchn_upcall_mask in vcpu_info, which begins with evtchn_upcall_pending.</summary>
     internal const int UpcallMask = 1;
     private const uint SetSingleshotTimer = 8;
@@ -134,6 +137,7 @@ internal sealed unsafe class SyscallEntry
         }
 
         Switch = new ModeSwitch(pages.Report, pages.ReportPage);
+        pages.KernelEntry[KernelMarkOffset] = 1;
         var code = new Assembler(64);
         EmitExit(code);
         Label exit = code.CreateLabel();
@@ -207,6 +211,9 @@ internal sealed unsafe class SyscallEntry
 
     /// <summary>The instruction that leads to <see cref="ModeGate"/>.</summary>
     public Instruction DivideByZero => Instruction.Create(Iced.Intel.Code.Div_rm8, At(Of32BitCode + ZeroOffset));
+
+    /// <summary>Address of a byte that tells by which mode's page is shown which mode's root is loaded: 1 for kernel mode.</summary>
+    public ulong KernelMark => Of32BitCode + KernelMarkOffset;
 
     /// <summary>Guest address of vcpu_info in the kernel's window.</summary>
     public void SetVcpuInfo(ulong address) => _page->VcpuInfo = address;

@@ -32,6 +32,17 @@ public abstract unsafe class EntryTest : KvmTest
         Vcpu.ShowVcpuInfo(Guest.SecondDataFrame, InfoOffset);
     }
 
+    /// <summary>An L4 of its own that leads to the same tables, with user mode's entry in the slot where kernel mode has its own.</summary>
+    private protected Mfn MakeUserRoot()
+    {
+        Mfn root = Vcpu.PageTableRoot + 64;
+        PageTableEntry* user = Guest.Machine.Memory.Table(root);
+        new Span<PageTableEntry>(Guest.Machine.Memory.Table(Vcpu.PageTableRoot), Paging.EntriesPerTable)
+            .CopyTo(new Span<PageTableEntry>(user, Paging.EntriesPerTable));
+        user[Guest.Machine.KernelSlot] = new PageTableEntry(Guest.Machine.UserSlot);
+        return root;
+    }
+
     [TearDown]
     public void DropGuest() => Guest?.Dispose();
 }

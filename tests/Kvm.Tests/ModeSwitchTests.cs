@@ -28,7 +28,7 @@ public sealed unsafe class ModeSwitchTests : EntryTest
     [SetUp]
     public void MakeModes()
     {
-        MakeUserRoot();
+        (_kernelRoot, _userRoot) = (Vcpu.PageTableRoot, MakeUserRoot());
         InstallUserSegments();
         *Vcpu.EntryService = new EntryService
         {
@@ -437,17 +437,6 @@ public sealed unsafe class ModeSwitchTests : EntryTest
         }
 
         Assert.That(taken, Is.GreaterThan(1));
-    }
-
-    /// <summary>An L4 of its own that leads to the same tables, with user mode's entry in the slot where kernel mode has its own.</summary>
-    private void MakeUserRoot()
-    {
-        _kernelRoot = Vcpu.PageTableRoot;
-        _userRoot = _kernelRoot + 64;
-        PageTableEntry* kernel = Guest.Machine.Memory.Table(_kernelRoot);
-        PageTableEntry* user = Guest.Machine.Memory.Table(_userRoot);
-        new Span<PageTableEntry>(kernel, Paging.EntriesPerTable).CopyTo(new Span<PageTableEntry>(user, Paging.EntriesPerTable));
-        user[Guest.Machine.KernelSlot] = new PageTableEntry(Guest.Machine.UserSlot);
     }
 
     /// <summary>Linux's flat segments of user mode in the guest's table.</summary>

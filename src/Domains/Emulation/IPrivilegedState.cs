@@ -44,6 +44,11 @@ public interface IPrivilegedState
     /// <summary>Sets what RDTSCP and RDPID return, on hosts where <see cref="CpuidOptions.TscAuxUsable"/> was found true.</summary>
     void SetTscAux(uint value);
 
+    /// <summary>An RDMSR of kernel mode has read user mode's GS base, which the host may let it do without the manager from now on.</summary>
+    /// <param name="rip">Where it is.</param>
+    /// <param name="length">Bytes of it.</param>
+    void NoteGsBaseRead(ulong rip, int length);
+
     /// <summary>Fills in a hypercall page, as the MSR 0x40000000 asks. The frame number is the guest's, unchecked.</summary>
     /// <returns>False where the frame is not a writable page of the domain's.</returns>
     bool InstallHypercallPage(Mfn frame);

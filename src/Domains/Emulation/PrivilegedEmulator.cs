@@ -158,6 +158,8 @@ public sealed unsafe partial class PrivilegedEmulator
                     return EmulationResult.GeneralProtection;
                 Registers->Rax = (uint)value;
                 Registers->Rdx = value >> 32;
+                if ((uint)Registers->Rcx == Msr.KernelGsBase)
+                    _machine.NoteGsBaseRead(Registers->Rip, _instruction.Length);
                 return Retire();
             case Code.Wrmsr:
                 return _msrs.TryWrite((uint)Registers->Rcx, (uint)Registers->Rax | (Registers->Rdx << 32))

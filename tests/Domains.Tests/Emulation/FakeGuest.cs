@@ -178,6 +178,8 @@ internal sealed unsafe class FakeGuest : IDisposable, IPrivilegedState
 
     public void SetTscAux(uint value) => Calls.Add($"AUX {value:x}");
 
+    public void NoteGsBaseRead(ulong rip, int length) => Calls.Add($"gs base read at {rip:x}, {length} bytes");
+
     public bool InstallHypercallPage(Mfn frame)
     {
         Calls.Add($"PAGE {frame.Value:x}");

@@ -115,6 +115,18 @@ public sealed unsafe class GuestMsrTests
         Assert.That(Read(_amd, Msr.KernelGsBase), Is.EqualTo(0x1000));
     }
 
+    /// <summary>Where a kernel reads user mode's GS base is told, for hosts that can do without the manager there.</summary>
+    [Test]
+    public void ReadsOfUserModesGsBaseAreNoted()
+    {
+        _amd.Reset();
+        _amd.Registers->Rcx = Msr.KernelGsBase;
+        Assert.That(_amd.Execute(code => code.rdmsr()).Outcome, Is.EqualTo(EmulationOutcome.Done));
+        _amd.Registers->Rcx = Msr.GsBase;
+        Assert.That(_amd.Execute(code => code.rdmsr()).Outcome, Is.EqualTo(EmulationOutcome.Done));
+        Assert.That(_amd.Calls, Is.EqualTo(new[] { $"gs base read at {FakeGuest.CodeStart:x}, 2 bytes" }));
+    }
+
     [Test]
     public void TscAuxNeedsItsFeature()
     {

@@ -109,6 +109,33 @@ public sealed class InsideCallsTests : ScriptedGuest
         _ = Fake.Run(Guest);
     }
 
+    /// <summary>A place is served that was met twice in a row; while breakpoints are armed, and for user mode, none is.</summary>
+    [Test]
+    public void Reads_of_user_modes_gs_base_are_learned()
+    {
+        IEnumerable<VcpuExit> Guest(FakeVcpu cpu)
+        {
+            foreach ((ulong rip, int length, ulong served) in
+                ((ulong, int, ulong)[])[(Handler, 2, 0), (Data, 2, 0), (Handler, 2, 0), (Handler, 2, Handler), (Data, 2, Handler), (Data, 3, Handler), (Data, 2, Data)])
+            {
+                Fake.Vcpu.NoteGsBaseRead(rip, length);
+                yield return new VcpuExit(VcpuExitKind.Kicked);
+                Assert.That(Read(cpu), Is.EqualTo(served));
+            }
+
+            SetMode(0);
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Read(cpu), Is.Zero, "in user mode, which the entry cannot leave");
+            SetMode(1);
+            Hinder("breakpoint");
+            yield return new VcpuExit(VcpuExitKind.Kicked);
+            Assert.That(Read(cpu), Is.Zero, "with a breakpoint");
+        }
+
+        _ = Fake.Run(Guest);
+        static unsafe ulong Read(FakeVcpu cpu) => cpu.EntryService->GsBaseRead;
+    }
+
     [Test]
     public void Vcpu_info_is_shown_where_it_lies()
     {

@@ -39,6 +39,12 @@ internal sealed unsafe class BlkifRing : IDisposable
     /// <summary>Requests that were taken and have no response in the ring yet.</summary>
     internal uint Unanswered => _consumed - _produced;
 
+    /// <summary>Whether there are responses that the front end does not see yet.</summary>
+    internal bool HasUnseen => _pushed != _produced;
+
+    /// <summary>Whether the front end has room for no request before it sees a response.</summary>
+    internal bool IsFull => _consumed - _pushed >= Size;
+
     /// <summary>Copies the next request, if there is one.</summary>
     /// <param name="request">As long as an entry.</param>
     /// <param name="overflow">Whether the front end says that there are more requests than it has entries for.</param>

@@ -49,6 +49,12 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>How long the ring is looked at for more before the front end is asked to notify of it, which costs it an exit.</summary>
     private static readonly long LookTime = Stopwatch.Frequency / 50_000;
 
+    /// <summary>How long answers are kept back for the next request, where that has been of use.</summary>
+    private static readonly long HoldTime = Stopwatch.Frequency / 20_000;
+
+    /// <summary>How long they are kept back at most, however many requests follow.</summary>
+    private static readonly long LongestHold = Stopwatch.Frequency / 4_000;
+
     private static readonly TimeSpan CareInterval = TimeSpan.FromSeconds(10);
 
     private readonly BlockQueueSettings _settings;
@@ -69,6 +75,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>Requests that were taken and not given to the image yet.</summary>
     private readonly BlockOperation[] _taken = new BlockOperation[BatchSize];
     private int _takenCount;
+    private readonly AnswerHold _hold = new();
 
     /// <summary>Guards all below, and the ring's responses.</summary>
     private readonly Lock _gate = new();
@@ -232,6 +239,12 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         try
         {
             taken = TakeRequests(out count);
+            long start = Stopwatch.GetTimestamp();
+            while (taken == Taken.All && count > 0 && count < BatchSize && Stopwatch.GetTimestamp() - start < LongestHold && HoldForMore())
+            {
+                taken = TakeRequests(out int more);
+                count += more;
+            }
         }
         finally
         {
@@ -247,11 +260,31 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
                 Notify();
         }
 
-        return taken == Taken.All && ((count > 0 && LookForMore()) || _ring.AwaitRequests()) ? Taken.Some : taken;
+        return taken == Taken.All && ((count > 0 && LookForMore(LookTime)) || _ring.AwaitRequests()) ? Taken.Some : taken;
+    }
+
+    /// <summary>
+    /// Keeps answers back while the front end goes on to ask, if it is one that does: to be interrupted for each costs it more than a request.
+    /// </summary>
+    /// <returns>Whether there are further requests.</returns>
+    private bool HoldForMore()
+    {
+        SubmitTaken();
+        lock (_gate)
+        {
+            if (!_ring.HasUnseen || _ring.IsFull)
+                return false;
+        }
+
+        if (!_hold.Begin())
+            return false;
+        bool asked = LookForMore(HoldTime);
+        _hold.End(asked);
+        return asked;
     }
 
     /// <summary>Looks at the ring for a short while: a front end that has just been answered is mostly about to ask for more.</summary>
-    private bool LookForMore()
+    private bool LookForMore(long time)
     {
         long start = Stopwatch.GetTimestamp();
         do
@@ -260,7 +293,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
                 return true;
             Thread.SpinWait(20);
         }
-        while (Stopwatch.GetTimestamp() - start < LookTime && !_stop.IsCancellationRequested);
+        while (Stopwatch.GetTimestamp() - start < time && !_stop.IsCancellationRequested);
         return false;
     }
 

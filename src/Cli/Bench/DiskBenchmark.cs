@@ -48,7 +48,9 @@ internal sealed class DiskBenchmark(KvmHost host, int rounds, IReadOnlyList<stri
     private const int Depth = 32;
     private const int FileSize = 64 << 20;
     private const int MemoryMiB = 384;
-    private const int Vcpus = 2;
+
+    /// <summary>As many as a guest has that is not said to have more.</summary>
+    private const int Vcpus = 1;
     private const string Ready = "@ready";
     private const string Failed = "@failed";
     private const string CachedDisk = "xvda";

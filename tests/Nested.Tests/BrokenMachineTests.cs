@@ -133,9 +133,11 @@ public sealed class BrokenMachineTests
     {
         try
         {
-            // proc(5): "pid (comm) state ppid …"; the name is cut after 15 characters.
-            string[] fields = File.ReadAllText($"/proc/{process}/stat").Split(' ');
-            return fields[1].StartsWith("(qemu-system-x86") && fields[2] != "Z" && int.Parse(fields[3]) == Environment.ProcessId;
+            // One that was fetched is run by its own dynamic loader, and has that one's name; a process that has ended has no arguments.
+            // proc(5): "pid (comm) state ppid …".
+            string state = File.ReadAllText($"/proc/{process}/stat");
+            return File.ReadAllText($"/proc/{process}/cmdline").Contains("qemu-system-x86_64")
+                && int.Parse(state[(state.LastIndexOf(')') + 2)..].Split(' ')[1]) == Environment.ProcessId;
         }
         catch (IOException)
         {

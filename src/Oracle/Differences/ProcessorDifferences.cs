@@ -51,6 +51,9 @@ internal static class ProcessorDifferences
     private const string HostBreakpoints =
         "Debug registers have no effect on this host's KVM; xensharp info says so.";
 
+    private const string IntelSyscall =
+        "Processors of Intel's have no SYSCALL in 32-bit code, and raise #UD, under Xen too; the recorded Xen ran on one of AMD's.";
+
     private const string Timer =
         "A domU of Xen's has no timer at these ports and reads ones. XenSharp's answers, because kernels that measure by it would ask 100,000 times, and here each time leaves the VM.";
 
@@ -224,6 +227,15 @@ internal static class ProcessorDifferences
         }.Select(static form => KnownDifference.ByHost(
             "instruction-forms", form.Case, $"kernel: {form.Step}",
             "#GP(0){rip code, cs e030, rflags 2, same stack, ss e02b, mask 1->1}", QemuLock)),
+        .. new (string Case, string Step, string Answer)[]
+        {
+            ("with its callback", "32-bit code: syscall, rdx 514, rbx 0xe02b, rbp 0x400700, rsi 0xe023, rdi 0x400800", "0x400800, cs e023, rflags 202, kernel"),
+            ("with its callback", "32-bit code: stc; std; syscall, rdx 514, rbx 0xe02b, rbp 0x400700, rsi 0xe023, rdi 0x400800", "0x400802, cs e023, rflags 603, kernel"),
+            ("with its callback", "32-bit code: syscall, events masked before, rdx 514, rbx 0xe02b, rbp 0x400700, rsi 0xe023, rdi 0x400800", "0x400800, cs e023, rflags 202, kernel"),
+            ("its flag is that of 64-bit system calls", "32-bit code: syscall, rdx 514, rbx 0xe02b, rbp 0x400700, rsi 0xe023, rdi 0x400800", "0x400800, cs e023, rflags 202, kernel"),
+            ("from 32-bit code of kernel mode it is no hypercall", "32-bit code of kernel mode: syscall, rdx 514, rbx 0xe02b, rbp 0x400700, rsi 0xe020, rdi 0x400800", "0x400800, cs e020, rflags 202, same"),
+        }.Select(static call => KnownDifference.ByHost(
+            "compat-system-calls", call.Case, $"kernel: {call.Step}", $"#UD{{rip {call.Answer} stack, ss e02b, mask 0->0}}", IntelSyscall)),
         KnownDifference.ByHost(
             "instruction-forms", "a trap after each emulated instruction",
             "kernel: popf with TF; mov ss, ecx, flat; nop, rcx 0xe02b",

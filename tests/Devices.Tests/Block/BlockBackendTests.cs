@@ -370,9 +370,12 @@ internal sealed class BlockBackendTests
         disk.Front.SetState(XenbusState.Initialising);
         disk.Front.Connect();
         Assert.That(disk.Front.Do(ReadOperation, 0, Page(0)), Is.EqualTo(Okay));
-        disk.Front.Publish();
-        disk.Front.SetState(XenbusState.Initialised);
-        Assert.That(disk.Front.Do(ReadOperation, 0, Page(0)), Is.EqualTo(Okay));
+
+        // Nor one that knows nothing of the rings before, which the back end may look at until it finds that there are others.
+        var anew = new FakeBlkfront(disk.Guest, disk.Store, BlockFixture.Device, new FrontEndOptions { RingOffset = 8 });
+        anew.Publish();
+        anew.SetState(XenbusState.Initialised);
+        Assert.That(anew.Do(ReadOperation, 0, Page(0)), Is.EqualTo(Okay));
     }
 
     private static IEnumerable<TestCaseData> BadNodes()

@@ -20,6 +20,9 @@ internal sealed record FrontEndOptions
     public int Queues { get; init; } = 1;
 
     public bool IsPersistent { get; init; }
+
+    /// <summary>By how many pages, and references, the rings lie behind where they do otherwise.</summary>
+    public uint RingOffset { get; init; }
 }
 
 /// <summary>A piece of a page, as in a request.</summary>
@@ -79,8 +82,8 @@ internal sealed unsafe class FakeBlkfront
                 int number = (queue * pages) + i;
 
                 // Backwards, so that the pages of a ring are not neighbours in memory.
-                ulong page = FirstRingPage + (ulong)((_options.Queues * pages) - 1 - number);
-                guest.PutEntry(FirstRing + (uint)number, GrantFlags.PermitAccess, GrantDomain.FrameOf(page), domain: 0);
+                ulong page = FirstRingPage + _options.RingOffset + (ulong)((_options.Queues * pages) - 1 - number);
+                guest.PutEntry(FirstRing + _options.RingOffset + (uint)number, GrantFlags.PermitAccess, GrantDomain.FrameOf(page), domain: 0);
                 addresses[i] = (nint)guest.Fake.Host(GrantDomain.AddressOf(page));
             }
 
@@ -134,7 +137,7 @@ internal sealed unsafe class FakeBlkfront
             FakeRing ring = _rings[queue];
             ring.Reset();
             for (int i = 0; i < pages; i++)
-                Write(prefix + (_options.RingPageOrder is null ? "ring-ref" : $"ring-ref{i}"), FirstRing + (uint)((queue * pages) + i));
+                Write(prefix + (_options.RingPageOrder is null ? "ring-ref" : $"ring-ref{i}"), FirstRing + _options.RingOffset + (uint)((queue * pages) + i));
             ring.Port = AllocatePort();
             Write(prefix + "event-channel", ring.Port);
         }

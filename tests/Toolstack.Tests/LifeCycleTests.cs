@@ -32,6 +32,38 @@ public sealed class LifeCycleTests : ManagementFixture
         Assert.That(System.Text.Encoding.ASCII.GetString(first.Console.ReadHistory()), Does.StartWith(Hello + Hello));
     }
 
+    /// <summary>As Xen's console daemon has it: the store says where, and a program that knows nothing of the manager can use it.</summary>
+    [Test]
+    public async Task The_console_has_a_terminal_that_the_store_names()
+    {
+        ManagedDomain domain = await Toolstack.CreateAsync(Tiny(TinyGuestBehaviour.EchoInput, message: Hello));
+        string path = Toolstack.Context.Store.Domain0.Read($"/local/domain/{domain.Id}/console/tty")!;
+        Assert.That(path, Does.Match("^/dev/pts/[0-9]+$").And.EqualTo(domain.Console.Terminal));
+        await using var screen = new FileStream(path, new FileStreamOptions { Mode = FileMode.Open, Access = FileAccess.ReadWrite, BufferSize = 0 });
+        byte[] seen = new byte[Hello.Length];
+        screen.ReadExactly(seen);
+        Assert.That(System.Text.Encoding.ASCII.GetString(seen), Is.EqualTo(Hello));
+        screen.Write("typed"u8);
+        seen = new byte[5];
+        screen.ReadExactly(seen);
+        Assert.That(System.Text.Encoding.ASCII.GetString(seen), Is.EqualTo("TYPED"));
+        screen.Write("\u0004"u8);
+        await domain.Gone;
+        Assert.That(ReadEnd, Throws.Nothing, "gone with the domain");
+
+        // To one who is reading when the other end goes it is an error.
+        void ReadEnd()
+        {
+            try
+            {
+                Assert.That(screen.ReadByte(), Is.EqualTo(-1));
+            }
+            catch (IOException)
+            {
+            }
+        }
+    }
+
     [Test]
     public async Task A_crashed_domain_is_preserved_until_it_is_destroyed()
     {

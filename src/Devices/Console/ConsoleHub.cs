@@ -34,6 +34,7 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
     private readonly List<ConsoleViewer> _viewers = [];
     private readonly Task _logging = Task.CompletedTask;
     private ConsoleInput? _input;
+    private ConsoleTerminal? _terminal;
     private bool _completed;
 
     /// <summary>Opens the log file, if there is to be one.</summary>
@@ -53,6 +54,9 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
 
     /// <summary>The log file, for being reopened and asked for failures; <see langword="null"/> if there is none.</summary>
     public ConsoleLog? Log { get; }
+
+    /// <summary>The path of its pseudo-terminal, for other programs; <see langword="null"/> if it has none.</summary>
+    public string? Terminal => Volatile.Read(ref _terminal)?.Path;
 
     /// <summary>Bytes that were printed in all.</summary>
     public long Printed
@@ -85,6 +89,10 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
     /// <param name="input">The guest; <see langword="null"/> for none.</param>
     public void Connect(ConsoleInput? input) => Volatile.Write(ref _input, input);
 
+    /// <summary>Shows the console on a pseudo-terminal as well, to whoever opens that, until it is complete. Once.</summary>
+    /// <exception cref="IOException">The host has no more of what that needs; a sentence says of what.</exception>
+    public void OfferTerminal() => Volatile.Write(ref _terminal, new ConsoleTerminal(this));
+
     /// <summary>Types to the guest. What different callers type does not mix.</summary>
     /// <returns><see langword="false"/> if there is no guest connected, or it will read no more.</returns>
     /// <exception cref="OperationCanceledException"><paramref name="cancellation"/> was signalled; a part of the input may have
@@ -98,8 +106,15 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
     {
         ArgumentOutOfRangeException.ThrowIfNegative(historyBytes);
         lock (Gate)
+            return AttachAt(_history.End - historyBytes);
+    }
+
+    /// <summary>Begins to look at a place, or at the oldest byte that is kept.</summary>
+    internal ConsoleViewer AttachAt(long position)
+    {
+        lock (Gate)
         {
-            var viewer = new ConsoleViewer(this, Math.Max(_history.Start, _history.End - historyBytes));
+            var viewer = new ConsoleViewer(this, Math.Max(_history.Start, position));
             _viewers.Add(viewer);
             return viewer;
         }
@@ -138,7 +153,7 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
     }
 
     /// <summary>Says that nothing will be printed any more, whichever guest: viewers come to their end when they have read all.</summary>
-    /// <returns>Completes when the log has it all.</returns>
+    /// <returns>Completes when the log has it all, and the pseudo-terminal is gone.</returns>
     public Task CompleteAsync()
     {
         lock (Gate)
@@ -149,7 +164,11 @@ public sealed class ConsoleHub : IConsoleSink, IAsyncDisposable
                 viewer.Wake();
             Monitor.PulseAll(Gate);
         }
-        return _logging;
+
+        if (Volatile.Read(ref _terminal) is not { } terminal)
+            return _logging;
+        terminal.End();
+        return Task.WhenAll(_logging, terminal.Completion);
     }
 
     /// <summary>Ends the console: viewers come to their end at once, the log is closed when it has all, or after some seconds.</summary>

@@ -28,6 +28,16 @@ public sealed class ConsoleViewer : IDisposable
     /// <summary>Bytes that were printed while this viewer was too far behind, and that it did not get.</summary>
     public long Skipped { get; private set; }
 
+    /// <summary>Up to where it has read.</summary>
+    internal long Shown
+    {
+        get
+        {
+            lock (_hub.Gate)
+                return Position;
+        }
+    }
+
     /// <summary>What it reads next. With the hub's gate held.</summary>
     internal long Position { get; private set; }
 

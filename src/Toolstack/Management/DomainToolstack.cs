@@ -358,6 +358,7 @@ public sealed partial class DomainToolstack : IAsyncDisposable
             // Nobody but the toolstack says how much memory it may have.
             running.Domain.MaxPages = DomainOptions.MaxPages(configuration.MemoryMiB);
             domain = new ManagedDomain(this, running, configuration, console, making.RequestTime);
+            domain.PublishConsole();
             domain.PlaceConfigured();
             _options.BeforeStep?.Invoke(CreateStep.Devices);
             await domain.AttachConfiguredAsync(cancellation).ConfigureAwait(false);
@@ -457,6 +458,23 @@ public sealed partial class DomainToolstack : IAsyncDisposable
 
     [SuppressMessage("Reliability", "CA2000", Justification = "Whoever asked for the hub disposes it.")]
     private ConsoleHub MakeConsole(string name)
+    {
+        ConsoleHub console = MakeLoggedConsole(name);
+        try
+        {
+            console.OfferTerminal();
+        }
+        catch (IOException failure)
+        {
+            // It can be looked at in other ways.
+            Log.Write($"The console of {name} has no terminal: {failure.Message}");
+        }
+
+        return console;
+    }
+
+    [SuppressMessage("Reliability", "CA2000", Justification = "Whoever asked for the hub disposes it.")]
+    private ConsoleHub MakeLoggedConsole(string name)
     {
         if (_options.ConsoleLogFolder is { } folder)
         {

@@ -84,6 +84,13 @@ public sealed partial class ManagedDomain
 
     private string Folder => string.Create(CultureInfo.InvariantCulture, $"/local/domain/{Id}");
 
+    /// <summary>Says in the store where the console's pseudo-terminal is, as Xen's console daemon does.</summary>
+    internal void PublishConsole()
+    {
+        if (Console.Terminal is { } terminal)
+            Store.Write($"{Folder}/console/tty", terminal);
+    }
+
     /// <summary>What xl list and others show of it.</summary>
     public DomainInfo Describe()
     {

@@ -19,8 +19,6 @@ internal sealed unsafe class GsBaseGate
     /// <summary>Bytes of RDMSR without prefixes.</summary>
     public const int InstructionLength = 2;
 
-    private const uint KernelGsBase = 0xc000_0102;
-
     /// <summary>0F 32, as a word.</summary>
     private const short Rdmsr = 0x320f;
 
@@ -93,7 +91,7 @@ internal sealed unsafe class GsBaseGate
     {
         int rip = (int)Served;
         var code = new Assembler(64);
-        code.cmp(ecx, unchecked((int)KernelGsBase));
+        code.cmp(ecx, unchecked((int)Msr.KernelGsBase));
         code.jne(_stub);
         code.cmp(__qword_ptr[rsp + FrameRip], rip);
         code.jne(_stub);

@@ -269,4 +269,5 @@ internal static class Msr
     public const uint Lstar = 0xC000_0082;
     public const uint Cstar = 0xC000_0083;
     public const uint SfMask = 0xC000_0084;
+    public const uint KernelGsBase = 0xC000_0102;
 }

@@ -43,6 +43,23 @@ public abstract unsafe class EntryTest : KvmTest
         return root;
     }
 
+    /// <summary>Kicks the vCPU of the calling thread 4000 times, in half of them soon after it has taken note of the one before.</summary>
+    private protected Background KickAtRandom(int seed)
+    {
+        Vcpu.WaitForKick(0);
+        return new Background(stop =>
+        {
+            var random = new Random(seed);
+            for (int i = 0; i < 4000; i++)
+            {
+                while (Volatile.Read(ref *Vcpu.KickPending) != 0 && !stop.IsCancellationRequested)
+                    Thread.SpinWait(10);
+                Thread.SpinWait(random.Next(i % 2 == 0 ? 300 : 10_000));
+                Vcpu.Kick();
+            }
+        });
+    }
+
     [TearDown]
     public void DropGuest() => Guest?.Dispose();
 }

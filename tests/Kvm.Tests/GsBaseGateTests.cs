@@ -7,7 +7,6 @@ namespace XenSharp.Kvm.Tests;
 
 public sealed unsafe class GsBaseGateTests : EntryTest
 {
-    private const uint KernelGsBase = 0xc000_0102;
     private const ulong UserGs = 0x7f12_3456_7000;
     private const ulong Rax = 0x1111_2222_3333_4444;
     private const ulong Rdx = 0x5555_6666_7777_8888;
@@ -55,7 +54,7 @@ public sealed unsafe class GsBaseGateTests : EntryTest
                 Vcpu.EntryService->GsBaseRead = 0;
                 break;
             case "another register":
-                Registers->Rcx = KernelGsBase - 1;
+                Registers->Rcx = Msr.KernelGsBase - 1;
                 break;
             case "another place":
                 Vcpu.EntryService->GsBaseRead = Read + 1;
@@ -92,7 +91,7 @@ public sealed unsafe class GsBaseGateTests : EntryTest
     public void TheUpperHalfOfRcxDoesNotCount()
     {
         LoadRead(code => code.rdmsr());
-        Registers->Rcx = KernelGsBase | (7UL << 32);
+        Registers->Rcx = Msr.KernelGsBase | (7UL << 32);
         AssertException(RunWatched(Guest), Read + 2);
         Assert.That((Registers->Rax, Registers->Rdx), Is.EqualTo((UserGs & uint.MaxValue, UserGs >> 32)));
     }
@@ -202,19 +201,8 @@ public sealed unsafe class GsBaseGateTests : EntryTest
         Vcpu.EntryService->GsBaseRead = Read;
         Vcpu.EntryReport->InactiveGsBase = UserGs;
         Registers->R14 = UserGs;
-        Registers->Rcx = KernelGsBase;
-        Vcpu.WaitForKick(0);
-        using var kicker = new Background(stop =>
-        {
-            var random = new Random(9);
-            for (int i = 0; i < 4000; i++)
-            {
-                while (Volatile.Read(ref *Vcpu.KickPending) != 0 && !stop.IsCancellationRequested)
-                    Thread.SpinWait(10);
-                Thread.SpinWait(random.Next(i % 2 == 0 ? 300 : 10_000));
-                Vcpu.Kick();
-            }
-        });
+        Registers->Rcx = Msr.KernelGsBase;
+        using Background kicker = KickAtRandom(9);
         ulong reads = 0;
         while (!kicker.IsDone)
         {
@@ -240,7 +228,7 @@ public sealed unsafe class GsBaseGateTests : EntryTest
         });
         Vcpu.EntryService->GsBaseRead = Read;
         Vcpu.EntryReport->InactiveGsBase = UserGs;
-        (Registers->Rcx, Registers->Rax, Registers->Rdx) = (KernelGsBase, Rax, Rdx);
+        (Registers->Rcx, Registers->Rax, Registers->Rdx) = (Msr.KernelGsBase, Rax, Rdx);
     }
 
     /// <summary>#GP at an address: of an RDMSR that is left, or of the HLT behind the code.</summary>

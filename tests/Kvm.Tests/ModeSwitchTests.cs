@@ -310,18 +310,7 @@ public sealed unsafe class ModeSwitchTests : EntryTest
     public void KicksAtAnyMoment()
     {
         LoadRoundTrip(ulong.MaxValue);
-        Vcpu.WaitForKick(0);
-        using var kicker = new Background(stop =>
-        {
-            var random = new Random(5);
-            for (int i = 0; i < 4000; i++)
-            {
-                while (Volatile.Read(ref *Vcpu.KickPending) != 0 && !stop.IsCancellationRequested)
-                    Thread.SpinWait(10);
-                Thread.SpinWait(random.Next(i % 2 == 0 ? 300 : 10_000));
-                Vcpu.Kick();
-            }
-        });
+        using Background kicker = KickAtRandom(5);
         ulong calls = 0;
         int left = 0;
         while (!kicker.IsDone)

@@ -157,13 +157,15 @@ public sealed unsafe class GsBaseGateTests : EntryTest
                 long end = Libc.MonotonicNow() + 20_000_000_000;
                 while ((gone < 10 || reads < 100) && Libc.MonotonicNow() < end)
                 {
-                    Vcpu.SetWakeTimer(long.MaxValue);
+                    Vcpu.SetWakeTimer(end);
                     VcpuExit exit = Vcpu.Run();
                     Assert.That(
                         exit.Kind == VcpuExitKind.Kicked || (exit.Kind, exit.Vector) == (VcpuExitKind.Exception, ExceptionVector.PageFault),
                         () => $"{exit.Kind} {exit.Vector} {exit.Failure} at {Registers->Rip:x}");
                     Assert.That(Registers->Rip - Read, Is.LessThan(16));
-                    gone += exit.Kind == VcpuExitKind.Kicked ? 1 : 0;
+
+                    // Nobody kicks but the timer, at the end.
+                    gone += exit.Kind == VcpuExitKind.Kicked && Libc.MonotonicNow() < end ? 1 : 0;
                     reads = Registers->R15;
                 }
             }
@@ -174,7 +176,8 @@ public sealed unsafe class GsBaseGateTests : EntryTest
         }
 
         Assert.That(other.Kind, Is.EqualTo(VcpuExitKind.Kicked), other.Failure);
-        Assert.That((gone, reads), Is.GreaterThan((0, 99UL)), "Both were met.");
+        Assert.That(gone, Is.GreaterThan(0), "the page was gone for the gate");
+        Assert.That(reads, Is.GreaterThanOrEqualTo(100));
         Assert.That(Registers->R14, Is.EqualTo(UserGs & uint.MaxValue));
     }
 

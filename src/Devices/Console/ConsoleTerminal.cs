@@ -25,10 +25,9 @@ internal sealed class ConsoleTerminal
     private readonly CancellationTokenSource _ending = new();
     private readonly TaskCompletionSource _ended = new(TaskCreationOptions.RunContinuationsAsynchronously);
     private readonly Lock _gate = new();
-    private readonly byte[] _output = new byte[OutputBatch];
     private bool _isGone;
-    private int _start;
-    private int _end;
+
+    /// <summary>Up to where somebody has been shown what was printed.</summary>
     private long _shown;
 
     /// <exception cref="IOException">The host has no more terminals, or descriptors, or threads, to give.</exception>
@@ -92,29 +91,32 @@ internal sealed class ConsoleTerminal
     private void Attend()
     {
         using ConsoleViewer viewer = _hub.AttachAt(_shown);
+        byte[] output = new byte[OutputBatch];
+        int start = 0;
+        int end = 0;
         Task<int>? reading = null;
         Task woken = Task.CompletedTask;
         long progress = Environment.TickCount64;
         while (true)
         {
-            if (_start == _end)
+            if (start == end)
             {
                 if (reading is null)
                 {
-                    reading = viewer.ReadAsync(_output).AsTask();
+                    reading = viewer.ReadAsync(output).AsTask();
                     woken = reading.ContinueWith(_ => _terminal.Wake(), TaskScheduler.Default);
                 }
 
                 if (reading.IsCompleted)
                 {
-                    (_start, _end) = (0, reading.Result);
+                    (start, end) = (0, reading.Result);
                     reading = null;
-                    if (_end == 0)
+                    if (end == 0)
                         break;
                 }
             }
 
-            bool hasOutput = _start < _end;
+            bool hasOutput = start < end;
             bool isEnding = _ending.IsCancellationRequested;
             short events = _terminal.Poll(hasOutput ? LibC.POLLIN | LibC.POLLOUT : LibC.POLLIN, isEnding ? LastPatience : -1);
             if ((events & LibC.POLLIN) != 0)
@@ -123,7 +125,7 @@ internal sealed class ConsoleTerminal
                 break;
             if ((events & LibC.POLLOUT) != 0)
             {
-                _start += Math.Max(_terminal.Write(_output.AsSpan(_start.._end)), 0);
+                start += Math.Max(_terminal.Write(output.AsSpan(start..end)), 0);
                 progress = Environment.TickCount64;
             }
             else if (isEnding && Environment.TickCount64 - progress >= LastPatience)
@@ -135,9 +137,8 @@ internal sealed class ConsoleTerminal
         viewer.Dispose();
         woken.Wait();
         if (reading is not null)
-            (_start, _end) = (0, reading.Result);
-        _shown = viewer.Shown - (_end - _start);
-        (_start, _end) = (0, 0);
+            (start, end) = (0, reading.Result);
+        _shown = viewer.Shown - (end - start);
         if (_ending.IsCancellationRequested)
             _terminal.AwaitReader(LastPatience);
     }

@@ -52,8 +52,17 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>How long answers are kept back for the next request, where that has been of use.</summary>
     private static readonly long HoldTime = Stopwatch.Frequency / 20_000;
 
-    /// <summary>How long they are kept back at most, however many requests follow.</summary>
+    /// <summary>How long they are kept back at most, however many requests follow; and requests too.</summary>
     private static readonly long LongestHold = Stopwatch.Frequency / 4_000;
+
+    /// <summary>
+    /// How long requests are kept back for more, where that has been of use: a front end that has just notified goes on only when it is back in
+    /// the guest, which takes long where an exit is dear.
+    /// </summary>
+    private static readonly long GatherTime = Stopwatch.Frequency / 6_000;
+
+    /// <summary>How long they are kept back for yet more, once some have come.</summary>
+    private static readonly long PauseTime = Stopwatch.Frequency / 60_000;
 
     private static readonly TimeSpan CareInterval = TimeSpan.FromSeconds(10);
 
@@ -75,7 +84,8 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>Requests that were taken and not given to the image yet.</summary>
     private readonly BlockOperation[] _taken = new BlockOperation[BatchSize];
     private int _takenCount;
-    private readonly AnswerHold _hold = new();
+    private readonly Anticipation _gathering = new();
+    private readonly Anticipation _holding = new();
 
     /// <summary>Guards all below, and the ring's responses.</summary>
     private readonly Lock _gate = new();
@@ -118,6 +128,16 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         _indirect = new byte[Math.Min(segments, BlkifAbi.SegmentsPerIndirectPage) * BlkifSegment.Size];
         if (_isPersistent)
             _care = new Timer(static queue => ((BlockQueue)queue!).DropUnused(GrantCache.IdleTime), this, CareInterval, CareInterval);
+    }
+
+    /// <summary>Whether the front end can make no request before it is shown an answer.</summary>
+    private bool IsFull
+    {
+        get
+        {
+            lock (_gate)
+                return _ring.IsFull;
+        }
     }
 
     /// <summary>Completes only when the front end has broken the protocol.</summary>
@@ -240,6 +260,8 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
         {
             taken = TakeRequests(out count);
             long start = Stopwatch.GetTimestamp();
+            if (taken == Taken.All && _settings.Image.PrefersTogether)
+                taken = Gather(start, ref count);
             while (taken == Taken.All && count > 0 && count < BatchSize && Stopwatch.GetTimestamp() - start < LongestHold && HoldForMore())
             {
                 taken = TakeRequests(out int more);
@@ -264,6 +286,27 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     }
 
     /// <summary>
+    /// Keeps requests back while the front end makes more, if it is one that does: drivers show each by itself, and notify of the first, which
+    /// would be begun, done and answered before the others.
+    /// </summary>
+    private Taken Gather(long start, ref int count)
+    {
+        if (_takenCount == 0 || IsFull || !_gathering.Begin())
+            return Taken.All;
+        var taken = Taken.All;
+        bool asked = false;
+        while (taken == Taken.All && !IsFull && Stopwatch.GetTimestamp() - start < LongestHold && LookForMore(asked ? PauseTime : GatherTime))
+        {
+            asked = true;
+            taken = TakeRequests(out int more);
+            count += more;
+        }
+
+        _gathering.End(asked);
+        return taken;
+    }
+
+    /// <summary>
     /// Keeps answers back while the front end goes on to ask, if it is one that does: to be interrupted for each costs it more than a request.
     /// </summary>
     /// <returns>Whether there are further requests.</returns>
@@ -276,10 +319,10 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
                 return false;
         }
 
-        if (!_hold.Begin())
+        if (!_holding.Begin())
             return false;
         bool asked = LookForMore(HoldTime);
-        _hold.End(asked);
+        _holding.End(asked);
         return asked;
     }
 
@@ -301,7 +344,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     {
         ulong bytes = 0;
         uint half = _ring.Untaken / 2;
-        for (count = 0; count < BatchSize && bytes < (count >= half ? HalfBatchBytes : BatchBytes); count++)
+        for (count = 0; _takenCount < BatchSize && count < BatchSize && bytes < (count >= half ? HalfBatchBytes : BatchBytes); count++)
         {
             if (!_ring.TryTake(_request, out bool overflow))
             {

@@ -1,4 +1,5 @@
 // What a front end gets from the block back end: data, errors, and an end.
+using System.Diagnostics;
 using System.Globalization;
 using Tmds.Linux;
 using XenSharp.Core;
@@ -170,6 +171,73 @@ internal sealed class BlockBackendTests
         Assert.That(front.Await(front.RingSize).Select(static r => r.Id), Is.EqualTo(ids.Reverse()));
         BlockStatistics statistics = disk.Backend.Statistics;
         Assert.That(statistics.ReadRequests, Is.EqualTo(front.RingSize));
+    }
+
+    /// <summary>
+    /// As drivers do it: each request is shown by itself, and the first is notified of, after which the guest is away for a moment, in which
+    /// the back end comes to look. Other threads of the machine can spoil any single round.
+    /// </summary>
+    [Test]
+    public async Task Requests_that_are_shown_one_after_the_other_are_given_together_to_an_image_that_prefers_it()
+    {
+        const int depth = 32;
+        const int window = 50;
+        var image = new FakeImage { PrefersTogether = true };
+        await using BlockFixture disk = BlockFixture.Connected(image);
+        FakeBlkfront front = disk.Front;
+        int rounds = 0;
+        bool together = SpinWait.SpinUntil(
+            () =>
+            {
+                int before = image.Batches.Count(static batch => batch == depth);
+                for (int round = 0; round < window; round++)
+                    OneRound();
+                return image.Batches.Count(static batch => batch == depth) - before > window / 10;
+            },
+            Patience);
+        Assert.That(together, Is.True, $"in {rounds} rounds: {string.Join(' ', image.Batches.TakeLast(window))}");
+        Assert.That(image.Submitted, Has.Count.EqualTo(rounds * depth));
+
+        void OneRound()
+        {
+            rounds++;
+            ulong[] ids = new ulong[depth];
+            for (int i = 0; i < depth; i++)
+            {
+                long wakeups = disk.Backend.Statistics.Wakeups;
+                ids[i] = front.Put(ReadOperation, (ulong)(i * 8), [Page(i)]);
+                if (front.Push())
+                    _ = SpinWait.SpinUntil(() => disk.Backend.Statistics.Wakeups != wakeups, Patience);
+                long start = Stopwatch.GetTimestamp();
+                while (i == 0 && Stopwatch.GetElapsedTime(start) < TimeSpan.FromMicroseconds(40))
+                    Thread.SpinWait(20);
+            }
+
+            Assert.That(front.Await(depth).Select(static r => r.Id).Order(), Is.EqualTo(ids));
+        }
+    }
+
+    /// <summary>More at once than it is given in one turn.</summary>
+    [Test]
+    public async Task Requests_that_go_on_and_on_are_given_by_turns()
+    {
+        var image = new FakeImage { PrefersTogether = true };
+        await using BlockFixture disk = BlockFixture.Connected(image, new FrontEndOptions { RingPageOrder = 3 });
+        FakeBlkfront front = disk.Front;
+        for (int round = 0; round < 100; round++)
+        {
+            ulong[] ids = new ulong[front.RingSize];
+            for (int i = 0; i < ids.Length; i++)
+            {
+                ids[i] = front.Put(ReadOperation, (ulong)(i % DataPages * 8), [Page(i % DataPages)]);
+                front.Push();
+            }
+
+            Assert.That(front.Await(ids.Length).Select(static r => r.Id).Order(), Is.EqualTo(ids));
+        }
+
+        Assert.That(image.Batches.Max(), Is.LessThanOrEqualTo(64));
+        Assert.That(image.Submitted, Has.Count.EqualTo(100 * front.RingSize));
     }
 
     [Test]

@@ -98,6 +98,11 @@ internal sealed unsafe class FakeImage : IBlockImage
 
     public string Description => "fake image";
 
+    public bool PrefersTogether { get; init; }
+
+    /// <summary>How many operations were submitted together, each time.</summary>
+    public ConcurrentQueue<int> Batches { get; } = [];
+
     /// <summary>What every operation comes to.</summary>
     public int Error { get; set; }
 
@@ -141,6 +146,13 @@ internal sealed unsafe class FakeImage : IBlockImage
         }
 
         together?.End();
+    }
+
+    public void Submit(ReadOnlySpan<BlockOperation> operations)
+    {
+        Batches.Enqueue(operations.Length);
+        foreach (BlockOperation operation in operations)
+            Submit(operation);
     }
 
     public void Submit(BlockOperation operation)

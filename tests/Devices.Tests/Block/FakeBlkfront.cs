@@ -213,10 +213,13 @@ internal sealed unsafe class FakeBlkfront
     }
 
     /// <summary>Shows the requests to the back end, and notifies it if it wants that.</summary>
-    public void Push(int queue = 0)
+    /// <returns>Whether it did.</returns>
+    public bool Push(int queue = 0)
     {
-        if (_rings[queue].Push())
-            Notify(queue);
+        if (!_rings[queue].Push())
+            return false;
+        Notify(queue);
+        return true;
     }
 
     public void Notify(int queue = 0)

@@ -26,6 +26,9 @@ public interface IBlockImage : IAsyncDisposable
     /// <summary>Why every operation fails from here on, and what to do, for people; null while that is not so.</summary>
     string? Failure => null;
 
+    /// <summary>Whether operations that are started together are done with less than one after the other: a few more are worth a short wait.</summary>
+    bool PrefersTogether => false;
+
     /// <summary>
     /// Starts an operation. <see cref="BlockOperation.Complete(int)"/> is called for it exactly once, by any thread, possibly before this
     /// returns. Errors come by that way, nothing is thrown.

@@ -87,6 +87,9 @@ public sealed unsafe class RawImage : IBlockImage
     /// <inheritdoc/>
     public string Description => _file.Path;
 
+    /// <inheritdoc/>
+    public bool PrefersTogether => _usesDirect;
+
     /// <summary>Opens a file or block device, and locks it against a second use to write.</summary>
     /// <param name="path">The file.</param>
     /// <param name="readOnly">Whether it is only read.</param>

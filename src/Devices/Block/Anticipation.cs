@@ -1,11 +1,11 @@
-// Whether it is worth while to keep answers back for those that may follow.
+// Whether it is worth while to wait for what a front end may ask for next.
 namespace XenSharp.Devices.Block;
 
 /// <summary>
-/// Learns from what came of it: a front end that goes on to ask without having been answered is waited for, one that waits for each of its
-/// answers is not, but now and then, as it may have changed.
+/// Learns from what came of it: a front end that goes on to ask is waited for, one that first wants an answer to what it has asked is not, but
+/// now and then, as it may have changed.
 /// </summary>
-internal sealed class AnswerHold
+internal sealed class Anticipation
 {
     private const int MostCredit = 8;
 
@@ -19,8 +19,8 @@ internal sealed class AnswerHold
     private int _credit;
     private int _passed;
 
-    /// <summary>There are answers to keep back.</summary>
-    /// <returns>Whether to do so; <see cref="End"/> follows.</returns>
+    /// <summary>There is something that would be better done along with more of it.</summary>
+    /// <returns>Whether to wait; <see cref="End"/> follows.</returns>
     public bool Begin()
     {
         if (_credit == 0 && ++_passed < Pause)
@@ -29,7 +29,7 @@ internal sealed class AnswerHold
         return true;
     }
 
-    /// <summary>It was done.</summary>
+    /// <summary>It was waited for.</summary>
     /// <param name="asked">Whether the front end asked for more meanwhile.</param>
     public void End(bool asked)
         => _credit = !asked ? Math.Max(_credit - CostOfMiss, 0) : _credit == 0 ? FirstCredit : Math.Min(_credit + 1, MostCredit);

@@ -52,7 +52,7 @@ internal sealed class BlockQueue : IAsyncDisposable, ICompletionListener
     /// <summary>How long answers are kept back for the next request, where that has been of use.</summary>
     private static readonly long HoldTime = Stopwatch.Frequency / 20_000;
 
-    /// <summary>How long they are kept back at most, however many requests follow; and requests too.</summary>
+    /// <summary>How long answers, or requests, are kept back at most, however many requests follow.</summary>
     private static readonly long LongestHold = Stopwatch.Frequency / 4_000;
 
     /// <summary>
